@@ -1,0 +1,1 @@
+"""Fast Prompt Tuning: tune a soft prompt on a growing partial model."""
