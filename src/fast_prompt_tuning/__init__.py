@@ -1,1 +1,50 @@
-"""Fast Prompt Tuning: tune a soft prompt on a growing partial model."""
+"""Fast Prompt Tuning: tune a soft prompt on a growing partial model, keep it on the full one.
+
+The three lines in a script of your own::
+
+    partial = PartialPLM(model, neuron_scores=activation_scores(model, calibration_batches))
+    schedule = Schedule.preset("cr", partial.full_stage, total_steps=30_000)
+    trainer = Trainer(model=model, ..., callbacks=[ProgressiveCallback(partial, schedule)])
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .callback import ProgressiveCallback
+    from .errors import FptError
+    from .objective import label_loss
+    from .partial_plm import PartialPLM
+    from .schedule import Schedule, Stage
+    from .scoring import NeuronScores, activation_scores
+    from .soft_prompt import init_soft_prompt, soft_prompt_config
+
+try:
+    __version__ = version("fast-prompt-tuning")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+_EXPORTS = {
+    "FptError": "errors",
+    "NeuronScores": "scoring",
+    "PartialPLM": "partial_plm",
+    "ProgressiveCallback": "callback",
+    "Schedule": "schedule",
+    "Stage": "schedule",
+    "activation_scores": "scoring",
+    "init_soft_prompt": "soft_prompt",
+    "label_loss": "objective",
+    "soft_prompt_config": "soft_prompt",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `fpt --help` and `fpt plan` need neither PEFT nor the Trainer.
+    if name in _EXPORTS:
+        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

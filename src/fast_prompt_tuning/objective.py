@@ -1,0 +1,113 @@
+"""The loss at the labelled positions only: no logits for tokens that carry no label.
+
+In prompt tuning a handful of target tokens carry labels, while the LM head's product with the whole vocabulary for
+every position of the padded sequence is a large part of a step. A pre-hook on the output embedding hands it the
+labelled positions' hidden states alone; the model's own forward does everything before and after (soft-capping,
+scaling, biases), so loss and gradients are those of the model's own loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .errors import ModelError
+from .partial_plm import get_plm
+
+IGNORED = -100
+"""Label of positions that carry none, as everywhere in `transformers`."""
+
+
+@contextmanager
+def selected_rows(plm: nn.Module, rows: Any) -> Iterator[None]:
+    """Run the LM head on some positions only: its logits are then `(N, V)` instead of `(B, T, V)`.
+
+    Args:
+        rows: `(B, T) shape → (N,)` function giving the positions in row-major order.
+
+    Raises:
+        ModelError: the model has no LM head.
+    """
+    head = plm.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(plm).__name__} has no LM head; use a …ForCausalLM or …ForConditionalGeneration model")
+
+    def select(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = args[0]
+        # Flattened to two dimensions: a 3-D product with the vocabulary matrix would copy the matrix on CPU.
+        index = rows(hidden.shape[:2]).to(hidden.device)
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits at the labelled positions of a batch.
+
+    Args:
+        model: PEFT model or bare `transformers` model with an LM head, causal or encoder-decoder, possibly wrapped
+            for data parallelism.
+        batch: what the model's forward takes, with `labels` `(B, T)`: unshifted for causal models, decoder targets
+            for encoder-decoders; `IGNORED` where there is none.
+
+    Returns:
+        `(logits (N, V), targets (N,), sequence (N,))`; `sequence` is each row's index in the batch.
+
+    Raises:
+        ModelError: no LM head, or no labels in the batch.
+    """
+    if batch.get("labels") is None:
+        raise ModelError("batch['labels'] is missing: the loss needs labels")
+    plm = get_plm(getattr(model, "module", model))
+    labels = batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    causal = not plm.config.is_encoder_decoder
+    if not causal and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+        inputs["decoder_input_ids"] = plm.prepare_decoder_input_ids_from_labels(labels=labels)
+    # A causal model predicts token t at position t − 1; a soft prompt in front moves every position back by P.
+    found: dict[str, torch.Tensor] = {}
+
+    def rows(shape: torch.Size) -> torch.Tensor:
+        length = shape[1]
+        if causal:
+            padded = F.pad(labels, (length - labels.shape[1], 0), value=IGNORED)
+            targets = F.pad(padded[:, 1:], (0, 1), value=IGNORED)
+        else:
+            targets = labels
+        index = (targets.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
+        found["targets"] = targets.reshape(-1).index_select(0, index)
+        found["sequence"] = torch.div(index, length, rounding_mode="floor")
+        return index
+
+    with selected_rows(plm, rows):
+        outputs = model(**inputs, use_cache=False)
+    logits = outputs.logits
+    return logits, found["targets"].to(logits.device), found["sequence"].to(logits.device)
+
+
+def label_loss(
+    model: nn.Module, batch: Mapping[str, Any], *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy at the labelled positions, as the model's own loss would be.
+
+    Args:
+        num_items: divisor of the summed loss; default the labelled positions of this batch (their mean). Under
+            gradient accumulation pass the number in the whole accumulated batch.
+
+    Raises:
+        ModelError: as `labelled_logits`.
+    """
+    logits, targets, _ = labelled_logits(model, batch)
+    if targets.numel() == 0:
+        raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
+    total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")
+    return total / (targets.numel() if num_items is None else num_items)

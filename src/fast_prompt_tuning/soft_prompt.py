@@ -1,0 +1,152 @@
+"""The soft prompt: a stock PEFT prompt-tuning adapter, and its initialisations."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, TaskType
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .errors import ConfigError, ModelError
+from .partial_plm import get_plm
+
+INITS = ("uniform", "vocab", "text", "prompt")
+
+_TASK_TYPES = (  # ending of the class name -> PEFT task type
+    ("ForSequenceClassification", TaskType.SEQ_CLS),
+    ("ForTokenClassification", TaskType.TOKEN_CLS),
+    ("ForQuestionAnswering", TaskType.QUESTION_ANS),
+)
+
+
+def context_length(plm: nn.Module) -> int | None:
+    """Positions the model has; None where positions are relative (T5)."""
+    return getattr(plm.config, "max_position_embeddings", None)
+
+
+def soft_prompt_config(plm: nn.Module, num_virtual_tokens: int = 20) -> PromptTuningConfig:
+    """A stock `PromptTuningConfig` for any supported PLM: P virtual tokens in front of the (encoder) input.
+
+    Encoder-decoders get one prompt, in front of the encoder only (paper, Section 4.1): with PEFT's own default of two
+    submodules, half of the prompt would never be used. The initialisation is a sample of the vocabulary's embeddings
+    (Lester et al. 2021); PEFT's own random one is N(0, 1), far off the scale of embeddings. `init_soft_prompt` gives
+    others.
+
+    Raises:
+        ConfigError: fewer than one virtual token, or at least as many as the model has positions.
+    """
+    limit = context_length(plm)
+    if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+        raise ConfigError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number of at least 1")
+    if limit is not None and num_virtual_tokens >= limit:
+        raise ConfigError(
+            f"num_virtual_tokens={num_virtual_tokens} leaves no room for text: this model has {limit} positions"
+        )
+    name = type(plm).__name__
+    task_type = next((t for ending, t in _TASK_TYPES if name.endswith(ending)), None)
+    if task_type is None:
+        if plm.config.is_encoder_decoder:
+            task_type = TaskType.SEQ_2_SEQ_LM
+        else:
+            task_type = TaskType.CAUSAL_LM if plm.can_generate() else TaskType.FEATURE_EXTRACTION
+    return PromptTuningConfig(
+        task_type=task_type,
+        num_virtual_tokens=num_virtual_tokens,
+        num_transformer_submodules=1,
+        prompt_tuning_init="SAMPLE_VOCAB",
+    )
+
+
+def prompt_parameter(model: nn.Module) -> nn.Parameter:
+    """The soft prompt `(P, H)` of a PEFT model: the one trained `Parameter`.
+
+    Raises:
+        ModelError: the model has no soft prompt.
+    """
+    encoder = getattr(model, "prompt_encoder", None)
+    if not isinstance(encoder, nn.ModuleDict) or model.active_adapter not in encoder:
+        raise ModelError(
+            "the model has no soft prompt; wrap it: get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=20))"
+        )
+    return encoder[model.active_adapter].embedding.weight
+
+
+def init_soft_prompt(
+    model: nn.Module,
+    init: str,
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    text: str | None = None,
+    path: str | Path | None = None,
+) -> None:
+    """Set the soft prompt's values in place, in fp32, without touching the global random state.
+
+    Args:
+        init: `uniform`: U(−1/√H, 1/√H) (paper, Section 4.1); `vocab`: embeddings of random tokens; `text`: embeddings
+            of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: a saved prompt at `path`.
+
+    Raises:
+        ConfigError: unknown `init`, or what it needs is missing or does not fit.
+    """
+    weight = prompt_parameter(model)
+    size, width = weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    if init == "uniform":
+        bound = 1 / math.sqrt(width)
+        values = torch.empty(size, width).uniform_(-bound, bound, generator=generator)
+    elif init in ("vocab", "text"):
+        # Called, not indexed: some models (Gemma) scale inside their embedding module.
+        embed = get_plm(model).get_input_embeddings()
+        if init == "vocab":
+            ids = torch.randint(0, embed.num_embeddings, (size,), generator=generator)
+        else:
+            if tokenizer is None or not text:
+                raise ConfigError(f"prompt.init='text' needs a tokenizer and a text, got text={text!r}")
+            found = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not found:
+                raise ConfigError(f"prompt.text={text!r} has no tokens; choose a longer text")
+            ids = torch.tensor((found * math.ceil(size / len(found)))[:size])
+        with torch.no_grad():
+            values = embed(ids.to(embed.weight.device))
+    elif init == "prompt":
+        if path is None:
+            raise ConfigError("prompt.init='prompt' needs prompt.path: the folder of a saved prompt")
+        values = load_prompt(path)
+        if tuple(values.shape) != (size, width):
+            raise ConfigError(
+                f"prompt.path={str(path)!r} holds a prompt of shape {tuple(values.shape)}, this model needs "
+                f"({size}, {width}); set prompt.tokens to {values.shape[0]} or use another prompt"
+            )
+    else:
+        raise ConfigError(f"prompt.init={init!r} is unknown; choose one of {', '.join(INITS)}")
+    with torch.no_grad():
+        weight.data = weight.data.float()
+        weight.copy_(values)
+
+
+def load_prompt(path: str | Path) -> torch.Tensor:
+    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`.
+
+    Raises:
+        ConfigError: no readable prompt there.
+    """
+    folder = Path(path)
+    file = folder / "adapter_model.safetensors"
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        values = load_file(file)["prompt_embeddings"]
+    except (OSError, KeyError, ValueError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{str(folder)!r} is not a saved soft prompt ({type(error).__name__}: {error}); it needs "
+            "adapter_config.json and adapter_model.safetensors with prompt_embeddings"
+        ) from error
+    if kind != "PROMPT_TUNING" or values.ndim != 2:
+        raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {kind!r}, not a soft prompt")
+    return values
