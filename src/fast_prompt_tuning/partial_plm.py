@@ -245,10 +245,10 @@ class PartialPLM:
         """Ascending indices `(k,)` of the neurons that layer `layer` of `stack` keeps."""
         if self._keep_neurons == "first":
             return torch.arange(k)
-        if self._neuron_scores is None:
+        if self._neuron_scores is None or stack not in self._neuron_scores:
             raise ScoreError(
-                "neuron_scores=None, but a stage leaves out FFN neurons; pass neuron_scores=activation_scores(model, "
-                "calibration_batches), or keep_neurons='first'"
+                f"neuron_scores lacks the {stack}, but a stage leaves out FFN neurons there; pass neuron_scores="
+                "activation_scores(model, calibration_batches), or keep_neurons='first'"
             )
         # A stable sort makes ties deterministic: the lower index wins, as everywhere in selection.py.
         order = torch.sort(self._neuron_scores[stack][layer], descending=True, stable=True).indices
@@ -307,9 +307,7 @@ class PartialPLM:
             self._kept_layers(stack, stage.layers_in(name))
             if k is None or k == stack.width:
                 continue
-            if self._keep_neurons == "activation" and (self._neuron_scores is None or name not in self._neuron_scores):
-                self.kept_neurons(name, 0, k)  # raises where there are no scores at all
-                raise ScoreError(f"neuron_scores lacks the {name}, whose neurons a stage leaves out; score it too")
+            self.kept_neurons(name, 0, k)
             for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):
                 where = f"layer {i} of the {name}"
                 if not ins or out is None:
