@@ -16,7 +16,7 @@ Where the count and a measured one may differ:
   are below 1% except in toy models.
 * Recomputation by gradient checkpointing is not counted.
 
-No weights are needed: shapes are read off a model of one layer per stack on the `meta` device.
+No weights are needed: shapes are read off a model of two layers per stack on the `meta` device.
 """
 
 from __future__ import annotations
@@ -143,9 +143,10 @@ class CostModel:
 
     @classmethod
     def from_config(cls, config: Any) -> CostModel:
-        """Shapes from a config alone: one layer per stack is built on the `meta` device, no weight is allocated.
+        """Shapes from a config alone: two layers per stack are built on the `meta` device, no weight is allocated.
 
-        All layers of a stack are taken to be alike, as they are in every registered family.
+        The layers of a stack are taken to be alike, as they are in every registered family but for state that the
+        first one owns (T5's position bias).
 
         Raises:
             UnknownFamilyError: the architecture is not registered.
@@ -156,12 +157,13 @@ class CostModel:
 
         sizes = families.full_sizes(config)
         small = copy.deepcopy(config)
-        for spec in families.of(config).stacks.values():
+        for name, spec in families.of(config).stacks.items():
+            present = min(2, sizes[name][0])
             for field in spec.count_fields:
-                setattr(small, field, 1)
+                setattr(small, field, present)
             for field in spec.per_layer_fields:
                 if getattr(small, field, None):
-                    setattr(small, field, list(getattr(small, field))[:1])
+                    setattr(small, field, list(getattr(small, field))[:present])
         auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         with torch.device("meta"):
             plm = auto.from_config(small)
@@ -183,7 +185,7 @@ class CostModel:
 
     @classmethod
     def _read(cls, plm: nn.Module, depth: Mapping[str, int] | None) -> CostModel:
-        """Read every stack off the first layer of `plm`; `depth` is the layer count where `plm` itself is cut."""
+        """Read every stack off the last layer of `plm`; `depth` is the layer count where `plm` itself is cut."""
         from .partial_plm import resolve
 
         config: Any = plm.config
@@ -194,13 +196,13 @@ class CostModel:
             parent_path, _, attribute = spec.layers.rpartition(".")
             parent = resolve(base, parent_path) if parent_path else base
             # `_modules` holds the whole list also where a partial PLM shadows it.
-            layers = parent._modules.get(attribute) if parent is not None else None
-            if parent is None or layers is None or not len(layers):  # type: ignore[arg-type]
+            layers: Any = parent._modules.get(attribute) if parent is not None else None
+            if parent is None or layers is None or not len(layers):
                 raise ModelError(
                     f"{type(plm).__name__} (model_type={config.model_type!r}) has no layers at {spec.layers!r}; if it "
                     "is a variant of the family, register it with its own paths"
                 )
-            found[name] = (parent, list(layers))  # type: ignore[call-overload]
+            found[name] = (parent, list(layers))
         inside = {id(m) for _, layers in found.values() for layer in layers for m in layer.modules()}
         head = plm.get_output_embeddings()  # type: ignore[operator]
         if head is None:
@@ -215,9 +217,10 @@ class CostModel:
         stacks = {}
         extra_params = 0
         for name, (_, layers) in found.items():
-            stack = _read_layer(layers[0], specs[name], config, outside[name], len(layers), depth and depth[name])
+            count = len(layers) if depth is None else depth[name]
+            stack = _read_layer(layers[-1], specs[name], config, outside[name], count)
             stacks[name] = stack
-            extra_params += (stack.layers - len(layers)) * _params(layers[-1])
+            extra_params += (stack.layers - len(layers)) * stack.layer_params
         head_shape = _linear_shape(head)
         if head_shape is None:
             raise ModelError(f"the LM head of {type(plm).__name__} is {type(head).__name__}, not a linear layer")
@@ -245,9 +248,7 @@ class CostModel:
         if stage is None:
             return {n: (s.layers, s.ffn) for n, s in self.stacks.items()}
         stage.check_fits(self.full_stage)
-        return {
-            n: (_or(stage.layers_in(n), s.layers), _or(stage.ffn_in(n), s.ffn)) for n, s in self.stacks.items()
-        }
+        return {n: (_or(stage.layers_in(n), s.layers), _or(stage.ffn_in(n), s.ffn)) for n, s in self.stacks.items()}
 
 
 def _or(value: int | None, default: int) -> int:
@@ -281,9 +282,7 @@ def _attention_width(linears: list[tuple[str, nn.Module, int, int]], d_model: in
     return next((i for _, _, i, _ in linears if i != d_model), d_model)
 
 
-def _read_layer(
-    layer: nn.Module, spec: families.StackSpec, config: Any, outside: int, present: int, depth: int | None
-) -> StackCost:
+def _read_layer(layer: nn.Module, spec: families.StackSpec, config: Any, outside: int, count: int) -> StackCost:
     from .partial_plm import resolve
 
     attention = resolve(layer, spec.self_attention)
@@ -312,7 +311,7 @@ def _read_layer(
     query = sum(i * o for n, _, i, o in cross if n[0] == "q")
     known = {id(m) for _, m, _, _ in (*own, *cross)} | {id(m) for m in (*ffn_in, ffn_out)}
     return StackCost(
-        layers=present if depth is None else depth,
+        layers=count,
         ffn=width,
         d_model=d_model,
         attention=sum(i * o for _, _, i, o in own),
@@ -340,9 +339,7 @@ def _check_convention(convention: str) -> None:
         raise ConfigError(f"convention={convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
 
 
-def _pass_flops(
-    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str
-) -> tuple[float, float]:
+def _pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
     """FLOPs of `(forward, backward)` of one batch."""
     _check_convention(convention)
     sizes = cost.sizes(stage)
@@ -380,9 +377,7 @@ def _pass_flops(
     return 2 * (forward + logits), 2 * (backward + logits)
 
 
-def forward_flops(
-    cost: CostModel, stage: Stage | None, shape: BatchShape, *, convention: Convention = "all"
-) -> float:
+def forward_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, *, convention: Convention = "all") -> float:
     """FLOPs of a forward pass of one batch at `stage` (None: the full model), LM head as `shape` says.
 
     Raises:
@@ -414,9 +409,7 @@ def step_flops(
     return there + back if backward else there
 
 
-def schedule_flops(
-    cost: CostModel, schedule: Schedule, shape: BatchShape, *, convention: Convention = "all"
-) -> float:
+def schedule_flops(cost: CostModel, schedule: Schedule, shape: BatchShape, *, convention: Convention = "all") -> float:
     """FLOPs of all training steps of a schedule, every batch of the same shape."""
     return sum(s.steps * step_flops(cost, s, shape, convention=convention) for s in schedule.stages)
 
