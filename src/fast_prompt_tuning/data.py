@@ -1,0 +1,311 @@
+"""From rendered text to batches: tokenizing with exact truncation, padding, batches of similar length.
+
+Sizes: B batch, T tokens. The P virtual tokens of the soft prompt come on top of every length here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from .errors import ConfigError, DataError
+
+IGNORED = -100
+"""Label of a position that carries no loss (the default of `torch.nn.functional.cross_entropy`)."""
+
+_ENCODED = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "n_target": datasets.Value("int32"),
+    }
+)
+
+
+# --- tokenizing ---
+
+
+def _tokens(tokenizer: Any, texts: list[str], *, target: bool = False) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    if not texts:
+        return []
+    kind = {"text_target": texts} if target else {"text": texts}
+    # verbose=False: a text longer than the model's maximum is expected here, and cut next
+    ids: list[list[int]] = tokenizer(**kind, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _affixes(tokenizer: Any, probe: str, *, target: bool = False) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after a text (or a target)."""
+    for text in (probe, "a"):
+        (bare,) = _tokens(tokenizer, [text], target=target)
+        full = tokenizer(**({"text_target": text} if target else {"text": text}), verbose=False)["input_ids"]
+        for start in range(len(full) - len(bare) + 1) if bare else ():
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+    raise ConfigError(f"{type(tokenizer).__name__} gives no tokens that special tokens could be told from; use another")
+
+
+def _fit(text: str, start: int, end: int, tokenizer: Any, room: int) -> tuple[int, list[int]]:
+    """Cut the end of `text[start:end]` until the whole text fits.
+
+    Args:
+        text: rendered input of more than `room` tokens.
+        start: first character that may go.
+        end: end of the characters that may go.
+        tokenizer: any tokenizer; one that gives offsets needs fewer tries.
+        room: most tokens, special tokens not counted.
+
+    Returns:
+        The character c in [start, end] where the span now ends, and the tokens of `text[:c] + text[end:]`.
+
+    Raises:
+        DataError: it does not fit even with nothing left of the span.
+    """
+
+    def tokens_at(cut: int) -> list[int]:
+        return _tokens(tokenizer, [text[:cut] + text[end:]])[0]
+
+    cut, ids = start, tokens_at(start)
+    if len(ids) > room:
+        raise DataError(
+            f"the parts of the input that are never shortened take {len(ids)} tokens and there is room for {room}; "
+            "raise max_input_tokens"
+        )
+    if tokenizer.is_fast:
+        full = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        cuts = sorted({start, *(a for a, _ in full["offset_mapping"] if start <= a < end)})
+        index, excess = len(cuts), len(full["input_ids"]) - room
+        while excess > 0 and index > 0:  # tokens at the seam may merge or split, so count again after each cut
+            index = max(0, index - excess)
+            cut, ids = cuts[index], tokens_at(cuts[index])
+            excess = len(ids) - room
+    else:
+        low, high = start, end - 1
+        while low < high:  # the longest span that fits, by bisection
+            middle = (low + high + 1) // 2
+            tried = tokens_at(middle)
+            if len(tried) <= room:
+                low, cut, ids = middle, middle, tried
+            else:
+                high = middle - 1
+    return cut, ids
+
+
+def encode(
+    examples: datasets.Dataset, tokenizer: Any, *, decoder: bool, max_input_tokens: int, max_target_tokens: int
+) -> datasets.Dataset:
+    """Tokenize the examples that `tasks.load_examples` gives.
+
+    An input of more than `max_input_tokens` loses the end of the task's `truncate` field and nothing else; with no
+    such field it loses its own end. Special tokens count and are never cut.
+
+    Args:
+        examples: columns `id`, `input`, `target`, `cut_start`, `cut_end`.
+        tokenizer: any `transformers` tokenizer, fast or slow.
+        decoder: for a decoder-only model.
+        max_input_tokens: most tokens of an input, special tokens included.
+        max_target_tokens: most tokens of a target, its EOS included.
+
+    Returns:
+        Data set with `n_target`, the number of labels that carry loss (0: unlabelled), and
+
+        - encoder-decoder: `input_ids` (T,), the input with the tokenizer's special tokens; `labels` (n_target,), the
+          target with its EOS;
+        - decoder-only: `input_ids` (T,), the input (BOS where the tokenizer adds one, no EOS), then the target and
+          EOS; `labels` (T,), -100 over the input. `input_ids[: T - n_target]` is the input alone.
+
+    Raises:
+        DataError: an input cannot be shortened enough; names the example.
+        ConfigError: no room for a single token, or the tokenizer has no EOS.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} has no eos_token: the model could not learn where to stop; set one"
+        )
+    if len(examples) == 0:
+        raise DataError("no examples to encode")
+    before, after = _affixes(tokenizer, examples[0]["input"])
+    if decoder:
+        after, target_before, target_after = [], [], [eos]
+    else:
+        target_before, target_after = _affixes(tokenizer, examples[0]["target"], target=True)
+        target_after = target_after if eos in target_after else [*target_after, eos]
+    room = max_input_tokens - len(before) - len(after)
+    target_room = max_target_tokens - len(target_before) - len(target_after)
+    if room < 1 or target_room < 1:
+        raise ConfigError(
+            f"max_input_tokens={max_input_tokens} and max_target_tokens={max_target_tokens} must leave room for a "
+            f"token beside {len(before) + len(after)} and {len(target_before) + len(target_after)} special tokens"
+        )
+
+    def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        inputs = _tokens(tokenizer, batch["input"])
+        targets = _tokens(tokenizer, batch["target"], target=True)
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "n_target": []}
+        for i, (ids, target) in enumerate(zip(inputs, targets, strict=True)):
+            if len(ids) > room and batch["cut_start"][i] >= 0:
+                try:
+                    _, ids = _fit(batch["input"][i], batch["cut_start"][i], batch["cut_end"][i], tokenizer, room)
+                except DataError as error:
+                    raise DataError(f"example {batch['id'][i]!r}: {error.reason}") from None
+            ids = [*before, *ids[:room], *after]
+            labels = [*target_before, *target[:target_room], *target_after] if batch["target"][i] else []
+            columns["n_target"].append(len(labels))
+            columns["labels"].append([IGNORED] * len(ids) + labels if decoder else labels)
+            columns["input_ids"].append(ids + labels if decoder else ids)
+        return columns
+
+    return examples.map(
+        encode_batch,
+        batched=True,
+        remove_columns=examples.column_names,
+        features=_ENCODED,
+        load_from_cache_file=False,  # a cache hit would depend on how well the tokenizer pickles
+        desc="Tokenizing",
+    )
+
+
+# --- batching ---
+
+
+class Collator:
+    """Rows of `encode` -> one padded batch. Other columns are dropped.
+
+    Padding is on the right: the soft prompt sits in front of the text, and padding on the left would come between.
+
+    Args:
+        tokenizer: gives the padding token; EOS, then 0, where it has none (padding is masked in any case).
+        decoder: the rows are a decoder-only model's.
+        pad_to_multiple_of: round lengths up to a multiple, for hardware that likes it.
+
+    Returns:
+        When called on B rows: `input_ids` and `attention_mask` (B, T) and `labels`, (B, T) for a decoder-only model,
+        else (B, T_target); -100 where there is no label. All int64.
+    """
+
+    def __init__(self, tokenizer: Any, *, decoder: bool, pad_to_multiple_of: int | None = None):
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ConfigError(f"pad_to_multiple_of={pad_to_multiple_of} must be at least 1")
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(i for i in ids if i is not None)
+        self.decoder = decoder
+        self.multiple = pad_to_multiple_of or 1
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if not rows:
+            raise DataError("an empty batch")
+        inputs = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+        labels = [torch.as_tensor(row["labels"], dtype=torch.int64) for row in rows]
+        length = self._rounded(max(map(len, inputs)))
+        target_length = length if self.decoder else self._rounded(max(map(len, labels)))
+        return {
+            "input_ids": _padded(inputs, length, self.pad_id),
+            "attention_mask": _padded([torch.ones_like(ids) for ids in inputs], length, 0),
+            "labels": _padded(labels, target_length, IGNORED),
+        }
+
+    def _rounded(self, length: int) -> int:
+        return -(-max(length, 1) // self.multiple) * self.multiple
+
+
+def _padded(rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
+    out = torch.full((len(rows), length), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def input_lengths(dataset: datasets.Dataset) -> list[int]:
+    """Number of `input_ids` of each row of `encode`, for `LengthBatchSampler`."""
+    return [len(ids) for ids in dataset["input_ids"]]
+
+
+class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """Batches of similar length, the same for the same seed and epoch; every index once an epoch.
+
+    Indices are shuffled and cut into windows, each window is sorted by length and cut into batches, and the batches
+    are shuffled: little padding, and still a random order.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: B.
+        seed: seed of the order, together with the epoch.
+        window: batches in a window. 1: no sorting; more: less padding.
+        drop_last: leave out a random remainder so that every batch is full.
+
+    Raises:
+        ConfigError: `batch_size` or `window` below 1, a negative seed.
+        DataError: no examples, or with `drop_last` not a single full batch.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, window: int = 32, drop_last: bool = False
+    ):
+        for name, value, least in (("batch_size", batch_size, 1), ("window", window, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.seed, self.window, self.drop_last = batch_size, seed, window, drop_last
+        self.epoch = 0
+        if len(self) == 0:
+            raise DataError(f"{len(lengths)} examples make no batch of {batch_size} (drop_last={drop_last})")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of this epoch from the next iteration on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.batch_size)
+        return full + bool(rest and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths))
+        if self.drop_last:  # before sorting: dropping the last batch would always drop long examples
+            order = order[: len(order) - len(order) % self.batch_size]
+        batches = []
+        size = self.window * self.batch_size
+        for start in range(0, len(order), size):
+            window = order[start : start + size]
+            if self.window > 1:
+                window = window[np.argsort(self.lengths[window], kind="stable")]
+            batches += [window[i : i + self.batch_size].tolist() for i in range(0, len(window), self.batch_size)]
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
+
+
+# --- for records and scores ---
+
+
+def examples_fingerprint(dataset: datasets.Dataset) -> str:
+    """SHA-256 (hex) of the rows' rendered inputs, targets and references, in order: tells data sets apart."""
+    digest = hashlib.sha256()
+    columns = [name for name in ("id", "input", "target", "references") if name in dataset.column_names]
+    for row in dataset.select_columns(columns or dataset.column_names):
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def train_calibration(dataset: datasets.Dataset, n: int, seed: int) -> datasets.Dataset:
+    """n random rows of the *training* data to compute scores on; all of them, in order, where there are fewer.
+
+    Never pass a validation or test split: what is chosen with these rows would then have seen it.
+
+    Raises:
+        ConfigError: `n` below 1.
+        DataError: no rows.
+    """
+    if n < 1:
+        raise ConfigError(f"n={n} calibration examples must be at least 1")
+    if len(dataset) == 0:
+        raise DataError("no training examples to calibrate on")
+    picked = np.random.default_rng(seed).permutation(len(dataset))[:n]
+    return dataset.select(np.sort(picked))
