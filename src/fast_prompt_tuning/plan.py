@@ -7,6 +7,7 @@ model of any size answers in a few seconds.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -298,7 +299,7 @@ def random_plm(config: Any, *, dtype: torch.dtype, device: str = "cpu") -> nn.Mo
 
     auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     with torch.device(device), no_init_weights():
-        plm = auto.from_config(config, dtype=dtype)
+        plm = auto.from_config(copy.deepcopy(config), dtype=dtype)  # a model writes into its config
     plm.tie_weights()
     noise = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).to(device, dtype)
     with torch.no_grad():
