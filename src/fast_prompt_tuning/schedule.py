@@ -36,6 +36,7 @@ def _per_stack(name: str, value: Size, stacks: tuple[str, ...]) -> dict[str, int
         sizes = {str(k): v for k, v in value.items()}
         if set(sizes) != set(stacks):
             raise ScheduleError(f"{name}={sizes} must name exactly the stacks {list(stacks)}; fix the keys")
+        sizes = {stack: sizes[stack] for stack in stacks}  # in one order: equal stages must hash and print the same
     else:
         sizes = dict.fromkeys(stacks, value)
     for stack, size in sizes.items():
@@ -78,8 +79,9 @@ class Stage:
         set_(self, "_layers", MappingProxyType(layers))
         set_(self, "_ffn", MappingProxyType(ffn))
         # One number wherever the stacks agree, so that equal stages compare equal however they were written.
-        set_(self, "layers", next(iter(layers.values())) if len(set(layers.values())) == 1 else MappingProxyType(layers))
-        set_(self, "ffn", next(iter(ffn.values())) if len(set(ffn.values())) == 1 else MappingProxyType(ffn))
+        for name, sizes in (("layers", layers), ("ffn", ffn)):
+            numbers = set(sizes.values())
+            set_(self, name, numbers.pop() if len(numbers) == 1 else MappingProxyType(sizes))
 
     def __hash__(self) -> int:
         return hash((tuple(self._layers.items()), tuple(self._ffn.items()), self.steps, self.stacks))
@@ -245,7 +247,9 @@ class Schedule:
         chosen = tuple(stacks) if stacks is not None else full_stage.stacks
         least = len(PAPER_SPLIT) if cut_layers or cut_ffn else 1
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < least:
-            raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of at least {least} for {method!r}")
+            raise ScheduleError(
+                f"total_steps={total_steps!r} must be a whole number of at least {least} for {method!r}"
+            )
         for stack in chosen:
             if stack not in full_stage.stacks:
                 raise ScheduleError(
@@ -256,7 +260,9 @@ class Schedule:
         if not (cut_layers or cut_ffn):
             return cls((Stage(layers, ffn, total_steps, chosen),))
         shares = [sum(PAPER_SPLIT[: i + 1]) for i in range(len(PAPER_SPLIT))]
-        ends = [max(i + 1, min(round(total_steps * s), total_steps - len(shares) + i + 1)) for i, s in enumerate(shares)]
+        ends = [
+            max(i + 1, min(round(total_steps * s), total_steps - len(shares) + i + 1)) for i, s in enumerate(shares)
+        ]
         steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         return cls(
             Stage(
