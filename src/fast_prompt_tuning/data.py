@@ -15,17 +15,12 @@ import numpy as np
 import torch
 
 from .errors import ConfigError, DataError
+from .tasks import Task
 
 IGNORED = -100
 """Label of a position that carries no loss (the default of `torch.nn.functional.cross_entropy`)."""
 
-_ENCODED = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "labels": datasets.List(datasets.Value("int32")),
-        "n_target": datasets.Value("int32"),
-    }
-)
+_IDS = datasets.List(datasets.Value("int32"))
 
 
 # --- tokenizing ---
@@ -80,7 +75,8 @@ def _fit(text: str, start: int, end: int, tokenizer: Any, room: int) -> tuple[in
         )
     if tokenizer.is_fast:
         full = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        cuts = sorted({start, *(a for a, _ in full["offset_mapping"] if start <= a < end)})
+        # One place per token, also where several tokens are bytes of one character.
+        cuts = sorted([start, *(a for a, _ in full["offset_mapping"] if start < a < end)])
         index, excess = len(cuts), len(full["input_ids"]) - room
         while excess > 0 and index > 0:  # tokens at the seam may merge or split, so count again after each cut
             index = max(0, index - excess)
@@ -99,7 +95,13 @@ def _fit(text: str, start: int, end: int, tokenizer: Any, room: int) -> tuple[in
 
 
 def encode(
-    examples: datasets.Dataset, tokenizer: Any, *, decoder: bool, max_input_tokens: int, max_target_tokens: int
+    examples: datasets.Dataset,
+    tokenizer: Any,
+    task: Task | None = None,
+    *,
+    decoder: bool,
+    max_input_tokens: int,
+    max_target_tokens: int,
 ) -> datasets.Dataset:
     """Tokenize the examples that `tasks.load_examples` gives.
 
@@ -109,12 +111,14 @@ def encode(
     Args:
         examples: columns `id`, `input`, `target`, `cut_start`, `cut_end`.
         tokenizer: any `transformers` tokenizer, fast or slow.
+        task: named in messages; what may be cut is written in the examples.
         decoder: for a decoder-only model.
         max_input_tokens: most tokens of an input, special tokens included.
         max_target_tokens: most tokens of a target, its EOS included.
 
     Returns:
-        Data set with `n_target`, the number of labels that carry loss (0: unlabelled), and
+        The examples (less `cut_start` and `cut_end`) with `n_target`, the number of labels that carry loss (0:
+        unlabelled), and
 
         - encoder-decoder: `input_ids` (T,), the input with the tokenizer's special tokens; `labels` (n_target,), the
           target with its EOS;
@@ -134,7 +138,9 @@ def encode(
         raise DataError("no examples to encode")
     before, after = _affixes(tokenizer, examples[0]["input"])
     if decoder:
-        after, target_before, target_after = [], [], [eos]
+        after = []  # generation goes on where the input ends
+        target_before: list[int] = []
+        target_after: list[int] = [eos]
     else:
         target_before, target_after = _affixes(tokenizer, examples[0]["target"], target=True)
         target_after = target_after if eos in target_after else [*target_after, eos]
@@ -155,7 +161,8 @@ def encode(
                 try:
                     _, ids = _fit(batch["input"][i], batch["cut_start"][i], batch["cut_end"][i], tokenizer, room)
                 except DataError as error:
-                    raise DataError(f"example {batch['id'][i]!r}: {error.reason}") from None
+                    who = f"task {task.name!r}, example" if task else "example"
+                    raise DataError(f"{who} {batch['id'][i]!r}: {error.reason}") from None
             ids = [*before, *ids[:room], *after]
             labels = [*target_before, *target[:target_room], *target_after] if batch["target"][i] else []
             columns["n_target"].append(len(labels))
@@ -163,11 +170,12 @@ def encode(
             columns["input_ids"].append(ids + labels if decoder else ids)
         return columns
 
+    kept = {name: kind for name, kind in examples.features.items() if name not in ("cut_start", "cut_end")}
     return examples.map(
         encode_batch,
         batched=True,
-        remove_columns=examples.column_names,
-        features=_ENCODED,
+        remove_columns=["cut_start", "cut_end"],
+        features=datasets.Features({**kept, "input_ids": _IDS, "labels": _IDS, "n_target": datasets.Value("int32")}),
         load_from_cache_file=False,  # a cache hit would depend on how well the tokenizer pickles
         desc="Tokenizing",
     )

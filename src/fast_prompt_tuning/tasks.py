@@ -216,8 +216,9 @@ class Task(_Frozen):
     def _agrees(self) -> Task:
         for decoder in (False, True) if self.decoder else (False,):
             input_template, target_template = self.templates(decoder=decoder)
+            _, shown = _compile(input_template)
             _compile(target_template)
-            if self.truncate and self.truncate not in _compile(input_template)[1]:
+            if self.truncate and self.truncate not in shown:
                 raise ConfigError(f"truncate={self.truncate!r} is not a field of input_template={input_template!r}")
         if self.labels is not None and self.label_field is None:
             raise ConfigError("labels need label_field, the field that holds the label")
@@ -384,9 +385,10 @@ def _answer_texts(value: Any) -> list[str]:
     if isinstance(value, str):
         value = [value]
     texts = [v.get("text") if isinstance(v, Mapping) else v for v in value] if isinstance(value, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(strings) < len(texts):
         raise DataError(f"answers are {str(value)[:80]!r}; they must be a text or a list of texts")
-    return texts
+    return strings
 
 
 def _check_text(text: str) -> None:
@@ -708,7 +710,7 @@ _READERS: Mapping[str, tuple[tuple[str, ...], Callable[[Path], _Rows]]] = Mappin
 
 def _format_of(path: Path, preferred: str | None) -> str:
     suffix = path.suffix.lower()
-    if preferred in _READERS and suffix in _READERS[preferred][0]:
+    if preferred is not None and suffix in _READERS.get(preferred, ((),))[0]:
         return preferred
     for name, (suffixes, _) in _READERS.items():
         if suffix in suffixes:
