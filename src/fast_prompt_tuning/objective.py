@@ -71,6 +71,11 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.T
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     causal = not plm.config.is_encoder_decoder
+    if causal and plm.get_output_embeddings() is not None and not plm.can_generate():
+        raise ModelError(
+            f"{type(plm).__name__} does not predict the next token, so its labels are not those of a language model; "
+            "use a …ForCausalLM or …ForConditionalGeneration model, or the model's own loss"
+        )
     if not causal and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = plm.prepare_decoder_input_ids_from_labels(labels=labels)
     # A causal model predicts token t at position t − 1; a soft prompt in front moves every position back by P.
