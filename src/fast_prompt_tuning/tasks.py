@@ -250,6 +250,10 @@ class Task(_Frozen):
             )
         return self.input_template, self.target_template
 
+    def input_fields(self, *, decoder: bool) -> frozenset[str]:
+        """Names of the fields that the input template reads."""
+        return _compile(self.templates(decoder=decoder)[0])[1]
+
     def choices(self, *, decoder: bool) -> dict[str, str]:
         """Label word -> target text, in the order of `labels`; empty for a task with open answers.
 
