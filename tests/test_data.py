@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from fast_prompt_tuning import data
+from fast_prompt_tuning import data, tasks
 from fast_prompt_tuning.data import Collator, LengthBatchSampler, encode, examples_fingerprint, train_calibration
 from fast_prompt_tuning.errors import ConfigError, DataError
 from fast_prompt_tuning.tasks import load_examples, load_task, render_rows, task_from_templates
@@ -155,6 +155,11 @@ def test_truncation_fits_and_cuts_the_fields_end_only(tokenizer, text, limit):
     assert len(ids) >= room - 4
 
 
+def test_characters_of_several_tokens_are_not_cut_too_early():
+    (row,) = encode(rows(["橋" * 60]), T5_LIKE, decoder=False, max_input_tokens=60, max_target_tokens=9)
+    assert 60 - 3 < len(row["input_ids"]) <= 60  # three byte tokens a character
+
+
 def test_a_field_in_the_middle_loses_its_end_and_the_tail_stays():
     squad = load_task("squad2")
     context = "It was built in 1907. " * 40
@@ -207,6 +212,18 @@ def test_official_files_become_batches(task, file, decoder):
     for ids, target in zip(batch["labels"], examples["target"], strict=True):
         assert tokenizer.decode(ids[ids != -100], skip_special_tokens=False) == target + "</s>"
     assert ("<extra_id_0>" in examples["target"][0]) is not decoder
+
+
+def test_memory_mapped_examples_encode_the_same(monkeypatch):
+    texts = [f"built in {year}" for year in range(25)]
+    small = rows(texts)
+    monkeypatch.setattr(tasks, "_SPILL_ROWS", 10)
+    large = rows(texts)
+    assert large.cache_files
+    one, other = (
+        encode(d, T5_LIKE, decoder=True, max_input_tokens=30, max_target_tokens=9).to_list() for d in (small, large)
+    )
+    assert one == other
 
 
 # --- batches ---
