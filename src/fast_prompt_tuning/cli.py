@@ -1,0 +1,365 @@
+"""The command `fpt`. Thin: every command parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import ConfigError, DataError, FptError, TrainingStopped
+
+app = typer.Typer(
+    name="fpt",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Tune a soft prompt on a growing partial model. Start with [bold]fpt demo[/bold]; then [bold]fpt ls "
+    "recipes[/bold], [bold]fpt plan[/bold] (what will it cost?) and [bold]fpt train --config RECIPE[/bold].",
+    epilog="Exit codes: 0 done, 1 training stopped (loss not finite), 2 bad input, 130 Ctrl-C, 143 SIGTERM.",
+)
+console = Console(stderr=False)
+state: dict[str, Any] = {"debug": False}
+
+EXIT_STOPPED, EXIT_INPUT = 1, 2
+
+Config = Annotated[str, typer.Option("--config", "-c", help="Recipe: a YAML file, or a name from `fpt ls recipes`.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Override one setting, e.g. --set train.steps=100. Repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all library messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")] = False,
+) -> None:
+    state["debug"] = debug
+    if quiet:
+        state["quiet"] = True
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(message)s")
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
+
+
+def _quiet_libraries() -> None:
+    """Our own progress is shown; the libraries' bars and notices are noise beside it."""
+    if state["debug"]:
+        return
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _console(as_json: bool = False) -> Console:
+    """Where people's output goes: nowhere under --quiet, to standard error under --json."""
+    if state.get("quiet"):
+        return Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
+    return Console(stderr=as_json)
+
+
+def _emit(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the results.")] = "runs/demo",
+    method: Annotated[str, typer.Option(help="Which FPT to compare with plain prompt tuning: ld, fr or cr.")] = "cr",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+    sets: Sets = [],  # noqa: B006 (typer reads it, nothing changes it)
+    as_json: Json = False,
+) -> None:
+    """Compare plain prompt tuning and FPT on a real model and real news, in minutes on two CPU cores."""
+    from .demo import demo as run_demo
+
+    _quiet_libraries()
+    record = run_demo(_console(as_json), output=output, method=method, overwrite=overwrite, overrides=sets)
+    if as_json:
+        _emit(record)
+
+
+@app.command()
+def train(
+    config: Config,
+    sets: Sets = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a soft prompt as a recipe says. Next: `fpt eval RUN`, `fpt predict RUN`."""
+    from .config import load
+
+    settings = load(config, sets)  # first of all: a typing error must not wait for PyTorch
+    from . import run
+    from .demo import reporter_hook
+    from .report import comparison_table, table_rows
+
+    _quiet_libraries()
+    out = _console(as_json)
+    run.check_folder(settings, overwrite=overwrite, resume=resume)
+    session = run.open_session(settings, ("train", "validation"))
+    callbacks: list[Any] = []
+    hook = reporter_hook(out, settings.name or Path(settings.output).name, session, callbacks)
+    result = run.train(
+        settings, overwrite=overwrite, resume=resume, session=session, callbacks=callbacks, on_schedule=hook
+    )
+    out.print(comparison_table([result]))
+    out.print(f"run {settings.output}", highlight=False)
+    if as_json:
+        _emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
+    if result.status == "interrupted":
+        number = int((result.reason or "signal 2").split()[-1])
+        out.print("[yellow]interrupted[/yellow]: go on with the same command and --resume")
+        raise typer.Exit(128 + number)
+
+
+@app.command(name="eval")
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; the first one's task and model are used.")],
+    split: Annotated[str, typer.Option(help="Split to score.")] = "test",
+    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Also score the model without a prompt.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write predictions as JSONL into this new file.")] = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Score saved prompts on the full model. Next: `fpt predict RUN`."""
+    from . import run
+    from .config import load
+    from .soft_prompt import load_prompt
+
+    _quiet_libraries()
+    settings = load(_run_file(runs[0], "config.yaml"), sets)
+    if output is not None and output.exists():
+        raise ConfigError(f"--output {str(output)!r} exists already; choose another name")
+    prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
+    for folder in runs:
+        prompts[str(folder)] = load_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder)
+    session = run.open_session(settings, (split,))
+    records = {}
+    table = Table(header_style="bold")
+    for column in ("prompt", "metric", "value %", "95% interval", "examples"):
+        table.add_column(column)
+    for name, prompt in prompts.items():
+        found = run.evaluate(session, None if prompt is None else prompt.to(session.plm.device), split)
+        records[name] = {
+            "metrics": found.result.values,
+            "intervals": found.result.intervals,
+            "examples": found.result.n,
+            "seconds": found.seconds,
+            "flops": found.flops,
+        }
+        for metric, value in found.result.values.items():
+            low, high = found.result.intervals[metric]
+            table.add_row(name, metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
+        if output is not None and prompt is not None and len(runs) == 1:
+            run.write_predictions(output, session.examples[split], found)
+    _console(as_json).print(table)
+    if as_json:
+        _emit({"split": split, "results": records})
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]…", help="Texts; none: one per line on standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read inputs from this file, one per line.")] = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, prediction, score.")] = False,
+) -> None:
+    """Answer new texts with a saved prompt. A line that is a JSON object gives the task's fields by name."""
+    from . import run, tasks
+    from .config import load
+    from .data import encode
+    from .soft_prompt import load_prompt
+
+    _quiet_libraries()
+    settings = load(_run_file(folder, "config.yaml"), sets)
+    prompt = load_prompt(folder / "prompt")
+    session = run.open_session(settings, ())
+    if texts:
+        lines = iter(texts)
+    elif file is not None:
+        try:
+            lines = iter(file.read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot be read: {error}", file=str(file)) from error
+    else:
+        lines = (line.rstrip("\n") for line in sys.stdin)
+    answered = 0
+    batch: list[str] = []
+
+    def answer(batch: list[str]) -> None:
+        rows = [_fields(session.task, text, session.decoder) for text in batch]
+        encoded = encode(
+            tasks.render_rows(session.task, rows, decoder=session.decoder),
+            session.tokenizer,
+            session.task,
+            decoder=session.decoder,
+            max_input_tokens=settings.data.max_input_tokens,
+            max_target_tokens=session.max_target_tokens,
+        )
+        found, answers, _ = run.predict(
+            session, prompt.to(session.plm.device), run.input_ids_of(session, encoded)
+        )
+        for text, prediction, said in zip(batch, found, answers, strict=True):
+            if as_json:
+                _emit({"input": text, "prediction": said, "score": prediction.score})
+            else:
+                sys.stdout.write(said + "\n")
+        sys.stdout.flush()
+
+    # Typed at a terminal, every line is answered at once; piped in, in batches.
+    size = 1 if sys.stdin.isatty() and not (texts or file) else settings.eval.batch_size
+    for line in lines:
+        if line.strip():
+            batch.append(line)
+        if len(batch) == size:
+            answer(batch)
+            answered, batch = answered + len(batch), []
+    if batch:
+        answer(batch)
+        answered += len(batch)
+    if not answered:
+        raise DataError("there is no text to answer; give it as an argument, with --file, or on standard input")
+
+
+def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:
+    """The task's fields from one line: a JSON object, or the text of the one field a plain line can mean."""
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+            if isinstance(found, dict):
+                return found
+        except ValueError:
+            pass
+    fields = sorted(task.input_fields(decoder=decoder))
+    name = task.truncate or fields[0]
+    # Fields beside the main text (a headline) may be empty; a task of several real questions wants JSON.
+    others = {f: "" for f in fields if f != name}
+    if others and not all(f in ("headline", "title") for f in others):
+        raise DataError(
+            f"task {task.name!r} has the fields {', '.join(fields)}; give each input as a JSON object, e.g. "
+            + json.dumps(dict.fromkeys(fields, "…"), ensure_ascii=False)
+        )
+    return {name: text, **others}
+
+
+@app.command()
+def ls(
+    what: Annotated[str, typer.Argument(help="recipes, tasks, families or methods; default all.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """List what is built in: recipes, tasks, model families, methods. Next: `fpt show task NAME`, `fpt plan`."""
+    from . import config, families
+    from .schedule import METHODS
+
+    kinds: dict[str, Any] = {
+        "recipes": lambda: {n: _first_comment(n) for n in config.recipe_names()},
+        "tasks": lambda: _task_lines(),
+        "families": lambda: {n: " + ".join(families._REGISTRY[n].stacks) for n in families.names()},
+        "methods": lambda: {m: METHOD_TEXTS[m] for m in (*METHODS, "full")},
+    }
+    if what != "all" and what not in kinds:
+        raise ConfigError(f"what={what!r} is unknown; choose one of {', '.join(kinds)}")
+    found = {k: v() for k, v in kinds.items() if what in ("all", k)}
+    if as_json:
+        _emit(found)
+        return
+    for kind, entries in found.items():
+        table = Table(title=kind, title_justify="left", show_header=False, box=None)
+        for name, text in entries.items():
+            table.add_row(f"[bold]{name}[/bold]", text)
+        console.print(table)
+
+
+METHOD_TEXTS = {
+    "pt": "plain prompt tuning on the full model (Lester et al. 2021)",
+    "ld": "layer dropping: 25, 50, 75% of the layers for 20% of the steps each, then the full model",
+    "fr": "FFN reduction: 25, 50, 75% of the feed-forward neurons, by activation score, likewise",
+    "cr": "compound reduction: both",
+    "full": "fine-tuning of all weights, as a baseline",
+}
+
+
+def _first_comment(recipe: str) -> str:
+    from importlib import resources
+
+    text = (resources.files(__package__) / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return comment.split(". ")[0].rstrip(".") + "."
+
+
+def _task_lines() -> dict[str, str]:
+    from . import tasks
+
+    return {name: tasks.load_task(name).description for name in tasks.task_names()}
+
+
+def _run_file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise DataError(f"there is no {name}: this is not the folder of a run", file=str(folder))
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; every refusal is one line on standard error and a documented exit code."""
+    code = 0
+    errors = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = app(args=arguments, standalone_mode=False) or 0
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (TrainingStopped, FptError) as error:
+        if state["debug"]:
+            raise
+        errors.print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        code = EXIT_STOPPED if isinstance(error, TrainingStopped) else EXIT_INPUT
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's usage errors
+        if usage is not None:
+            errors.print(f"[red]error:[/red] {_escape(usage())}", highlight=False, soft_wrap=True)
+            code = EXIT_INPUT
+        elif state["debug"]:
+            raise
+        else:
+            kind = type(error).__name__
+            errors.print(
+                f"[red]error:[/red] {kind}: {_escape(str(error))} (a bug, or a machine's trouble: fpt --debug … shows where)",
+                highlight=False,
+                soft_wrap=True,
+            )
+            code = 70
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

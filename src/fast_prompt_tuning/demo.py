@@ -1,0 +1,126 @@
+"""`fpt demo`: plain prompt tuning against FPT on a real model and real text, in minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from . import run
+from .config import RunConfig, load
+from .errors import ConfigError
+from .flops import BatchShape, step_flops
+from .progress import ProgressReporter
+from .report import comparison_table, draw_quality, table_rows
+from .results import RunResult, write_atomic
+from .schedule import Schedule
+
+RECIPE = "bbc_topics_smollm2"
+
+
+def reporter_hook(
+    console: Console, title: str, session: run.Session, callbacks: list[TrainerCallback]
+) -> Callable[[Schedule, Any], None]:
+    """A hook for `run.train` that puts a progress reporter for its schedule into `callbacks`."""
+
+    def hook(schedule: Schedule, full: Any) -> None:
+        data = session.config.data
+        shape = BatchShape(
+            batch=session.config.train.batch_size,
+            input_tokens=data.max_input_tokens,
+            prompt_tokens=session.config.prompt.tokens,
+            target_tokens=min(session.max_target_tokens, 16),
+        )
+        whole = step_flops(session.cost, None, shape)
+        relative = [step_flops(session.cost, stage, shape) / whole for stage in schedule.stages]
+        callbacks.append(ProgressReporter(console, title, schedule, full, relative))
+
+    return hook
+
+
+def demo(
+    console: Console,
+    *,
+    output: str,
+    method: str = "cr",
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run the comparison and write `result.json`, `quality.png` and both runs into `output`.
+
+    Returns:
+        The content of `result.json`: accuracy, FLOPs and seconds of zero-shot, plain and FPT.
+
+    Raises:
+        FptError: as `run.train`.
+    """
+    folder = Path(output)
+    if (folder / "result.json").exists() and not overwrite:
+        raise ConfigError(f"output={output!r} holds a demo already; add --overwrite or choose another --output")
+    configs: dict[str, RunConfig] = {
+        name: load(
+            RECIPE,
+            [*overrides, f"method={m}", f"output={json.dumps(str(folder / name))}", f"name={label}"],
+        )
+        for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
+    }
+    plain = configs["plain"]
+    console.print(f"[bold]Fast Prompt Tuning[/bold]: {plain.model.path} on {plain.data.task}", highlight=False)
+    console.print("loading the model and the articles …")
+    session = run.open_session(plain, ("train", "validation"))
+    train, validation = len(session.encoded["train"]), len(session.encoded["validation"])
+    console.print(
+        f"  {session.plm.config.num_hidden_layers} layers, {session.plm.num_parameters() / 1e6:.0f}M frozen weights "
+        f"({str(session.plm.dtype).removeprefix('torch.')}); {train} training articles cut to "
+        f"{plain.data.max_input_tokens} tokens, {validation} held out",
+        highlight=False,
+    )
+    console.print("[bold]zero-shot[/bold] …")
+    results: list[RunResult] = [run.zero_shot(session)]
+    console.print(f"  {results[0].primary} {results[0].metrics[results[0].primary]:.1f}%", highlight=False)
+    for config in configs.values():
+        console.print(f"[bold]{config.name}[/bold], {config.train.steps} steps", highlight=False)
+        callbacks: list[TrainerCallback] = []
+        hook = reporter_hook(console, str(config.name), session, callbacks)
+        results.append(
+            run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook)
+        )
+        if results[-1].status != "finished":
+            break
+    console.print()
+    console.print(comparison_table(results, "Measured on the full model, held-out articles"))
+    picture = draw_quality(results, folder / "quality.png")
+    _show_predictions(console, Path(results[-1].config["output"]) / "predictions.jsonl")
+    record = {
+        "recipe": RECIPE,
+        "method": method,
+        "environment": results[-1].environment,
+        "runs": dict(zip(("zero_shot", "plain", "fpt"), table_rows(results), strict=False)),
+        "prompt_folder": results[-1].prompt_folder,
+        "picture": str(picture),
+    }
+    write_atomic(folder / "result.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    console.print(f"picture   {picture}", highlight=False)
+    console.print(f"result    {folder / 'result.json'}", highlight=False)
+    console.print(f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)", highlight=False)
+    return record
+
+
+def _show_predictions(console: Console, path: Path, number: int = 6) -> None:
+    """A few held-out examples, wrong ones among them if there are any."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    wrong = [r for r in rows if r["prediction"] not in r["gold"]][: number // 3]
+    right = [r for r in rows if r["prediction"] in r["gold"]][: number - len(wrong)]
+    table = Table(title="Predictions of the last prompt", title_justify="left", header_style="bold")
+    for name in ("article", "gold", "predicted"):
+        table.add_column(name, no_wrap=name != "article")
+    for row in right + wrong:
+        colour = "green" if row["prediction"] in row["gold"] else "red"
+        headline = row["input"].split("\n")[0][:60]
+        table.add_row(headline, row["gold"][0], f"[{colour}]{row['prediction']}[/{colour}]")
+    console.print(table)

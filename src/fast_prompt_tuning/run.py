@@ -1,0 +1,600 @@
+"""One run from a recipe: load, check everything, score, train on the schedule, evaluate on the full PLM, save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import get_peft_model
+from torch import nn
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import fingerprint, metrics, tasks
+from .callback import ProgressiveCallback
+from .config import RunConfig
+from .data import Collator, encode, examples_fingerprint, train_calibration
+from .errors import ConfigError, TrainingStopped
+from .evaluation import Prediction, batches_of, by_length, generate, score_labels
+from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
+from .models import load_plm, load_tokenizer
+from .partial_plm import PartialPLM, get_plm
+from .results import Point, RunResult, environment, save_result, write_atomic
+from .schedule import Schedule
+from .scoring import NeuronScores, activation_scores
+from .soft_prompt import context_length, init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
+from .trainer import PromptTrainer, batch_shape, StepGuard, make_collator, make_optimizer, training_arguments
+
+logger = logging.getLogger(__name__)
+
+OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors")
+OUR_FOLDERS = ("prompt", "best", "model", "checkpoints")
+
+
+@dataclass
+class Session:
+    """A loaded PLM, tokenizer and task: what training and evaluation share.
+
+    `examples` holds each split as text, `encoded` the same rows as token ids; `choices` the label words' token ids.
+    """
+
+    config: RunConfig
+    plm: Any
+    tokenizer: Any
+    task: tasks.Task
+    cost: CostModel
+    examples: dict[str, Dataset] = field(default_factory=dict)
+    encoded: dict[str, Dataset] = field(default_factory=dict)
+    choices: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def decoder(self) -> bool:
+        return not self.plm.config.is_encoder_decoder
+
+    @property
+    def max_target_tokens(self) -> int:
+        return self.config.data.max_target_tokens or self.task.max_target_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one prompt (or none) on a split, with every prediction and what it cost."""
+
+    result: metrics.MetricResult
+    predictions: list[Prediction]
+    answers: list[str]
+    flops: float
+    seconds: float
+
+
+def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
+    """Load and check model, tokenizer and data of a recipe before any compute is spent.
+
+    Raises:
+        FptError: whatever does not fit, naming it.
+    """
+    task = tasks.load_task(config.data.task)
+    dtype = "float32" if config.method == "full" and config.model.dtype == "auto" else config.model.dtype
+    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
+    plm = load_plm(config.model.path, dtype=dtype, device=config.model.device, revision=config.model.revision)
+    session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
+    limit = context_length(plm)
+    longest = config.prompt.tokens + config.data.max_input_tokens
+    longest += session.max_target_tokens if session.decoder else 0
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"prompt.tokens={config.prompt.tokens} + data.max_input_tokens={config.data.max_input_tokens} + target "
+            f"need {longest} positions, but this model has {limit}; lower data.max_input_tokens"
+        )
+    for split in splits:
+        _load_split(session, split)
+    if task.labels:
+        for word, text in task.choices(decoder=session.decoder).items():
+            ids = tokenizer(text, add_special_tokens=not session.decoder)["input_ids"]
+            session.choices[word] = ids
+    return session
+
+
+def _load_split(session: Session, split: str) -> None:
+    data = session.config.data
+    examples = tasks.load_examples(
+        session.task,
+        split,
+        decoder=session.decoder,
+        files=data.files or None,
+        on_bad_row=data.on_bad_row,
+        limit=data.train_limit if split == "train" else data.validation_limit,
+        seed=session.config.train.seed if split == "train" else 0,
+    )
+    session.examples[split] = examples
+    session.encoded[split] = encode(
+        examples,
+        session.tokenizer,
+        decoder=session.decoder,
+        max_input_tokens=data.max_input_tokens,
+        max_target_tokens=session.max_target_tokens,
+    )
+
+
+def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
+    """Token ids of the inputs alone: a decoder-only row holds its target behind them."""
+    if not session.decoder:
+        return list(rows["input_ids"])
+    return [ids[: len(ids) - n] for ids, n in zip(rows["input_ids"], rows["n_target"], strict=True)]
+
+
+def predict(
+    session: Session, prompt: torch.Tensor | None, inputs: Sequence[list[int]]
+) -> tuple[list[Prediction], list[str], float]:
+    """Answers to tokenized inputs under a prompt (None: zero-shot): predictions, their texts, FLOPs spent."""
+    settings, task = session.config.eval, session.task
+    longest_label = max((len(ids) for ids in session.choices.values()), default=0)
+    if session.choices:
+        found = score_labels(
+            session.plm,
+            prompt,
+            inputs,
+            session.choices,
+            batch_size=settings.batch_size,
+            length_normalize=settings.length_normalize,
+        )
+        answers = [p.text for p in found]
+    else:
+        found = generate(
+            session.plm,
+            session.tokenizer,
+            prompt,
+            inputs,
+            max_new_tokens=session.max_target_tokens,
+            num_beams=settings.num_beams,
+            batch_size=settings.batch_size,
+            stop_at_newline=session.decoder,
+        )
+        answers = [task.postprocess(p.text) for p in found]
+    spent = 0.0
+    for picked in batches_of(by_length(inputs), settings.batch_size):
+        shape = BatchShape(
+            batch=len(picked),
+            input_tokens=max(len(inputs[i]) for i in picked),
+            prompt_tokens=0 if prompt is None else len(prompt),
+            target_tokens=longest_label or session.max_target_tokens,
+        )
+        if session.choices:
+            passes = 1 if session.decoder and longest_label == 1 else len(session.choices)
+            spent += passes * forward_flops(session.cost, None, shape)
+        else:
+            spent += settings.num_beams * generation_flops(session.cost, shape)
+    return found, answers, spent
+
+
+def evaluate(session: Session, prompt: torch.Tensor | None, split: str = "validation") -> Evaluation:
+    """Score a prompt on a split; the PLM must be at its full size (it is, outside a training step)."""
+    rows = session.examples[split]
+    start = time.perf_counter()
+    found, answers, flops = predict(session, prompt, input_ids_of(session, session.encoded[split]))
+    result = metrics.evaluate(
+        session.task.metric,
+        answers,
+        rows["references"],
+        rows["group"] if len(set(rows["group"])) < len(rows) else None,
+        primary=session.task.primary,
+    )
+    return Evaluation(result, found, answers, flops, time.perf_counter() - start)
+
+
+def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None:
+    """One JSON object a line: id, input, gold answers, prediction, score."""
+    lines = [
+        json.dumps(
+            {"id": i, "input": text, "gold": gold, "prediction": answer, "score": round(found.score, 6)},
+            ensure_ascii=False,
+        )
+        for i, text, gold, answer, found in zip(
+            rows["id"], rows["input"], rows["references"], evaluation.answers, evaluation.predictions, strict=True
+        )
+    ]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+# -- the run's folder -------------------------------------------------------------------------------------------------
+
+
+def check_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> None:
+    """Raise where the run's folder cannot be used; nothing is written, so it can be asked before weights are loaded.
+
+    Raises:
+        ConfigError: it holds a run already, holds other files, or there is nothing to resume, or another recipe's.
+    """
+    folder = Path(config.output)
+    saved = folder / "config.yaml"
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other; choose one")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={str(folder)!r} is a file; choose a folder")
+    if resume:
+        if not saved.is_file():
+            raise ConfigError(f"output={str(folder)!r} holds no run to resume; leave out --resume")
+        changed = _differences(yaml.safe_load(saved.read_text(encoding="utf-8")), config.model_dump(mode="json"))
+        if changed:
+            raise ConfigError(f"the recipe has changed since the run began: {'; '.join(changed)}; set it back")
+    elif saved.exists() and not overwrite:
+        raise ConfigError(f"output={str(folder)!r} holds a run already; add --resume, --overwrite, or choose another")
+    elif not saved.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"output={str(folder)!r} is not empty and holds no run of ours; choose another folder")
+
+
+def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
+    """Make the run's folder, refused where something would be lost; see `check_folder`.
+
+    Raises:
+        ConfigError: as `check_folder`, or it cannot be written.
+    """
+    check_folder(config, overwrite=overwrite, resume=resume)
+    folder = Path(config.output)
+    if resume:
+        return folder
+    for name in OURS:
+        (folder / name).unlink(missing_ok=True)
+    for name in OUR_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    try:
+        write_atomic(folder / "config.yaml", config.to_yaml())
+    except OSError as error:
+        raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def _differences(before: Any, after: Any, at: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        return [d for k in keys for d in _differences(before.get(k), after.get(k), f"{at}.{k}".lstrip("."))]
+    return [] if before == after else [f"{at} was {before!r}, is {after!r}"]
+
+
+class _RunLog(TrainerCallback):
+    """Appends what the Trainer logs to `log.jsonl`, with the FLOPs and seconds a resumed run goes on from."""
+
+    def __init__(self, path: Path, extra: Callable[[], dict[str, Any]]):
+        self.path, self.extra = path, extra
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {}), **self.extra()}) + "\n")
+
+
+def read_log(path: Path, until: int | None = None) -> list[dict[str, Any]]:
+    """The log's records up to and including step `until`; a torn last line (a crash) is ignored."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if until is None or record["step"] <= until:
+                records.append(record)
+    return records
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    session: Session | None = None,
+    on_schedule: Callable[[Schedule, Any], None] | None = None,
+) -> RunResult:
+    """Run a recipe to its end; see `docs/` for what lies in the folder afterwards.
+
+    Args:
+        session: a loaded session of the same model and data, to share between runs.
+        on_schedule: called with the schedule and the full size before the first step.
+
+    Raises:
+        FptError: bad input, before compute is spent. TrainingStopped: the loss or gradient became non-finite; the
+            last good prompt is saved.
+    """
+    started = time.perf_counter()
+    folder = prepare_folder(config, overwrite=overwrite, resume=resume)
+    set_seed(config.train.seed)
+    session = session or open_session(config, ("train", "validation"))
+    session.config = config
+    checkpoint = None
+    if resume and (folder / "checkpoints").is_dir():
+        checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
+    if resume and checkpoint is None:
+        logger.warning("no checkpoint in %s yet: starting from step 0", folder)
+    full_tuning = config.method == "full"
+    model, trained = _trainable(session)
+    ledger = FlopsLedger()
+    schedule, partial = _schedule(session, model, folder, ledger, score=not full_tuning)
+    if on_schedule:
+        on_schedule(schedule, session.cost.full_stage)
+
+    reached = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    # Evaluations after the checkpoint will be made again: what they logged must not stand twice.
+    history = read_log(folder / "log.jsonl", until=reached) if checkpoint else []
+    write_atomic(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+    past = history[-1] if history else {}
+    for category in ("eval",):
+        ledger.add(category, past.get("flops_" + category, 0.0))
+    guard = StepGuard(trained)
+    guard.seconds = past.get("train_seconds", 0.0)
+    past_total = past.get("total_seconds", 0.0)
+
+    def spent() -> dict[str, Any]:
+        return {
+            "train_seconds": guard.seconds,
+            "total_seconds": past_total + time.perf_counter() - started,
+            "flops_eval": ledger["eval"],
+        }
+
+    best = _Best(folder / "best", session.task.primary, full_tuning)
+
+    def evaluate_prompt(step: int) -> dict[str, float]:
+        found = evaluate(session, None if full_tuning else prompt_parameter(model).detach())
+        ledger.add("eval", found.flops)
+        best.offer(step, found.result.values[session.task.primary], model)
+        return dict(found.result.values)
+
+    trainer = PromptTrainer(
+        model=model,
+        args=training_arguments(config, str(folder / "checkpoints"), session.plm.device),
+        train_dataset=session.encoded["train"],
+        eval_dataset=session.encoded["validation"],
+        data_collator=make_collator(session.tokenizer, session.plm),
+        optimizers=make_optimizer(trained, config.optim),
+        callbacks=[guard, _RunLog(folder / "log.jsonl", spent), *callbacks],
+        schedule=schedule,
+        cost=session.cost,
+        prompt_tokens=0 if full_tuning else config.prompt.tokens,
+        evaluate_prompt=evaluate_prompt,
+        full_tuning=full_tuning,
+    )
+    if partial is not None:
+        trainer.add_callback(ProgressiveCallback(partial, schedule))
+    status, reason = "finished", None
+    with guard:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if guard.signal is not None:
+                status, reason = "interrupted", f"signal {guard.signal}"
+        except TrainingStopped as error:
+            status, reason = "stopped", str(error)
+        finally:
+            if partial is not None:
+                partial.restore()
+    ledger.add("train", trainer.state.total_flos)
+    if status == "finished" and trainer.state.global_step % trainer.args.eval_steps:
+        trainer.evaluate()
+    if config.train.keep == "best" and status != "stopped":
+        best.restore(model)
+    result = _finish(session, model, trainer, schedule, partial, folder, ledger, best, status, reason, spent())
+    if status == "stopped":
+        raise TrainingStopped(f"{reason} (saved in {folder / 'prompt'})")
+    return result
+
+
+def _trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The model to train and its trained parameters: the soft prompt, or all weights for `full`."""
+    config = session.config
+    if config.method == "full":
+        session.plm.requires_grad_(True)
+        return session.plm, [p for p in session.plm.parameters() if p.requires_grad]
+    session.plm.requires_grad_(False)
+    model = get_peft_model(session.plm, soft_prompt_config(session.plm, num_virtual_tokens=config.prompt.tokens))
+    init_soft_prompt(
+        model,
+        config.prompt.init,
+        seed=config.train.seed,
+        tokenizer=session.tokenizer,
+        text=config.prompt.text,
+        path=config.prompt.path,
+    )
+    return model, [prompt_parameter(model)]
+
+
+def _schedule(
+    session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger, *, score: bool
+) -> tuple[Schedule, PartialPLM | None]:
+    """The schedule, and the partial PLM where a stage needs one; neurons are scored on training data if need be."""
+    config = session.config
+    bare = PartialPLM(model)
+    schedule = config.schedule(bare.full_stage, session.task.stacks)
+    if all(stage.is_full(bare.full_stage) for stage in schedule.stages):
+        return schedule, None
+    widths = any(
+        stage.ffn_in(s) not in (None, bare.full_stage.ffn_in(s)) for stage in schedule.stages for s in stage.stacks
+    )
+    scores = None
+    if widths and config.scoring.keep_neurons == "activation":
+        scores = _neuron_scores(session, model, folder, ledger)
+    partial = PartialPLM(
+        model,
+        neuron_scores=scores,
+        keep_layers=config.scoring.keep_layers,
+        keep_neurons=config.scoring.keep_neurons,
+    )
+    for stage in schedule.stages:
+        partial.check(stage)
+    return schedule, partial
+
+
+def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
+    config = session.config.scoring
+    if config.path:
+        return NeuronScores.load(config.path)
+    file = folder / "scores.safetensors"
+    batches = calibration_batches(session, config.examples)
+    ledger.add("score", sum(score_flops(session, batch) for batch in batches))
+    if file.is_file():  # a resumed run: the same scores, whatever the prompt is now
+        return NeuronScores.load(file)
+    logger.info("scoring neurons on %d training examples", min(config.examples, len(session.encoded["train"])))
+    scores = activation_scores(
+        model,
+        batches,
+        kind=config.kind,
+        metadata={
+            "data": session.task.name,
+            "data_fingerprint": examples_fingerprint(session.examples["train"]),
+            "seed": str(session.config.train.seed),
+        },
+    )
+    scores.save(file)
+    return scores
+
+
+def score_flops(session: Session, batch: dict[str, Any]) -> float:
+    """FLOPs of scoring one calibration batch: a forward pass, or one and several steps for integrated gradients."""
+    shape = batch_shape(batch, session.config.prompt.tokens, session.cost)
+    once = forward_flops(session.cost, None, shape)
+    return once * (1 + 8 * 2) if session.config.scoring.kind == "integrated_gradients" else once
+
+
+def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:
+    """Batches of `examples` *training* examples, as the model's forward takes them."""
+    rows = train_calibration(session.encoded["train"], examples, session.config.train.seed)
+    collate: Collator = make_collator(session.tokenizer, session.plm)
+    indices = by_length(rows["input_ids"])
+    return [collate([rows[i] for i in picked]) for picked in batches_of(indices, session.config.train.batch_size)]
+
+
+class _Best:
+    """The best prompt so far by the task's first metric on the full PLM, kept on disk."""
+
+    def __init__(self, folder: Path, primary: str, full_tuning: bool):
+        self.folder, self.primary, self.full_tuning = folder, primary, full_tuning
+        self.step, self.value = 0, float("-inf")
+        self.weights: dict[str, torch.Tensor] = {}
+        record = folder / "best.json"
+        if record.is_file():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            self.step, self.value = found["step"], found["value"]
+
+    def offer(self, step: int, value: float, model: nn.Module) -> None:
+        """Keep the model's prompt if it is the best yet; the earlier one on a tie."""
+        if value <= self.value or os.environ.get("RANK", "0") != "0":
+            return
+        self.step, self.value = step, value
+        work = self.folder.with_name(".best-new")
+        shutil.rmtree(work, ignore_errors=True)
+        if self.full_tuning:
+            self.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            work.mkdir(parents=True)
+        else:
+            model.save_pretrained(str(work))
+        write_atomic(work / "best.json", json.dumps({"step": step, "value": value, "metric": self.primary}))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        work.rename(self.folder)
+
+    def restore(self, model: nn.Module) -> None:
+        """Give the model its best prompt back."""
+        if self.full_tuning and self.weights:
+            model.load_state_dict(self.weights)
+        elif not self.full_tuning and (self.folder / "adapter_model.safetensors").is_file():
+            with torch.no_grad():
+                prompt_parameter(model).copy_(load_prompt(self.folder))
+
+
+def _finish(
+    session: Session,
+    model: nn.Module,
+    trainer: PromptTrainer,
+    schedule: Schedule,
+    partial: PartialPLM | None,
+    folder: Path,
+    ledger: FlopsLedger,
+    best: _Best,
+    status: Any,
+    reason: str | None,
+    spent: dict[str, Any],
+) -> RunResult:
+    full_tuning = session.config.method == "full"
+    model.save_pretrained(str(folder / ("model" if full_tuning else "prompt")))
+    prompt = None if full_tuning else prompt_parameter(model).detach()
+    final = evaluate(session, prompt)
+    ledger.add("eval", final.flops)
+    write_predictions(folder / "predictions.jsonl", session.examples["validation"], final)
+    log = read_log(folder / "log.jsonl")
+    curve = [
+        Point(
+            step=r["step"],
+            metrics={k.removeprefix("eval_"): v for k, v in r.items() if k.removeprefix("eval_") in final.result.values},
+            train_flops=r["train_flops"],
+            train_seconds=r["train_seconds"],
+        )
+        for r in log
+        if f"eval_{session.task.primary}" in r
+    ]
+    config = session.config
+    result = RunResult(
+        name=config.name or folder.name,
+        method=config.method,
+        status=status,
+        reason=reason,
+        config=config.model_dump(mode="json"),
+        schedule=schedule.to_dict(),
+        boundaries=list(schedule.boundaries),
+        kept_layers=[partial.kept_layers(s) for s in schedule.stages] if partial is not None else [],
+        steps=trainer.state.global_step,
+        primary=session.task.primary,
+        metrics=final.result.values,
+        intervals=final.result.intervals,
+        examples=final.result.n,
+        best_step=best.step if config.train.keep == "best" else trainer.state.global_step,
+        curve=list({p.step: p for p in curve}.values()),
+        losses=[(r["step"], r["loss"]) for r in log if "loss" in r],
+        flops=ledger.to_dict(),
+        train_seconds=spent["train_seconds"],
+        total_seconds=spent["total_seconds"],
+        prompt_folder=None if full_tuning else str(folder / "prompt"),
+        fingerprints={
+            "model": fingerprint.of_model(get_plm(model)) if not full_tuning else "trained",
+            **{split: examples_fingerprint(rows) for split, rows in session.examples.items()},
+        },
+        environment=environment(session.plm.device),
+    )
+    save_result(result, folder)
+    return result
+
+
+def zero_shot(session: Session, split: str = "validation") -> RunResult:
+    """The PLM without any prompt on a split, as a result to compare with."""
+    found = evaluate(session, None, split)
+    return RunResult(
+        name="zero-shot",
+        method="none",
+        status="evaluated",
+        config=session.config.model_dump(mode="json"),
+        schedule=[],
+        boundaries=[],
+        steps=0,
+        primary=session.task.primary,
+        metrics=found.result.values,
+        intervals=found.result.intervals,
+        examples=found.result.n,
+        best_step=0,
+        curve=[],
+        flops=FlopsLedger({"eval": found.flops}).to_dict(),
+        train_seconds=0.0,
+        total_seconds=found.seconds,
+        fingerprints={"model": fingerprint.of_model(session.plm)},
+        environment=environment(session.plm.device),
+    )
+
+
