@@ -14,7 +14,8 @@ _SAMPLES = 64  # values hashed per tensor: enough to tell models apart, cheap fo
 def of_model(model: torch.nn.Module) -> str:
     """Hash (16 hex digits) of a PLM's weights: names, shapes and an even sample of each tensor's values.
 
-    Values are compared in bfloat16, so that the same checkpoint gives the same hash whatever dtype it is loaded in.
+    Values are compared in bfloat16, so that the same checkpoint gives the same hash whether it is loaded in bfloat16,
+    float32 or float64. (float16 rounds otherwise: a checkpoint kept in another dtype has another hash in it.)
     Pass the base model: a soft prompt on top would change the hash at every step.
     """
     digest = hashlib.sha256()

@@ -8,6 +8,7 @@ reads a contiguous copy of the kept rows or columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -287,6 +288,8 @@ class PartialPLM:
                 want = {n: len(s.layers) for n, s in self._stacks.items()}
                 raise ScoreError(f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {want}")
             checked[name] = [float(v) for v in values]
+            if not all(math.isfinite(v) for v in checked[name]):
+                raise ScoreError(f"layer_scores[{name!r}] holds NaN or infinity; score the layers again")
         if missing := set(self._stacks) - set(checked):
             raise ScoreError(f"layer_scores lacks the stacks {sorted(missing)}; score every stack")
         return checked
@@ -311,7 +314,9 @@ class PartialPLM:
             for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):
                 where = f"layer {i} of the {name}"
                 if not ins or out is None:
-                    raise ModelError(f"{where} has no feed-forward layer that neurons can be left out of; use method ld")
+                    raise ModelError(
+                        f"{where} has no feed-forward layer that neurons can be left out of; use method ld"
+                    )
                 for module in ins:
                     _check_projection(module, (stack.spec.fused * stack.width, 0), f"an FFN input of {where}")
                 _check_projection(out, (0, stack.width), f"the FFN output of {where}")

@@ -80,7 +80,7 @@ def activation_scores(
     *,
     kind: str = "mean",
     gradient_steps: int = 8,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> NeuronScores:
     """Score every FFN neuron on calibration batches, streamed: memory does not grow with their number.
 
@@ -94,14 +94,16 @@ def activation_scores(
         kind: `mean`: mean |a| (the paper's); `max`: largest |a|; `integrated_gradients`: mean |a ∫ ∂loss/∂a| along
             the path that scales all FFN activations from 0 to a (Sundararajan et al. 2017), needs labels.
         gradient_steps: points of that integral (midpoint rule).
-        metadata: more to keep with the scores (data set, seed).
+        metadata: more to keep with the scores (data set, seed), as strings.
 
     Raises:
-        ScoreError: unknown kind, no batch, or activations that are not finite.
+        ScoreError: unknown kind, fewer than one gradient step, no batch, or activations that are not finite.
         UnknownFamilyError, ModelError: as `PartialPLM`.
     """
     if kind not in KINDS:
         raise ScoreError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
+        raise ScoreError(f"gradient_steps={gradient_steps!r} must be a whole number of at least 1")
     plm = get_plm(model)
     stacks = find_stacks(plm)
     totals = {n: torch.zeros(len(s.layers), s.width, dtype=torch.float64) for n, s in stacks.items()}
@@ -128,7 +130,9 @@ def activation_scores(
     scores = {n: (t if kind == "max" else t / max(tokens[n], 1)).float() for n, t in totals.items()}
     for name, value in scores.items():
         if not torch.isfinite(value).all():
-            raise ScoreError(f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)")
+            raise ScoreError(
+                f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)"
+            )
     from . import __version__
 
     return NeuronScores(
@@ -140,7 +144,7 @@ def activation_scores(
             "examples": str(examples),
             "tokens": str(sum(tokens.values())),
             "version": __version__,
-            **(metadata or {}),
+            **{k: str(v) for k, v in (metadata or {}).items()},  # safetensors keeps strings only
         },
     )
 
