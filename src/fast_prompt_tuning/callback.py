@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .errors import ScheduleError
-from .partial_plm import PartialPLM
+from .errors import ModelError, ScheduleError
+from .partial_plm import PartialPLM, get_plm
 from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ class ProgressiveCallback(TrainerCallback):
         schedule: which size each step runs on.
 
     Raises:
-        ScheduleError, ScoreError, ModelError: the schedule does not fit the model; raised here, before any step.
+        ScheduleError, ScoreError, ModelError: the schedule does not fit the model; raised here, before any step. When
+            training begins: the Trainer's model is another one, or runs on several GPUs in one process.
     """
 
     def __init__(self, partial: PartialPLM, schedule: Schedule):
@@ -36,12 +37,15 @@ class ProgressiveCallback(TrainerCallback):
             partial.check(stage)
         self.partial, self.schedule = partial, schedule
         self._trainer: Trainer | None = None
+        self._users_own: Any = None  # a `training_step` the user has set on the trainer itself
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._release()
-        self._trainer = trainer = _calling_trainer()
+        trainer = _calling_trainer()
+        self._check(trainer, args)
+        self._trainer, self._users_own = trainer, trainer.__dict__.get("training_step")
         if state.max_steps <= self.schedule.boundaries[-1]:
             logger.warning(
                 "training stops after %d steps, but the schedule reaches its last stage at step %d: the prompt will "
@@ -76,10 +80,23 @@ class ProgressiveCallback(TrainerCallback):
         self.partial.restore()
         self._release()
 
+    def _check(self, trainer: Trainer, args: TrainingArguments) -> None:
+        if get_plm(trainer.model) is not self.partial.plm:
+            raise ModelError(
+                "the PartialPLM is of another model than the Trainer's; make it of the model the Trainer is given"
+            )
+        if args.n_gpu > 1:
+            raise ModelError(
+                f"{args.n_gpu} GPUs in one process: torch.nn.DataParallel cannot run a partial PLM; start one process "
+                "per GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+
     def _release(self) -> None:
         if self._trainer is not None:
             self._trainer.__dict__.pop("training_step", None)
-            self._trainer = None
+            if self._users_own is not None:
+                self._trainer.__dict__["training_step"] = self._users_own
+            self._trainer = self._users_own = None
 
 
 def _log_growth(partial: PartialPLM, step: int, before: Any, after: Any) -> None:

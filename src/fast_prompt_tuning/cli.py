@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import cli_cost
 from .errors import ConfigError, DataError, FptError, TrainingStopped
 
 app = typer.Typer(
@@ -49,22 +50,24 @@ def _options(
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
 
 
-def _quiet_libraries() -> None:
+def _quiet_libraries(transformers_only: bool = False) -> None:
     """Our own progress is shown; the libraries' bars and notices are noise beside it."""
     if state["debug"]:
         return
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if not transformers_only:
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def _console(as_json: bool = False) -> Console:
     """Where people's output goes: nowhere under --quiet, to standard error under --json."""
     if state.get("quiet"):
-        return Console(file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (lives as long as the process)
+        return Console(file=open(os.devnull, "w", encoding="utf-8"))
     return Console(stderr=as_json)
 
 
@@ -315,6 +318,95 @@ def _run_file(folder: Path, name: str) -> Path:
     return path
 
 
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="task, or recipe.")],
+    name: Annotated[str, typer.Argument(help="Its name, or the path of a YAML file.")],
+    model: Annotated[str | None, typer.Option(help="Also count tokens with this model's tokenizer.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the task.")] = "train",
+    file: Annotated[str | None, typer.Option(help="Local file to read instead of the task's own source.")] = None,
+    limit: Annotated[int, typer.Option(help="Examples to count lengths over.")] = 500,
+) -> None:
+    """Show three rendered examples of a task and its lengths, or a recipe's text: see mistakes before training."""
+    if what == "recipe":
+        from .config import load
+
+        sys.stdout.write(load(name).to_yaml())
+        return
+    if what != "task":
+        raise ConfigError(f"WHAT={what!r} is unknown; choose task or recipe")
+    from . import tasks
+
+    _quiet_libraries()
+    task = tasks.load_task(name)
+    tokenizer, decoder = None, task.decoder is not None
+    if model is not None:
+        from transformers import AutoConfig
+
+        from .models import load_tokenizer, locate
+
+        tokenizer = load_tokenizer(model)
+        decoder = not AutoConfig.from_pretrained(locate(model)).is_encoder_decoder
+    rows = tasks.load_examples(
+        task, split, decoder=decoder, files={split: file} if file else None, limit=limit
+    )
+    for row in list(rows)[:3]:
+        console.rule(f"{task.name} {split} {row['id']}", align="left")
+        console.print(f"[bold]input[/bold]   {_escape(_shortened(row['input']))}", highlight=False)
+        console.print(f"[bold]target[/bold]  {_escape(repr(row['target']))}", highlight=False)
+        console.print(f"[bold]gold[/bold]    {_escape(json.dumps(row['references'], ensure_ascii=False))}", highlight=False)
+    count = (lambda t: len(tokenizer(t)["input_ids"])) if tokenizer else (lambda t: len(t.split()))
+    table = Table(title=f"lengths of {len(rows)} examples", title_justify="left", header_style="bold")
+    for column in ("", *(f"{p}%" for p in (5, 25, 50, 75, 95)), "longest"):
+        table.add_column(column, justify="right" if column else "left")
+    for field in ("input", "target"):
+        lengths = sorted(count(text) for text in rows[field])
+        picked = [lengths[min(len(lengths) - 1, len(lengths) * p // 100)] for p in (5, 25, 50, 75, 95)]
+        unit = "tokens" if tokenizer else "words"
+        table.add_row(f"{field} ({unit})", *map(str, picked), str(lengths[-1]))
+    console.print(table)
+
+
+def _shortened(text: str, head: int = 400, tail: int = 200) -> str:
+    """Both ends of a long text: a template's mistakes show there."""
+    if len(text) <= head + tail + 40:
+        return text
+    return f"{text[:head]} [… {len(text) - head - tail} characters …] {text[-tail:]}"
+
+
+@app.command()
+def score(
+    config: Config,
+    output: Annotated[Path, typer.Option(help="New safetensors file for the scores (scoring.path uses it).")],
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Score FFN neurons once, for several runs. Next: `fpt train --set scoring.path=FILE`."""
+    from .config import load
+
+    settings = load(config, sets)
+    if output.exists():
+        raise ConfigError(f"--output {str(output)!r} exists already; choose another name")
+    from . import run
+
+    _quiet_libraries()
+    session = run.open_session(settings, ("train",))
+    scores = run.score_neurons(session)
+    scores.save(output)
+    console.print(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a saved prompt.")],
+    output: Annotated[Path, typer.Argument(help="New safetensors file.")],
+) -> None:
+    """Write the prompt's vectors (P, H) as one tensor `prompt_embeds`, as serving engines take them."""
+    from .soft_prompt import export_prompt
+
+    shape = export_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder, output)
+    console.print(f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; every refusal is one line on standard error and a documented exit code."""
     code = 0
@@ -360,6 +452,8 @@ def _escape(text: str) -> str:
 
     return escape(text)
 
+
+cli_cost.register(app)
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 _SAMPLES = 64  # values hashed per tensor: enough to tell models apart, cheap for any size
+_TRAINED_COPY = ".modules_to_save."
 
 
 def of_model(model: torch.nn.Module) -> str:
@@ -20,7 +21,9 @@ def of_model(model: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     with torch.no_grad():
-        for name, tensor in sorted(model.named_parameters()):
+        # PEFT's own, trained copy of a classification head is no part of the PLM; it renames the head it stands for.
+        own = {n.replace(".original_module.", "."): p for n, p in model.named_parameters() if _TRAINED_COPY not in n}
+        for name, tensor in sorted(own.items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             if tensor.device.type == "meta":
                 continue

@@ -33,7 +33,7 @@ from .results import Point, RunResult, environment, save_result, write_atomic
 from .schedule import Schedule
 from .scoring import NeuronScores, activation_scores
 from .soft_prompt import context_length, init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
-from .trainer import PromptTrainer, batch_shape, StepGuard, make_collator, make_optimizer, training_arguments
+from .trainer import PromptTrainer, StepGuard, batch_shape, make_collator, make_optimizer, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -439,24 +439,31 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
     config = session.config.scoring
     if config.path:
         return NeuronScores.load(config.path)
-    file = folder / "scores.safetensors"
     batches = calibration_batches(session, config.examples)
     ledger.add("score", sum(score_flops(session, batch) for batch in batches))
-    if file.is_file():  # a resumed run: the same scores, whatever the prompt is now
-        return NeuronScores.load(file)
-    logger.info("scoring neurons on %d training examples", min(config.examples, len(session.encoded["train"])))
-    scores = activation_scores(
+    file = folder / "scores.safetensors"
+    if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
+        _score(session, model, batches).save(file)
+    return NeuronScores.load(file)
+
+
+def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
+    return activation_scores(
         model,
         batches,
-        kind=config.kind,
+        kind=session.config.scoring.kind,
         metadata={
             "data": session.task.name,
             "data_fingerprint": examples_fingerprint(session.examples["train"]),
             "seed": str(session.config.train.seed),
         },
     )
-    scores.save(file)
-    return scores
+
+
+def score_neurons(session: Session) -> NeuronScores:
+    """Activation scores on a session's training data, with its prompt as it is initialised."""
+    model, _ = _trainable(session)
+    return _score(session, model, calibration_batches(session, session.config.scoring.examples))
 
 
 def score_flops(session: Session, batch: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PromptTuningConfig, TaskType
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import ConfigError, ModelError
@@ -150,3 +150,23 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     if kind != "PROMPT_TUNING" or values.ndim != 2:
         raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {kind!r}, not a soft prompt")
     return values
+
+
+def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
+    """Write a saved prompt's vectors as the tensor `prompt_embeds` `(P, H)` of a new safetensors file.
+
+    They stand in front of the (encoder) input's embeddings; the file's metadata says so.
+
+    Returns:
+        Their shape.
+
+    Raises:
+        ConfigError: no prompt there, or the file exists already.
+    """
+    values, path = load_prompt(folder), Path(output)
+    if path.exists():
+        raise ConfigError(f"output={str(path)!r} exists already; choose another name")
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    metadata = {"place": "in front of the input", "base_model": str(config.get("base_model_name_or_path"))}
+    save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
+    return values.shape[0], values.shape[1]

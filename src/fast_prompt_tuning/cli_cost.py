@@ -1,0 +1,209 @@
+"""The commands about cost: `fpt plan` and `fpt reproduce`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .errors import ConfigError
+from .schedule import Schedule
+
+
+def _stacks(text: str | None) -> tuple[str, ...] | None:
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _percent(part: float | None) -> str:
+    return "–" if part is None else f"{100 * part:.1f}%"
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Hub id, folder, or a config.json: weights are not needed.")],
+    method: Annotated[str, typer.Option(help="pt, ld, fr or cr.")] = "cr",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of the whole run.")] = 30_000,
+    input_tokens: Annotated[int, typer.Option(help="Text tokens of an input, without the prompt.")] = 492,
+    prompt_tokens: Annotated[int, typer.Option(help="Virtual tokens of the soft prompt.")] = 20,
+    target_tokens: Annotated[int | None, typer.Option(help="Target tokens; default 10, or the task's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 32,
+    stacks: Annotated[str | None, typer.Option(help="Stacks to cut, e.g. encoder,decoder; default all.")] = None,
+    task: Annotated[str | None, typer.Option(help="Take target length and stacks from this task.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="A schedule of your own: LAYERSxFFN:STEPS,…, e.g. 8x384:100,30x1536:200.")
+    ] = None,
+    convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
+    compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights, for memory and --measure.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
+    from . import plan as plans
+    from .cli import _console, _emit, _quiet_libraries
+    from .flops import CONVENTIONS, BatchShape
+
+    if convention not in CONVENTIONS:
+        raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
+    config = plans.load_config(model)
+    _quiet_libraries(transformers_only=True)
+    full = plans.full_stage(config)
+    chosen = _stacks(stacks)
+    if task is not None:
+        from .tasks import load_task
+
+        found = load_task(task)
+        target_tokens = target_tokens or found.max_target_tokens
+        chosen = chosen or tuple(s for s in found.stacks if s in full.stacks) or None
+    shape = BatchShape(
+        batch=batch_size,
+        input_tokens=input_tokens,
+        prompt_tokens=prompt_tokens,
+        target_tokens=target_tokens or 10,
+    )
+    bytes_each = 4 if dtype == "float32" else 2
+    common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
+    out = _console(as_json)
+    if compare:
+        methods = [m.strip() for m in compare.split(",") if m.strip()]
+        found_plans = plans.compare(config, methods, shape, total_steps=steps, stacks=chosen, **common)
+        if as_json:
+            _emit({name: p.to_dict() for name, p in found_plans.items()})
+            return
+        out.print(_comparison(found_plans))
+        return
+    if stages:
+        schedule = Schedule.from_dict(_parse_stages(stages, chosen or full.stacks))
+    else:
+        schedule = Schedule.preset(method, full, total_steps=steps, stacks=chosen)
+    schedule.check_fits(full)
+    made = plans.make_plan(config, schedule, shape, **common)
+    if measure:
+        made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
+    if as_json:
+        _emit(made.to_dict())
+        return
+    out.print(_stage_table(made, full, shape))
+
+
+def _unit(flops: float) -> tuple[float, str]:
+    """One unit for a whole column: the largest that leaves its largest number at least 1."""
+    return next((u for u in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= u[0]), (1.0, ""))
+
+
+def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:
+    stages = []
+    for part in text.split(","):
+        size, _, steps = part.partition(":")
+        layers, _, ffn = size.partition("x")
+        try:
+            stages.append({"layers": int(layers), "ffn": int(ffn), "steps": int(steps), "stacks": list(stacks)})
+        except ValueError:
+            raise ConfigError(f"--stages {part!r} is not LAYERSxFFN:STEPS, for example 8x384:100") from None
+    return stages
+
+
+def _stage_table(made: Any, full: Any, shape: Any) -> Table:
+    from .report import human_flops, human_seconds
+
+    table = Table(
+        title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
+        f"targets of {shape.target_tokens}",
+        title_justify="left",
+        header_style="bold",
+    )
+    timed = made.seconds is not None
+    unit, prefix = _unit(max(s.flops_per_step for s in made.stages))
+    columns = ["stage", "layers", "width", "steps", f"{prefix}FLOPs/step", "of full", "memory"]
+    for name in (*columns, *(("s/step", "time") if timed else ())):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for i, stage in enumerate(made.stages, start=1):
+        cells = [
+            str(i) if not stage.stage.is_full(full) else f"{i} (full)",
+            _size(stage.stage.layers),
+            _size(stage.stage.ffn),
+            str(stage.stage.steps),
+            f"{stage.flops_per_step / unit:.4g}",
+            _percent(stage.relative_flops),
+            _bytes(stage.weight_bytes + stage.activation_bytes),
+        ]
+        if timed:
+            cells += [f"{stage.seconds_per_step:.3f}", human_seconds(stage.seconds)]
+        table.add_row(*cells)
+    table.add_section()
+    peak = max(s.weight_bytes + s.activation_bytes for s in made.stages)
+    totals = ["run", "", "", str(made.total_steps), human_flops(made.flops), _percent(made.relative_flops), _bytes(peak)]
+    if timed:
+        totals += [_percent(made.relative_seconds), human_seconds(made.seconds)]
+    table.add_row(*totals)
+    return table
+
+
+def _size(size: Any) -> str:
+    return str(size) if isinstance(size, int) else "/".join(map(str, size.values()))
+
+
+def _comparison(found: dict[str, Any]) -> Table:
+    from .report import human_flops
+
+    table = Table(title="Methods side by side, same steps and batches", title_justify="left", header_style="bold")
+    for name in ("method", "stages (layers × width : steps)", "FLOPs", "of plain", "peak memory"):
+        table.add_column(name, justify="left" if name in ("method", "stages (layers × width : steps)") else "right")
+    for name, made in found.items():
+        stages = "  ".join(f"{_size(s.stage.layers)}×{_size(s.stage.ffn)}:{s.stage.steps}" for s in made.stages)
+        memory = max(s.weight_bytes + s.activation_bytes for s in made.stages)
+        table.add_row(name, stages, human_flops(made.flops), _percent(made.relative_flops), _bytes(memory))
+    return table
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="table1 or table2 of the paper.")],
+    columns: Annotated[str, typer.Option(help="flops, wallclock, or both separated by a comma.")] = "flops",
+    plm: Annotated[str, typer.Option(help="large or xl.")] = "large",
+    scale: Annotated[
+        str, typer.Option(help="For wallclock: BATCHxINPUT, or `paper` for 32x492; small machines want small ones.")
+    ] = "1x128",
+    seconds: Annotated[float, typer.Option(help="For wallclock: time to spend on measuring.")] = 300.0,
+    dtype: Annotated[str, typer.Option(help="For wallclock: dtype of the weights.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """The cost columns of the paper's tables beside the paper's own figures, T5 built from its config."""
+    from .cli import _console, _emit, _quiet_libraries
+    from .reproduce import cost_rows
+
+    if table not in ("table1", "table2"):
+        raise ConfigError(f"TABLE={table!r} is unknown; choose table1 or table2")
+    wanted = [c.strip() for c in columns.split(",") if c.strip()]
+    if not wanted or set(wanted) - {"flops", "wallclock"}:
+        raise ConfigError(
+            f"--columns {columns!r} must be flops, wallclock, or both; quality columns come from fpt train with the "
+            "recipes t5_paper_large and t5_paper_xl, weights and data at hand"
+        )
+    _quiet_libraries(transformers_only=True)
+    out = _console(as_json)
+    rows, note = cost_rows(table, wanted, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
+    if as_json:
+        _emit({"table": table, "plm": plm, "rows": rows, "note": note})
+        return
+    shown = Table(title=f"{table} of the paper, T5-{plm.upper()}", title_justify="left", header_style="bold")
+    names = list(rows[0])
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
+    for row in rows:
+        shown.add_row(*("–" if row[n] is None else f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names))
+    out.print(shown)
+    out.print(note, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `fpt`."""
+    app.command()(plan)
+    app.command()(reproduce)
+
+
