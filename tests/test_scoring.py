@@ -248,10 +248,16 @@ def test_sequence_classification_is_scored_too():
     config = BY_NAME["bert"].config()
     config.is_decoder, config.num_labels = False, 3
     plm = BertForSequenceClassification(config)
+    bare = fingerprint.of_model(plm)
     model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
     batch = {**BY_NAME["bert"].batch(), "labels": torch.tensor([0, 1, 2])}
     scores = activation_scores(model, [batch])
     assert scores.scores["encoder"].shape == (LAYERS, FFN)
+    assert scores.metadata["model_fingerprint"] == bare  # PEFT wraps the head and trains a copy of it
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
     PartialPLM(model, neuron_scores=scores)
     with pytest.raises(ModelError, match="no LM head"):
         activation_scores(model, [batch], kind="integrated_gradients")
