@@ -176,8 +176,10 @@ def show(report: dict[str, Any]) -> None:
         )
     speed = full["flops"] / full["seconds"] / 1e12
     print(f"  full model: {full['seconds']:.3f} s for a step of each, {speed:.2f} TFLOP/s")
-    print(f"{'':4} {'layers':>6} {'d_ff':>5} | {'FLOPs':>6} {'linear':>6} {'clock':>6} {'best':>6} {'min–max':>13} {'above':>6} "
-          f"| {'paper FLOPs':>11} {'clock':>6}")  # fmt: skip
+    print(
+        f"{'':4} {'layers':>6} {'d_ff':>5} | {'FLOPs':>6} {'linear':>6} {'clock':>6} {'best':>6} {'min–max':>13} "
+        f"{'above':>6} | {'paper FLOPs':>11} {'clock':>6}"
+    )
     for r in report["rows"]:
         spread = f"{r['wall_clock_low']:.1f}–{r['wall_clock_high']:.1f}"
         print(
