@@ -188,7 +188,7 @@ def test_70b_config_in_seconds_without_weights(tmp_path):
     seconds = time.perf_counter() - start
     assert json.loads(done.stdout)["relative_flops"] < 1
     assert int(done.stderr.split()[-1]) < 2_000_000  # kB: a hundredth of the weights
-    assert seconds < 15  # about 3 on an idle core; the bound leaves room for a busy one
+    assert seconds < 30  # about 3 on an idle core, nearly all of it imports; the bound leaves room for a busy one
 
 
 def test_planning_module_loads_without_torch():
