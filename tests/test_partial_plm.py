@@ -193,6 +193,18 @@ def test_one_stack_of_two_can_be_cut():
         partial.resize(family.stage(3, 10))
 
 
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5", "bart"])
+@pytest.mark.parametrize("cut", ["encoder", "decoder"])
+def test_generation_with_one_stack_cut(name, cut):
+    family = BY_NAME[name]
+    model, batch = family.peft(), family.batch()
+    PartialPLM(model).resize(Stage(2, FFN, stacks=(cut,)))
+    inputs = {k: batch[k][:1] for k in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    cached, uncached = (model.generate(**inputs, **options, use_cache=c) for c in (True, False))
+    assert torch.equal(cached, uncached)
+
+
 def test_full_block_comes_back_to_the_stage_even_after_an_error():
     family = BY_NAME["llama"]
     model, batch = family.peft(), family.batch()

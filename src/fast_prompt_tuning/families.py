@@ -26,6 +26,7 @@ class StackSpec:
         self_attention: path of the self-attention module.
         cross_attention: path of the cross-attention module, if the stack has one.
         count_fields: config fields that count this stack's layers; the first one is authoritative.
+        live_fields: fields of the whole model's config that follow the stage; default `count_fields`.
         own_count_fields: fields that count them in the stack's own config, where it has a copy.
         width_field: config field with the FFN width F.
         heads_field: config field with the number of attention heads.
@@ -40,6 +41,7 @@ class StackSpec:
     self_attention: str = "self_attn"
     cross_attention: str | None = None
     count_fields: tuple[str, ...] = ("num_hidden_layers",)
+    live_fields: tuple[str, ...] | None = None
     own_count_fields: tuple[str, ...] = ()
     width_field: str = "intermediate_size"
     heads_field: str = "num_attention_heads"
@@ -93,7 +95,9 @@ _BUILT_IN = (
     Family(
         name="t5",
         stacks={
-            "encoder": _t5("encoder", count_fields=("num_layers",), own_count_fields=("num_layers",)),
+            # `transformers` sizes the decoder's cache by the whole model's `num_layers`, the encoder's count: a cut
+            # encoder must not make that cache too short.
+            "encoder": _t5("encoder", count_fields=("num_layers",), live_fields=(), own_count_fields=("num_layers",)),
             "decoder": _t5(
                 "decoder",
                 count_fields=("num_decoder_layers",),

@@ -410,7 +410,8 @@ class PartialPLM:
         for name, stack in self._stacks.items():
             own = getattr(stack.parent, "config", self.plm.config)
             fields = stack.spec.own_count_fields or stack.spec.count_fields
-            pairs = [(self.plm.config, f) for f in (*stack.spec.count_fields, *stack.spec.per_layer_fields)]
+            live = stack.spec.count_fields if stack.spec.live_fields is None else stack.spec.live_fields
+            pairs = [(self.plm.config, f) for f in (*live, *stack.spec.per_layer_fields)]
             if own is not self.plm.config:
                 pairs += [(own, f) for f in (*fields, *stack.spec.per_layer_fields)]
             for config, field in pairs:
