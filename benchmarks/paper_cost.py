@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from datetime import datetime, timezone
@@ -32,17 +31,7 @@ from typing import Any
 import torch
 import transformers
 
-from fast_prompt_tuning.flops import BatchShape, CostModel, relative_flops, step_flops
-from fast_prompt_tuning.plan import (
-    full_stage,
-    paper_config,
-    paper_rows,
-    random_batch,
-    random_plm,
-    time_steps,
-    tuned_model,
-)
-from fast_prompt_tuning.schedule import Stage
+from fast_prompt_tuning.reproduce import measure_partial_plms
 
 ALLOWED_POINTS = 3.0
 """How far the wall clock of a partial PLM may lie above its FLOPs, in points of the full model's cost."""
@@ -89,77 +78,28 @@ def machine(device: str) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Time every partial PLM; everything measured and computed, in plain JSON types."""
-    config = paper_config(args.plm)
-    cost, full = CostModel.from_config(config), full_stage(config)
-    tasks = [
-        (BatchShape(batch=args.batch, input_tokens=args.input_tokens, target_tokens=target), stacks)
-        for target, stacks in ((args.short_target, ("encoder",)), (args.long_target, ("encoder", "decoder")))
-    ]
-    dtype = getattr(torch, args.dtype)
-    model = tuned_model(random_plm(config, dtype=dtype, device=args.device), tasks[0][0].prompt_tokens)
-    batches = [random_batch(config, shape, device=args.device) for shape, _ in tasks]
-
-    rows = paper_rows(args.plm)
-    jobs: list[tuple[Stage, Any]] = [(full, batch) for batch in batches]
-    for row in rows:
-        jobs += [(row.stage(stacks), batch) for (_, stacks), batch in zip(tasks, batches, strict=True)]
     begun = time.perf_counter()
 
     def progress(done: int) -> None:
         print(f"round {done} of {args.rounds}, {time.perf_counter() - begun:.0f} s", file=sys.stderr)
 
-    samples = time_steps(model, jobs, rounds=args.rounds, on_round=progress)
-    # Both batch shapes of one model, summed round by round, so that a ratio compares what ran close together.
-    sums = [[a + b for a, b in zip(*samples[i : i + 2], strict=True)] for i in range(0, len(samples), 2)]
-    medians = [sum(statistics.median(s) for s in samples[i : i + 2]) for i in range(0, len(samples), 2)]
-    best = [sum(min(s) for s in samples[i : i + 2]) for i in range(0, len(samples), 2)]
-
-    results = []
-    for i, row in enumerate(rows, start=1):
-        ratios = sorted(part / whole for part, whole in zip(sums[i], sums[0], strict=True))
-        result: dict[str, Any] = {"method": row.method, "layers": row.layers, "ffn": row.ffn}
-        for convention in ("all", "linear"):
-            result[f"flops_{convention}"] = 100 * relative_flops(
-                (
-                    step_flops(cost, row.stage(stacks), shape, convention=convention),
-                    step_flops(cost, None, shape, convention=convention),
-                )
-                for shape, stacks in tasks
-            )
-        result["wall_clock"] = 100 * medians[i] / medians[0]
-        result["wall_clock_best"] = 100 * best[i] / best[0]  # of the fastest steps: what other load disturbs least
-        result["wall_clock_low"], result["wall_clock_high"] = 100 * ratios[0], 100 * ratios[-1]
-        result["above_flops"] = result["wall_clock"] - result["flops_all"]
-        result["paper_flops"], result["paper_wall_clock"] = row.flops, row.wall_clock
-        result["seconds"] = medians[i]
-        result["samples"] = samples[2 * i : 2 * i + 2]
-        results.append(result)
+    report = measure_partial_plms(
+        args.plm,
+        batch=args.batch,
+        input_tokens=args.input_tokens,
+        short_target=args.short_target,
+        long_target=args.long_target,
+        dtype=args.dtype,
+        device=args.device,
+        rounds=args.rounds,
+        on_round=progress,
+    )
     return {
         "benchmark": "paper_cost",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(args.device),
-        "plm": f"t5-v1_1-{args.plm}",
-        "weights": "random",
-        "dtype": args.dtype,
-        "prompt_dtype": "float32",
-        "rounds": args.rounds,
         "quick": args.quick,
-        "shapes": [
-            {
-                "batch": shape.batch,
-                "input_tokens": shape.input_tokens,
-                "prompt_tokens": shape.prompt_tokens,
-                "target_tokens": shape.target_tokens,
-                "reduced": list(stacks),
-            }
-            for shape, stacks in tasks
-        ],
-        "full": {
-            "seconds": medians[0],
-            "flops": sum(step_flops(cost, None, shape) for shape, _ in tasks),
-            "samples": samples[:2],
-        },
-        "rows": results,
+        **report,
     }
 
 
