@@ -557,15 +557,20 @@ def toy(family: Settings, size: int, seed: int, mixed: bool) -> dict[str, torch.
 @pytest.mark.parametrize(
     ("name", "sizes", "pretraining", "rate"),
     [
-        ("t5-gated", {"d_model": 32, "d_ff": 64}, 320, 0.3),
-        ("llama", {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.05}, 400, 0.1),
+        ("t5-gated", {"d_model": 32, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 3}, 320, 0.3),
+        (
+            "llama",
+            {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "initializer_range": 0.05},
+            400,
+            0.1,
+        ),
     ],
 )
 def test_fpt_learns_through_all_its_growths(name, sizes, pretraining, rate, tmp_path):
     # From scratch, all weights: the model learns two tasks and which of them the first token asks for.
     family, steps = BY_NAME[name], 160
     plm = family.plm(**sizes).train()
-    optimizer = torch.optim.AdamW(plm.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(plm.parameters(), lr=3e-3, fused=True)
     for step in range(pretraining):
         loss = plm(**toy(family, 64, step, mixed=True)).loss
         loss.backward()
