@@ -40,7 +40,18 @@ _EXPORTS = {
     "soft_prompt_config": "soft_prompt",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = [
+    "FptError",
+    "NeuronScores",
+    "PartialPLM",
+    "ProgressiveCallback",
+    "Schedule",
+    "Stage",
+    "activation_scores",
+    "init_soft_prompt",
+    "label_loss",
+    "soft_prompt_config",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_cost
+from .console import emit, people, plain, quiet_libraries, state
 from .errors import ConfigError, DataError, FptError, TrainingStopped
 
 app = typer.Typer(
@@ -27,8 +28,6 @@ app = typer.Typer(
     "recipes[/bold], [bold]fpt plan[/bold] (what will it cost?) and [bold]fpt train --config RECIPE[/bold].",
     epilog="Exit codes: 0 done, 1 training stopped (loss not finite), 2 bad input, 130 Ctrl-C, 143 SIGTERM.",
 )
-console = Console(stderr=False)
-state: dict[str, Any] = {"debug": False}
 
 EXIT_STOPPED, EXIT_INPUT = 1, 2
 
@@ -42,37 +41,10 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and all library messages.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")] = False,
 ) -> None:
-    state["debug"] = debug
-    if quiet:
-        state["quiet"] = True
+    state["debug"], state["quiet"] = debug, quiet
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(message)s")
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
-
-
-def _quiet_libraries(transformers_only: bool = False) -> None:
-    """Our own progress is shown; the libraries' bars and notices are noise beside it."""
-    if state["debug"]:
-        return
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if not transformers_only:
-        import datasets
-
-        datasets.disable_progress_bars()
-
-
-def _console(as_json: bool = False) -> Console:
-    """Where people's output goes: nowhere under --quiet, to standard error under --json."""
-    if state.get("quiet"):
-        return Console(file=open(os.devnull, "w", encoding="utf-8"))
-    return Console(stderr=as_json)
-
-
-def _emit(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 @app.command()
@@ -86,10 +58,10 @@ def demo(
     """Compare plain prompt tuning and FPT on a real model and real news, in minutes on two CPU cores."""
     from .demo import demo as run_demo
 
-    _quiet_libraries()
-    record = run_demo(_console(as_json), output=output, method=method, overwrite=overwrite, overrides=sets)
+    quiet_libraries()
+    record = run_demo(people(as_json), output=output, method=method, overwrite=overwrite, overrides=sets)
     if as_json:
-        _emit(record)
+        emit(record)
 
 
 @app.command()
@@ -108,8 +80,8 @@ def train(
     from .demo import reporter_hook
     from .report import comparison_table, table_rows
 
-    _quiet_libraries()
-    out = _console(as_json)
+    quiet_libraries()
+    out = people(as_json)
     run.check_folder(settings, overwrite=overwrite, resume=resume)
     session = run.open_session(settings, ("train", "validation"))
     callbacks: list[Any] = []
@@ -120,7 +92,7 @@ def train(
     out.print(comparison_table([result]))
     out.print(f"run {settings.output}", highlight=False)
     if as_json:
-        _emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
+        emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
     if result.status == "interrupted":
         number = int((result.reason or "signal 2").split()[-1])
         out.print("[yellow]interrupted[/yellow]: go on with the same command and --resume")
@@ -141,7 +113,7 @@ def evaluate(
     from .config import load
     from .soft_prompt import load_prompt
 
-    _quiet_libraries()
+    quiet_libraries()
     settings = load(_run_file(runs[0], "config.yaml"), sets)
     if output is not None and output.exists():
         raise ConfigError(f"--output {str(output)!r} exists already; choose another name")
@@ -167,9 +139,9 @@ def evaluate(
             table.add_row(name, metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
         if output is not None and prompt is not None and len(runs) == 1:
             run.write_predictions(output, session.examples[split], found)
-    _console(as_json).print(table)
+    people(as_json).print(table)
     if as_json:
-        _emit({"split": split, "results": records})
+        emit({"split": split, "results": records})
 
 
 @app.command()
@@ -188,7 +160,7 @@ def predict(
     from .data import encode
     from .soft_prompt import load_prompt
 
-    _quiet_libraries()
+    quiet_libraries()
     settings = load(_run_file(folder, "config.yaml"), sets)
     prompt = load_prompt(folder / "prompt")
     session = run.open_session(settings, ())
@@ -214,12 +186,10 @@ def predict(
             max_input_tokens=settings.data.max_input_tokens,
             max_target_tokens=session.max_target_tokens,
         )
-        found, answers, _ = run.predict(
-            session, prompt.to(session.plm.device), run.input_ids_of(session, encoded)
-        )
+        found, answers, _ = run.predict(session, prompt.to(session.plm.device), run.input_ids_of(session, encoded))
         for text, prediction, said in zip(batch, found, answers, strict=True):
             if as_json:
-                _emit({"input": text, "prediction": said, "score": prediction.score})
+                emit({"input": text, "prediction": said, "score": prediction.score})
             else:
                 sys.stdout.write(said + "\n")
         sys.stdout.flush()
@@ -279,13 +249,13 @@ def ls(
         raise ConfigError(f"what={what!r} is unknown; choose one of {', '.join(kinds)}")
     found = {k: v() for k, v in kinds.items() if what in ("all", k)}
     if as_json:
-        _emit(found)
+        emit(found)
         return
     for kind, entries in found.items():
         table = Table(title=kind, title_justify="left", show_header=False, box=None)
         for name, text in entries.items():
             table.add_row(f"[bold]{name}[/bold]", text)
-        console.print(table)
+        people().print(table)
 
 
 METHOD_TEXTS = {
@@ -337,7 +307,7 @@ def show(
         raise ConfigError(f"WHAT={what!r} is unknown; choose task or recipe")
     from . import tasks
 
-    _quiet_libraries()
+    quiet_libraries()
     task = tasks.load_task(name)
     tokenizer, decoder = None, task.decoder is not None
     if model is not None:
@@ -347,14 +317,14 @@ def show(
 
         tokenizer = load_tokenizer(model)
         decoder = not AutoConfig.from_pretrained(locate(model)).is_encoder_decoder
-    rows = tasks.load_examples(
-        task, split, decoder=decoder, files={split: file} if file else None, limit=limit
-    )
+    rows = tasks.load_examples(task, split, decoder=decoder, files={split: file} if file else None, limit=limit)
+    console = people()
     for row in list(rows)[:3]:
         console.rule(f"{task.name} {split} {row['id']}", align="left")
-        console.print(f"[bold]input[/bold]   {_escape(_shortened(row['input']))}", highlight=False)
-        console.print(f"[bold]target[/bold]  {_escape(repr(row['target']))}", highlight=False)
-        console.print(f"[bold]gold[/bold]    {_escape(json.dumps(row['references'], ensure_ascii=False))}", highlight=False)
+        console.print(f"[bold]input[/bold]   {plain(_shortened(row['input']))}", highlight=False)
+        console.print(f"[bold]target[/bold]  {plain(repr(row['target']))}", highlight=False)
+        gold = json.dumps(row["references"], ensure_ascii=False)
+        console.print(f"[bold]gold[/bold]    {plain(gold)}", highlight=False)
     count = (lambda t: len(tokenizer(t)["input_ids"])) if tokenizer else (lambda t: len(t.split()))
     table = Table(title=f"lengths of {len(rows)} examples", title_justify="left", header_style="bold")
     for column in ("", *(f"{p}%" for p in (5, 25, 50, 75, 95)), "longest"):
@@ -388,11 +358,11 @@ def score(
         raise ConfigError(f"--output {str(output)!r} exists already; choose another name")
     from . import run
 
-    _quiet_libraries()
+    quiet_libraries()
     session = run.open_session(settings, ("train",))
     scores = run.score_neurons(session)
     scores.save(output)
-    console.print(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
+    people().print(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
 
 
 @app.command()
@@ -404,7 +374,7 @@ def export(
     from .soft_prompt import export_prompt
 
     shape = export_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder, output)
-    console.print(f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings")
+    people().print(f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -419,7 +389,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (TrainingStopped, FptError) as error:
         if state["debug"]:
             raise
-        errors.print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {plain(str(error))}", highlight=False, soft_wrap=True)
         code = EXIT_STOPPED if isinstance(error, TrainingStopped) else EXIT_INPUT
     except typer.Abort:
         code = 130
@@ -432,25 +402,16 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's usage errors
         if usage is not None:
-            errors.print(f"[red]error:[/red] {_escape(usage())}", highlight=False, soft_wrap=True)
+            errors.print(f"[red]error:[/red] {plain(usage())}", highlight=False, soft_wrap=True)
             code = EXIT_INPUT
         elif state["debug"]:
             raise
         else:
-            kind = type(error).__name__
-            errors.print(
-                f"[red]error:[/red] {kind}: {_escape(str(error))} (a bug, or a machine's trouble: fpt --debug … shows where)",
-                highlight=False,
-                soft_wrap=True,
-            )
+            said = f"{type(error).__name__}: {plain(str(error))}"
+            hint = "(a bug, or a machine's trouble: fpt --debug … shows where)"
+            errors.print(f"[red]error:[/red] {said} {hint}", highlight=False, soft_wrap=True)
             code = 70
     sys.exit(code)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 cli_cost.register(app)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from .console import emit, people, quiet_libraries
 from .errors import ConfigError
 from .schedule import Schedule
 
@@ -44,7 +45,6 @@ def plan(
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
     from . import plan as plans
-    from .cli import _console, _emit, _quiet_libraries
     from .flops import CONVENTIONS, BatchShape
 
     if convention not in CONVENTIONS:
@@ -52,7 +52,7 @@ def plan(
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
     config = plans.load_config(model)
-    _quiet_libraries(transformers_only=True)
+    quiet_libraries(transformers_only=True)
     full = plans.full_stage(config)
     chosen = _stacks(stacks)
     if task is not None:
@@ -69,12 +69,12 @@ def plan(
     )
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
-    out = _console(as_json)
+    out = people(as_json)
     if compare:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
         found_plans = plans.compare(config, methods, shape, total_steps=steps, stacks=chosen, **common)
         if as_json:
-            _emit({name: p.to_dict() for name, p in found_plans.items()})
+            emit({name: p.to_dict() for name, p in found_plans.items()})
             return
         out.print(_comparison(found_plans))
         return
@@ -87,7 +87,7 @@ def plan(
     if measure:
         made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
     if as_json:
-        _emit(made.to_dict())
+        emit(made.to_dict())
         return
     out.print(_stage_table(made, full, shape))
 
@@ -138,7 +138,8 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
         table.add_row(*cells)
     table.add_section()
     peak = max(s.weight_bytes + s.activation_bytes for s in made.stages)
-    totals = ["run", "", "", str(made.total_steps), human_flops(made.flops), _percent(made.relative_flops), _bytes(peak)]
+    totals = ["run", "", "", str(made.total_steps), human_flops(made.flops)]
+    totals += [_percent(made.relative_flops), _bytes(peak)]
     if timed:
         totals += [_percent(made.relative_seconds), human_seconds(made.seconds)]
     table.add_row(*totals)
@@ -174,7 +175,6 @@ def reproduce(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """The cost columns of the paper's tables beside the paper's own figures, T5 built from its config."""
-    from .cli import _console, _emit, _quiet_libraries
     from .reproduce import cost_rows
 
     if table not in ("table1", "table2"):
@@ -185,25 +185,27 @@ def reproduce(
             f"--columns {columns!r} must be flops, wallclock, or both; quality columns come from fpt train with the "
             "recipes t5_paper_large and t5_paper_xl, weights and data at hand"
         )
-    _quiet_libraries(transformers_only=True)
-    out = _console(as_json)
+    quiet_libraries(transformers_only=True)
+    out = people(as_json)
     rows, note = cost_rows(table, wanted, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
     if as_json:
-        _emit({"table": table, "plm": plm, "rows": rows, "note": note})
+        emit({"table": table, "plm": plm, "rows": rows, "note": note})
         return
     shown = Table(title=f"{table} of the paper, T5-{plm.upper()}", title_justify="left", header_style="bold")
     names = list(rows[0])
     for name in names:
         shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
     for row in rows:
-        shown.add_row(*("–" if row[n] is None else f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names))
+        shown.add_row(*(_cell(row[name]) for name in names))
     out.print(shown)
     out.print(note, highlight=False)
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `fpt`."""
     app.command()(plan)
     app.command()(reproduce)
-
-

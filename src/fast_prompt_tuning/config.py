@@ -121,11 +121,11 @@ class RunConfig(_Section):
     method: Literal["pt", "ld", "fr", "cr", "full"] = Field("cr", description="which partial PLMs (fpt ls methods)")
     stages: list[StageConfig] | None = Field(None, description="a schedule of your own instead of the paper's")
     stacks: list[Literal["encoder", "decoder"]] | None = Field(None, description="stacks to cut; default the task's")
-    prompt: PromptConfig = PromptConfig()
-    scoring: ScoringConfig = ScoringConfig()
-    optim: OptimConfig = OptimConfig()
+    prompt: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
+    optim: OptimConfig = Field(default_factory=OptimConfig)  # type: ignore[arg-type]
     train: TrainConfig
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig = Field(default_factory=EvalConfig)  # type: ignore[arg-type]
     output: str = Field(min_length=1, description="folder of the run")
 
     @model_validator(mode="after")
@@ -253,4 +253,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is missing; set it in the recipe or with --set {name}=…"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{name}={error['input']!r}: {message}" if name and error["type"] != "value_error" else f"{name}: {message}".lstrip(": ")
+    if name and error["type"] != "value_error":
+        return f"{name}={error['input']!r}: {message}"
+    return f"{name}: {message}".lstrip(": ")

@@ -87,9 +87,7 @@ def demo(
         console.print(f"[bold]{config.name}[/bold], {config.train.steps} steps", highlight=False)
         callbacks: list[TrainerCallback] = []
         hook = reporter_hook(console, str(config.name), session, callbacks)
-        results.append(
-            run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook)
-        )
+        results.append(run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook))
         if results[-1].status != "finished":
             break
     console.print()
@@ -107,7 +105,8 @@ def demo(
     write_atomic(folder / "result.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     console.print(f"picture   {picture}", highlight=False)
     console.print(f"result    {folder / 'result.json'}", highlight=False)
-    console.print(f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)", highlight=False)
+    saved = f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)"
+    console.print(saved, highlight=False)
     return record
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import DataError
 from .objective import IGNORED, labelled_logits, selected_rows
@@ -34,15 +33,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Padded:
-    """Inputs of one batch: `embeds (B, P + T, H)`, `mask (B, P + T)`, both with the soft prompt in front of the text."""
+    """Inputs of one batch: `embeds (B, P + T, H)` and `mask (B, P + T)`, the soft prompt in front of the text."""
 
     embeds: torch.Tensor
     mask: torch.Tensor
 
 
-def prompted_inputs(
-    plm: nn.Module, prompt: torch.Tensor | None, inputs: Sequence[Sequence[int]], *, left: bool
-) -> Padded:
+def prompted_inputs(plm: Any, prompt: torch.Tensor | None, inputs: Sequence[Sequence[int]], *, left: bool) -> Padded:
     """Embed token ids, put the prompt `(P, H)` in front of each and pad: `[pad…][prompt][text]` if `left`."""
     embed = plm.get_input_embeddings()
     length = max(len(ids) for ids in inputs)
@@ -77,7 +74,7 @@ def by_length(inputs: Sequence[Sequence[int]]) -> list[int]:
 
 
 @contextlib.contextmanager
-def inference(plm: nn.Module) -> Iterator[None]:
+def inference(plm: Any) -> Iterator[None]:
     """Evaluation mode without gradients, and the mode that was, afterwards."""
     training = plm.training
     plm.eval()
@@ -89,7 +86,7 @@ def inference(plm: nn.Module) -> Iterator[None]:
 
 
 def score_labels(
-    plm: nn.Module,
+    plm: Any,
     prompt: torch.Tensor | None,
     inputs: Sequence[Sequence[int]],
     labels: Mapping[str, Sequence[int]],
@@ -134,7 +131,7 @@ def _log_probability(logits: torch.Tensor, targets: torch.Tensor, sequence: torc
 
 
 def _score_decoder(
-    plm: nn.Module, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
+    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
 ) -> torch.Tensor:
     """`(B, number of labels)` summed log-probabilities."""
     if all(len(ids) == 1 for ids in labels):
@@ -156,7 +153,7 @@ def _score_decoder(
 
 
 def _score_encoder_decoder(
-    plm: nn.Module, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
+    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
 ) -> torch.Tensor:
     """`(B, number of labels)`; the encoder runs once for all labels."""
     padded = prompted_inputs(plm, prompt, inputs, left=False)
@@ -170,7 +167,7 @@ def _score_encoder_decoder(
 
 
 def generate(
-    plm: nn.Module,
+    plm: Any,
     tokenizer: Any,
     prompt: torch.Tensor | None,
     inputs: Sequence[Sequence[int]],
@@ -224,9 +221,7 @@ def generate(
 def _no_leftover_options(plm: Any) -> Iterator[None]:
     """Generation by our arguments alone: a checkpoint's own sampling options would contradict them, with a warning."""
     own = plm.generation_config
-    plm.generation_config = type(own)(
-        decoder_start_token_id=own.decoder_start_token_id, bos_token_id=own.bos_token_id
-    )
+    plm.generation_config = type(own)(decoder_start_token_id=own.decoder_start_token_id, bos_token_id=own.bos_token_id)
     try:
         yield
     finally:

@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -72,7 +71,7 @@ def _convert_gguf(path: Path) -> Path:
         raise ModelError(f"cannot write to the cache {str(target.parent)!r} ({error}); set FPT_CACHE") from error
     try:
         # Dequantized: packed weights can be neither cut nor cast.
-        plm = AutoModelForCausalLM.from_pretrained(
+        plm: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             dtype=torch.float32,
@@ -131,7 +130,7 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
         if kind is torch.float16 and families.of(config).name == "t5":
             raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        plm: PreTrainedModel = auto.from_pretrained(where, revision=revision, dtype=kind)
+        plm: Any = auto.from_pretrained(where, revision=revision, dtype=kind)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if isinstance(error, ModelError):
             raise

@@ -34,8 +34,7 @@ class ProgressReporter(TrainerCallback):
         ends = [*self.schedule.boundaries[1:], self.schedule.total_steps]
         starts = self.schedule.boundaries
         return sum(
-            max(0, end - max(start, step)) * cost
-            for start, end, cost in zip(starts, ends, self.relative, strict=True)
+            max(0, end - max(start, step)) * cost for start, end, cost in zip(starts, ends, self.relative, strict=True)
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,10 +81,11 @@ class ProgressReporter(TrainerCallback):
         if "loss" in logs:
             self.loss = logs["loss"]
             if self.bar is None and state.is_world_process_zero:
-                self.console.print(f"  step {state.global_step}/{state.max_steps}  {self._numbers(state)}", highlight=False)
+                line = f"  step {state.global_step}/{state.max_steps}  {self._numbers(state)}"
+                self.console.print(line, highlight=False)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
-        shown = {k.removeprefix("eval_"): v for k, v in metrics.items() if k not in _SPEED}
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        shown = {k.removeprefix("eval_"): v for k, v in kwargs["metrics"].items() if k not in _SPEED}
         name, value = next(iter(shown.items()))
         self.metric = f"{name} {value:.1f}%"
         self.console.print(f"  step {state.global_step}: {self.metric} on the full model", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _size(stage: dict[str, Any]) -> str:
 def _cost_at(result: RunResult, step: int, by_flops: bool) -> float:
     """Cost after `step` steps, between the two evaluations around it in proportion to steps."""
     points = [(0, 0.0), *((p.step, p.train_flops if by_flops else p.train_seconds) for p in result.curve)]
-    for (s0, c0), (s1, c1) in zip(points, points[1:], strict=False):
+    for (s0, c0), (s1, c1) in pairwise(points):
         if s0 <= step <= s1:
             return c0 if s1 == s0 else c0 + (c1 - c0) * (step - s0) / (s1 - s0)
     return points[-1][1]

@@ -107,4 +107,5 @@ def load_result(folder: str | Path) -> RunResult:
         raise DataError(f"no result of a run ({type(error).__name__})", file=str(path)) from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"not a run's result: {'.'.join(map(str, first['loc']))}: {first['msg']}", file=str(path)) from None
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"not a run's result: {where}: {first['msg']}", file=str(path)) from None

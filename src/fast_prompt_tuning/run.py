@@ -16,6 +16,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -100,8 +101,7 @@ def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
         _load_split(session, split)
     if task.labels:
         for word, text in task.choices(decoder=session.decoder).items():
-            ids = tokenizer(text, add_special_tokens=not session.decoder)["input_ids"]
-            session.choices[word] = ids
+            session.choices[word] = tokenizer(text, add_special_tokens=not session.decoder)["input_ids"]
     return session
 
 
@@ -224,7 +224,14 @@ def check_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise ConfigError(f"output={str(folder)!r} holds no run to resume; leave out --resume")
-        changed = _differences(yaml.safe_load(saved.read_text(encoding="utf-8")), config.model_dump(mode="json"))
+        try:
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{str(saved)!r} cannot be read ({type(error).__name__}); use --overwrite") from error
+        now = config.model_dump(mode="json")
+        if isinstance(before, dict):
+            before["output"] = now["output"]  # the same folder, however it is spelled
+        changed = _differences(before, now)
         if changed:
             raise ConfigError(f"the recipe has changed since the run began: {'; '.join(changed)}; set it back")
     elif saved.exists() and not overwrite:
@@ -310,19 +317,22 @@ def train(
             last good prompt is saved.
     """
     started = time.perf_counter()
-    folder = prepare_folder(config, overwrite=overwrite, resume=resume)
+    check_folder(config, overwrite=overwrite, resume=resume)
     set_seed(config.train.seed)
     session = session or open_session(config, ("train", "validation"))
     session.config = config
+    full_tuning = config.method == "full"
+    model, trained = _trainable(session)
+    schedule, needed = _schedule(session, model)
+    # All that can be refused has been: only now is an earlier run replaced, or a folder made.
+    folder = prepare_folder(config, overwrite=overwrite, resume=resume)
     checkpoint = None
     if resume and (folder / "checkpoints").is_dir():
         checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
     if resume and checkpoint is None:
         logger.warning("no checkpoint in %s yet: starting from step 0", folder)
-    full_tuning = config.method == "full"
-    model, trained = _trainable(session)
     ledger = FlopsLedger()
-    schedule, partial = _schedule(session, model, folder, ledger, score=not full_tuning)
+    partial = _partial_plm(session, model, schedule, needed, folder, ledger)
     if on_schedule:
         on_schedule(schedule, session.cost.full_stage)
 
@@ -333,7 +343,7 @@ def train(
     past = history[-1] if history else {}
     for category in ("eval",):
         ledger.add(category, past.get("flops_" + category, 0.0))
-    guard = StepGuard(trained)
+    guard = StepGuard(trained, remember=not full_tuning)
     guard.seconds = past.get("train_seconds", 0.0)
     past_total = past.get("total_seconds", 0.0)
 
@@ -371,16 +381,21 @@ def train(
     status, reason = "finished", None
     with guard:
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None and reached >= config.train.steps:
+                trainer.resume_finished(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=checkpoint)
             if guard.signal is not None:
                 status, reason = "interrupted", f"signal {guard.signal}"
         except TrainingStopped as error:
             status, reason = "stopped", str(error)
+            guard.go_back()
+            trainer.store_flos()
         finally:
             if partial is not None:
                 partial.restore()
     ledger.add("train", trainer.state.total_flos)
-    if status == "finished" and trainer.state.global_step % trainer.args.eval_steps:
+    if status == "finished" and trainer.state.global_step % int(trainer.args.eval_steps or 1):
         trainer.evaluate()
     if config.train.keep == "best" and status != "stopped":
         best.restore(model)
@@ -409,20 +424,40 @@ def _trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
     return model, [prompt_parameter(model)]
 
 
-def _schedule(
-    session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger, *, score: bool
-) -> tuple[Schedule, PartialPLM | None]:
-    """The schedule, and the partial PLM where a stage needs one; neurons are scored on training data if need be."""
+@dataclass(frozen=True)
+class _Needed:
+    """What the schedule needs: a partial PLM at all, scores of its neurons, and those that were made before."""
+
+    partial: bool
+    scores: bool
+    given: NeuronScores | None
+
+
+def _schedule(session: Session, model: nn.Module) -> tuple[Schedule, _Needed]:
+    """The schedule, checked against the model, and what it needs; nothing is computed or written yet."""
     config = session.config
-    bare = PartialPLM(model)
-    schedule = config.schedule(bare.full_stage, session.task.stacks)
-    if all(stage.is_full(bare.full_stage) for stage in schedule.stages):
-        return schedule, None
-    widths = any(
-        stage.ffn_in(s) not in (None, bare.full_stage.ffn_in(s)) for stage in schedule.stages for s in stage.stacks
-    )
-    scores = None
-    if widths and config.scoring.keep_neurons == "activation":
+    bare = PartialPLM(model, keep_neurons="first")
+    full = bare.full_stage
+    schedule = config.schedule(full, session.task.stacks)
+    for stage in schedule.stages:
+        bare.check(stage)
+    partial = not all(stage.is_full(full) for stage in schedule.stages)
+    widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in schedule.stages for s in stage.stacks)
+    scores = partial and widths and config.scoring.keep_neurons == "activation"
+    given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
+    if given is not None:
+        PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
+    return schedule, _Needed(partial, scores, given)
+
+
+def _partial_plm(
+    session: Session, model: nn.Module, schedule: Schedule, needed: _Needed, folder: Path, ledger: FlopsLedger
+) -> PartialPLM | None:
+    """The partial PLM where a stage needs one; neurons are scored on training data if need be."""
+    if not needed.partial:
+        return None
+    config, scores = session.config, needed.given
+    if needed.scores and scores is None:
         scores = _neuron_scores(session, model, folder, ledger)
     partial = PartialPLM(
         model,
@@ -432,14 +467,11 @@ def _schedule(
     )
     for stage in schedule.stages:
         partial.check(stage)
-    return schedule, partial
+    return partial
 
 
 def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
-    config = session.config.scoring
-    if config.path:
-        return NeuronScores.load(config.path)
-    batches = calibration_batches(session, config.examples)
+    batches = calibration_batches(session, session.config.scoring.examples)
     ledger.add("score", sum(score_flops(session, batch) for batch in batches))
     file = folder / "scores.safetensors"
     if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
@@ -487,7 +519,6 @@ class _Best:
     def __init__(self, folder: Path, primary: str, full_tuning: bool):
         self.folder, self.primary, self.full_tuning = folder, primary, full_tuning
         self.step, self.value = 0, float("-inf")
-        self.weights: dict[str, torch.Tensor] = {}
         record = folder / "best.json"
         if record.is_file():
             found = json.loads(record.read_text(encoding="utf-8"))
@@ -500,19 +531,16 @@ class _Best:
         self.step, self.value = step, value
         work = self.folder.with_name(".best-new")
         shutil.rmtree(work, ignore_errors=True)
-        if self.full_tuning:
-            self.weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            work.mkdir(parents=True)
-        else:
-            model.save_pretrained(str(work))
+        model.save_pretrained(str(work))  # type: ignore[operator]
         write_atomic(work / "best.json", json.dumps({"step": step, "value": value, "metric": self.primary}))
         shutil.rmtree(self.folder, ignore_errors=True)
         work.rename(self.folder)
 
     def restore(self, model: nn.Module) -> None:
         """Give the model its best prompt back."""
-        if self.full_tuning and self.weights:
-            model.load_state_dict(self.weights)
+        if self.full_tuning:
+            for file in sorted(self.folder.glob("*.safetensors")):
+                model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
         elif not self.full_tuning and (self.folder / "adapter_model.safetensors").is_file():
             with torch.no_grad():
                 prompt_parameter(model).copy_(load_prompt(self.folder))
@@ -532,7 +560,7 @@ def _finish(
     spent: dict[str, Any],
 ) -> RunResult:
     full_tuning = session.config.method == "full"
-    model.save_pretrained(str(folder / ("model" if full_tuning else "prompt")))
+    model.save_pretrained(str(folder / ("model" if full_tuning else "prompt")))  # type: ignore[operator]
     prompt = None if full_tuning else prompt_parameter(model).detach()
     final = evaluate(session, prompt)
     ledger.add("eval", final.flops)
@@ -541,7 +569,7 @@ def _finish(
     curve = [
         Point(
             step=r["step"],
-            metrics={k.removeprefix("eval_"): v for k, v in r.items() if k.removeprefix("eval_") in final.result.values},
+            metrics={name: r[f"eval_{name}"] for name in final.result.values if f"eval_{name}" in r},
             train_flops=r["train_flops"],
             train_seconds=r["train_seconds"],
         )
@@ -603,5 +631,3 @@ def zero_shot(session: Session, split: str = "validation") -> RunResult:
         fingerprints={"model": fingerprint.of_model(session.plm)},
         environment=environment(session.plm.device),
     )
-
-

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -23,10 +25,11 @@ from transformers import (
     get_constant_schedule_with_warmup,
 )
 from transformers.optimization import Adafactor
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import speed_metrics
 
 from .config import OptimConfig, RunConfig
-from .data import Collator, LengthBatchSampler
+from .data import Collator, LengthBatchSampler, input_lengths
 from .errors import TrainingStopped
 from .flops import BatchShape, CostModel, forward_flops, step_flops
 from .objective import IGNORED, label_loss
@@ -128,7 +131,7 @@ class PromptTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         sampler = LengthBatchSampler(
-            [len(ids) for ids in self.train_dataset["input_ids"]],
+            input_lengths(self.train_dataset),  # type: ignore[arg-type]
             self.args.per_device_train_batch_size,
             seed=self.args.data_seed or 0,
         )
@@ -140,7 +143,13 @@ class PromptTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def floating_point_ops(self, inputs: Any) -> float:
+    def resume_finished(self, checkpoint: str) -> None:
+        """Load the checkpoint of a run that has made all its steps; `train` would make one more of it."""
+        path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(path)
+
+    def floating_point_ops(self, inputs: Any) -> float:  # type: ignore[override]
         """FLOPs of the training step on `inputs`, at the stage it ran on (`flops.py`, convention `all`)."""
         shape = batch_shape(inputs, self.prompt_tokens, self.cost)
         if self.full_tuning:
@@ -190,20 +199,23 @@ class StepGuard(TrainerCallback):
     """Keeps the clock of training steps, refuses non-finite gradients, and ends the run on Ctrl-C or SIGTERM.
 
     A first signal finishes the step, saves a checkpoint and stops; a second one interrupts at once.
+
+    Args:
+        trained: what is trained.
+        remember: keep a copy of the values whose loss and gradient were last seen to be finite, for `go_back`.
     """
 
-    def __init__(self, trained: list[nn.Parameter]):
+    def __init__(self, trained: list[nn.Parameter], *, remember: bool = True):
         self.trained, self.seconds = trained, 0.0
+        self.good = [p.detach().clone() for p in trained] if remember else []
         self.signal: int | None = None
         self._start = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StepGuard:
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+            with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
                 self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread: the caller handles signals
-                pass
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -226,6 +238,14 @@ class StepGuard(TrainerCallback):
                     f"the gradient is not finite at step {state.global_step}; the prompt before it is kept. Try a "
                     "lower optim.lr or model.dtype=float32"
                 )
+        for kept, parameter in zip(self.good, self.trained, strict=False):
+            kept.copy_(parameter.detach())
+
+    def go_back(self) -> None:
+        """Give the trained parameters their last good values back."""
+        with torch.no_grad():
+            for kept, parameter in zip(self.good, self.trained, strict=False):
+                parameter.copy_(kept)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self._start

@@ -1,0 +1,45 @@
+"""What every command of `fpt` shares: where its output goes, and how much the libraries under it may say."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+state: dict[str, Any] = {"debug": False, "quiet": False}
+"""The options before the command: `fpt --debug`, `fpt --quiet`."""
+
+
+def quiet_libraries(transformers_only: bool = False) -> None:
+    """Our own progress is shown; the libraries' bars and notices are noise beside it."""
+    if state["debug"]:
+        return
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not transformers_only:
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+def people(as_json: bool = False) -> Console:
+    """Where people's output goes: nowhere under --quiet, to standard error under --json."""
+    if state["quiet"]:
+        return Console(file=open(os.devnull, "w", encoding="utf-8"))
+    return Console(stderr=as_json)
+
+
+def emit(value: Any) -> None:
+    """One JSON value on a line of standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def plain(text: str) -> str:
+    """A text as it is, for `rich`: its brackets are no markup."""
+    return escape(text)
