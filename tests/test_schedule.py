@@ -63,7 +63,7 @@ def test_only_the_encoder_is_cut_for_short_targets():
     [
         (30, 1536, [(8, 384), (15, 768), (23, 1152), (30, 1536)]),  # 7.5 and 22.5: halves up
         (5, 7, [(1, 2), (3, 4), (4, 5), (5, 7)]),
-        (1, 1, [(1, 1)] * 4),
+        (2, 2, [(1, 1), (1, 1), (2, 2), (2, 2)]),
         (2, 3, [(1, 1), (1, 2), (2, 2), (2, 3)]),
     ],
 )
@@ -106,7 +106,7 @@ stages = st.one_of(
 schedules = st.builds(Schedule, st.lists(stages, min_size=1, max_size=6))
 
 
-@given(st.sampled_from(sorted(METHODS)), st.integers(1, 120), st.integers(1, 20_000), st.integers(4, 100_000))
+@given(st.sampled_from(sorted(METHODS)), st.integers(2, 120), st.integers(2, 20_000), st.integers(4, 100_000))
 def test_presets_add_up_fit_and_never_shrink(method, layers, ffn, steps):
     full = Stage(layers, ffn)
     schedule = Schedule.preset(method, full, total_steps=steps)
@@ -250,3 +250,11 @@ def test_refusals_name_the_field_the_value_and_the_fix(build, message):
         build()
     assert isinstance(caught.value, FptError)
     assert isinstance(caught.value, ValueError)
+
+
+def test_a_method_that_would_cut_nothing_is_refused():
+    with pytest.raises(ScheduleError, match="'ld' would leave out no layers: this model has 1 in each of decoder"):
+        Schedule.preset("ld", Stage(1, 64), total_steps=10)
+    with pytest.raises(ScheduleError, match="no FFN neurons"):
+        Schedule.preset("fr", Stage(4, 1), total_steps=10)
+    assert [s.layers for s in Schedule.preset("ld", Stage(2, 64), total_steps=10).stages] == [1, 1, 2, 2]

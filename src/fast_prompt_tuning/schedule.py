@@ -239,7 +239,7 @@ class Schedule:
             rounded to the nearest whole number, halves up. Stage boundaries are rounded so that they add up.
 
         Raises:
-            ScheduleError: unknown method, or too few steps.
+            ScheduleError: unknown method, too few steps, or a model so small that the method would cut nothing.
         """
         if method not in METHODS:
             raise ScheduleError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -259,6 +259,12 @@ class Schedule:
         ffn = {s: full_stage._ffn[s] for s in chosen}
         if not (cut_layers or cut_ffn):
             return cls((Stage(layers, ffn, total_steps, chosen),))
+        for what, cut, sizes in (("layers", cut_layers, layers), ("FFN neurons", cut_ffn, ffn)):
+            if cut and all(_part(n, PAPER_FRACTIONS[0]) == n for n in sizes.values()):
+                raise ScheduleError(
+                    f"method={method!r} would leave out no {what}: this model has {max(sizes.values())} in each of "
+                    f"{', '.join(sizes)}; use method 'pt'"
+                )
         shares = [sum(PAPER_SPLIT[: i + 1]) for i in range(len(PAPER_SPLIT))]
         ends = [
             max(i + 1, min(round(total_steps * s), total_steps - len(shares) + i + 1)) for i, s in enumerate(shares)
