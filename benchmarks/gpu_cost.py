@@ -49,12 +49,9 @@ def main() -> int:
         args.batch, args.rounds = 4, 2
     peak = matmul_peak()
     torch.cuda.reset_peak_memory_stats()
-    report = paper_cost.measure(
-        paper_cost.parse_args(
-            ["--plm", args.plm, "--batch", str(args.batch), "--rounds", str(args.rounds), "--device", "cuda"]
-            + ["--input-tokens", "492", "--long-target", "200"]
-        )
-    )
+    options = {"plm": args.plm, "batch": args.batch, "rounds": args.rounds, "device": "cuda"}
+    options |= {"input-tokens": 492, "long-target": 200}
+    report = paper_cost.measure(paper_cost.parse_args([f"--{name}={value}" for name, value in options.items()]))
     report["benchmark"] = "gpu_cost"
     report["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     report["matmul_peak_flops_per_second"] = peak

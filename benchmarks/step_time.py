@@ -1,0 +1,375 @@
+"""What a training step costs in seconds: peft + Trainer, ours, every FPT stage, and the bare model, side by side.
+
+For each model, in interleaved rounds over the same examples in the same dtype:
+
+  (a) peer     stock `PromptTuningConfig` + `transformers.Trainer` + `DataCollatorForSeq2Seq`
+  (b) plain    our Trainer on the full model: loss at labels, batches by length
+  (c) stage i  the same at the sizes of the paper's CR
+  (d) bare     forward and backward of the model on the batches of (b), no Trainer, no optimizer
+  (e) peak     the fastest large matrix product in the same dtype
+
+A round passes over every example once, so that a ratio of two rounds compares the same work; what is reported are
+medians over rounds, with the smallest and the largest.
+
+    python benchmarks/step_time.py --out benchmarks/results/step_time.json
+    python benchmarks/step_time.py --quick --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from transformers import DataCollatorForSeq2Seq, Gemma3TextConfig, GPT2Config, Trainer, TrainerCallback
+
+from fast_prompt_tuning import ProgressiveCallback, Schedule
+from fast_prompt_tuning.config import load as load_recipe
+from fast_prompt_tuning.data import Collator, LengthBatchSampler
+from fast_prompt_tuning.flops import CostModel, step_flops
+from fast_prompt_tuning.models import load_plm, load_tokenizer
+from fast_prompt_tuning.objective import label_loss
+from fast_prompt_tuning.partial_plm import PartialPLM
+from fast_prompt_tuning.plan import paper_config, random_plm
+from fast_prompt_tuning.soft_prompt import prompt_parameter
+from fast_prompt_tuning.trainer import PromptTrainer, batch_shape, make_optimizer, training_arguments
+
+TARGETS = {
+    # name -> (model, what, limit, whether at most)
+    "ours plain / peft + Trainer": ("smollm2-135m", "plain", 0.65, True),
+    "ours plain / peft + Trainer, Gemma-shaped": ("gemma-3-270m-shaped", "plain", 0.40, True),
+    "FPT-CR whole run / peft + Trainer": ("smollm2-135m", "fpt_run", 0.42, True),
+    "stage time ratio − FLOPs ratio, worst stage": ("smollm2-135m", "stage_excess", 0.03, True),
+    "bare forward + backward / our step": ("smollm2-135m", "bare_share", 0.95, False),
+    "achieved / matmul peak": ("smollm2-135m", "utilisation", 0.60, False),
+}
+
+PROMPT = 20
+
+
+class FakeTokenizer:
+    """As much of a tokenizer as a padding collator asks for: the config-built models have none."""
+
+    pad_token_id, eos_token_id, padding_side, model_input_names = 0, 1, "right", ("input_ids", "attention_mask")
+
+    def pad(self, rows: Any, **_: Any) -> dict[str, torch.Tensor]:
+        longest = max(len(r["input_ids"]) for r in rows)
+        batch = {
+            "input_ids": [r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in rows],
+            "attention_mask": [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows],
+        }
+        if "labels" in rows[0]:
+            batch["labels"] = [list(r["labels"]) for r in rows]
+        return {k: torch.tensor(v) for k, v in batch.items()}
+
+
+def news_rows(tokenizer: Any, count: int, longest: int, seed: int) -> list[dict[str, list[int]]]:
+    """Paragraphs of BBC articles with their topic as target: news text of naturally mixed length."""
+    from fast_prompt_tuning import tasks
+
+    articles = tasks.load_examples(tasks.load_task("bbc_topics"), "train", decoder=True)
+    rows = []
+    for row in articles:
+        for paragraph in row["input"].split("\n")[1:-1]:
+            ids = tokenizer(paragraph)["input_ids"][:longest]
+            target = [*tokenizer(row["target"])["input_ids"], tokenizer.eos_token_id]
+            if len(ids) >= 8:
+                rows.append({"input_ids": ids + target, "labels": [-100] * len(ids) + target})
+        if len(rows) > 20 * count:
+            break
+    random.Random(seed).shuffle(rows)
+    return rows[:count]
+
+
+def random_rows(vocab: int, count: int, longest: int, seed: int, encoder_decoder: bool) -> list[dict[str, list[int]]]:
+    """Random tokens of mixed length, for models without weights."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = [rng.randrange(4, vocab) for _ in range(rng.randint(longest // 6, longest))]
+        target = [rng.randrange(4, vocab), 1]
+        if encoder_decoder:
+            rows.append({"input_ids": ids, "labels": target})
+        else:
+            rows.append({"input_ids": ids + target, "labels": [-100] * len(ids) + target})
+    return rows
+
+
+def build(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """`(PLM, tokenizer)` of a model by name."""
+    if name == "smollm2-135m":
+        return load_plm(name, dtype=str(dtype).removeprefix("torch.")), load_tokenizer(name)
+    configs: dict[str, Callable[[], Any]] = {
+        "t5-large": lambda: paper_config("large"),
+        "gpt2": lambda: GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+        "gemma-3-270m-shaped": lambda: Gemma3TextConfig(
+            vocab_size=262144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            sliding_window=512,
+            max_position_embeddings=32768,
+        ),
+    }
+    plm = random_plm(configs[name](), dtype=dtype)
+    return plm.requires_grad_(False), FakeTokenizer()
+
+
+class Clock(TrainerCallback):
+    """Seconds from the first step to the end of training."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = time.perf_counter() - self.start
+
+
+def settings(steps: int, batch: int, folder: str) -> Any:
+    """One recipe for both Trainers, so that they share every argument."""
+    return load_recipe(
+        {
+            "model": {"path": "-"},
+            "data": {"task": "-"},
+            "method": "pt",
+            "train": {"steps": steps, "batch_size": batch, "log_every": 10},
+            "output": folder,
+        }
+    )
+
+
+def run_trainer(model: Any, rows: Any, collator: Any, batch: int, make: Callable[..., Trainer], extra: list[Any]) -> float:
+    """Seconds of one pass over `rows` in a Trainer."""
+    clock = Clock()
+    steps = -(-len(rows) // batch)
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(steps, batch, folder)
+        arguments = training_arguments(config, folder, torch.device("cpu"))
+        arguments.eval_strategy, arguments.save_strategy = "no", "no"
+        trainer = make(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator,
+            optimizers=make_optimizer([prompt_parameter(model)], config.optim),
+            callbacks=[clock, *extra],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return clock.seconds
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of the fastest of a few large products."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a @ b
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one model."""
+    dtype = getattr(torch, args.dtype)
+    batch, count, longest = args.batch[name], args.batch[name] * args.steps, args.longest
+    plm, tokenizer = build(name, dtype)
+    encoder_decoder = plm.config.is_encoder_decoder
+    if name == "smollm2-135m":
+        listed = news_rows(tokenizer, count, longest, seed=0)
+    else:
+        listed = random_rows(plm.config.vocab_size, count, longest, 0, encoder_decoder)
+    rows = datasets.Dataset.from_list(listed)
+    task_type = TaskType.SEQ_2_SEQ_LM if encoder_decoder else TaskType.CAUSAL_LM
+    prompt = PromptTuningConfig(task_type=task_type, num_virtual_tokens=PROMPT, num_transformer_submodules=1)
+    model = get_peft_model(plm, prompt)
+    torch.nn.init.normal_(prompt_parameter(model), std=0.02)
+    cost = CostModel.from_model(model)
+    collate = Collator(tokenizer, decoder=not encoder_decoder)
+    partial = PartialPLM(model, keep_neurons="first")
+    stages = Schedule.preset("cr", cost.full_stage, total_steps=100).stages
+
+    def ours(stage: Any) -> float:
+        schedule = Schedule.constant(stage, -(-count // batch))
+        extra = [] if stage.is_full(cost.full_stage) else [ProgressiveCallback(partial, schedule)]
+
+        def make(**kwargs: Any) -> Trainer:
+            return PromptTrainer(
+                schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **kwargs
+            )
+
+        return run_trainer(model, rows, collate, batch, make, extra)
+
+    batches = [
+        collate([listed[i] for i in picked])
+        for picked in LengthBatchSampler([len(r["input_ids"]) for r in listed], batch, seed=0)
+    ]
+
+    def bare() -> float:
+        model.train()
+        start = time.perf_counter()
+        for inputs in batches:
+            label_loss(model, inputs).backward()
+            model.zero_grad()
+        return time.perf_counter() - start
+
+    variants: dict[str, Callable[[], float]] = {
+        "peer": lambda: run_trainer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch, Trainer, []),
+        "plain": lambda: ours(cost.full_stage),
+        **{f"stage {i}": (lambda s=s: ours(s)) for i, s in enumerate(stages[:-1], start=1)},
+        "bare": bare,
+    }
+    samples: dict[str, list[float]] = {v: [] for v in variants}
+    peaks = []
+    for done in range(args.rounds + 1):
+        order = list(variants) if done % 2 == 0 else list(reversed(variants))
+        for variant in order:
+            seconds = variants[variant]()
+            if done:  # the first round warms up
+                samples[variant].append(seconds / len(batches))
+        peaks.append(matmul_peak(dtype))
+        print(f"{name}: round {done} of {args.rounds}", file=sys.stderr)
+    peak = max(peaks)
+    flops = [sum(step_flops(cost, s, batch_shape(b, PROMPT, cost)) for b in batches) / len(batches) for s in stages]
+
+    def ratio(part: str, whole: str) -> dict[str, float]:
+        return spread([p / w for p, w in zip(samples[part], samples[whole], strict=True)])
+
+    fpt_run = [
+        (0.2 * (a + b + c) + 0.4 * d) / peer
+        for a, b, c, d, peer in zip(
+            *(samples[v] for v in ("stage 1", "stage 2", "stage 3", "plain", "peer")), strict=True
+        )
+    ]
+    stage_rows = []
+    for i, stage in enumerate(stages[:-1], start=1):
+        found = ratio(f"stage {i}", "plain")
+        share = flops[i - 1] / flops[-1]
+        stage_rows.append({"stage": str(stage), "time": found, "flops": share, "excess": found["median"] - share})
+    plain = statistics.median(samples["plain"])
+    return {
+        "model": name,
+        "dtype": args.dtype,
+        "batch": batch,
+        "steps_per_round": len(batches),
+        "text_tokens": spread([float(len(r["input_ids"])) for r in listed]),
+        "seconds_per_step": {v: spread(s) for v, s in samples.items()},
+        "samples": samples,
+        "plain": ratio("plain", "peer"),
+        "fpt_run": spread(fpt_run),
+        "stages": stage_rows,
+        "stage_excess": {"median": max(s["excess"] for s in stage_rows)},
+        "bare_share": ratio("bare", "plain"),
+        "flops_per_step": flops[-1],
+        "matmul_peak": peak,
+        "utilisation": {"median": flops[-1] / plain / peak},
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    for r in results:
+        print(
+            f"\n{r['model']}, {r['dtype']}, batches of {r['batch']}, {r['text_tokens']['low']:.0f} to "
+            f"{r['text_tokens']['high']:.0f} tokens; matmul peak {r['matmul_peak'] / 1e9:.0f} GFLOP/s"
+        )
+        for name, s in r["seconds_per_step"].items():
+            print(f"  {name:8} {s['median']:8.3f} s/step   ({s['low']:.3f} – {s['high']:.3f})")
+        print(f"  ours plain / peft + Trainer   {r['plain']['median']:.3f}")
+        print(f"  FPT-CR run / peft + Trainer   {r['fpt_run']['median']:.3f}")
+        for s in r["stages"]:
+            print(f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}")
+        print(f"  bare / ours {r['bare_share']['median']:.3f}; utilisation {r['utilisation']['median']:.3f}")
+
+
+def shortfalls(results: list[dict[str, Any]]) -> list[str]:
+    by_name = {r["model"]: r for r in results}
+    missed = []
+    print(f"\n{'target':46} {'wanted':>8} {'measured':>9}")
+    for what, (model, key, limit, at_most) in TARGETS.items():
+        if model not in by_name:
+            continue
+        value = by_name[model][key]["median"]
+        met = value <= limit if at_most else value >= limit
+        print(f"{what:46} {'≤' if at_most else '≥'} {limit:<6} {value:9.3f}  {'met' if met else 'missed'}")
+        if not met:
+            missed.append(f"{what}: {value:.3f}")
+    return missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="smollm2-135m,gemma-3-270m-shaped,gpt2,t5-large")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="batches in a round")
+    parser.add_argument("--longest", type=int, default=128, help="text tokens of the longest example")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--quick", action="store_true", help="the two models with targets, 2 rounds of 3 batches")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.batch = {"smollm2-135m": 16, "gemma-3-270m-shaped": 8, "gpt2": 16, "t5-large": 4}
+    if args.quick:
+        args.models, args.rounds, args.steps = "smollm2-135m,gemma-3-270m-shaped", 2, 3
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    results = [measure(name.strip(), args) for name in args.models.split(",")]
+    show(results)
+    missed = shortfalls(results)
+    if args.out:
+        record = {
+            "benchmark": "step_time",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "quick": args.quick,
+            "machine": {
+                "processor": _processor(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "capability": torch.backends.cpu.get_cpu_capability(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "targets_missed": missed,
+            "results": results,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.check and missed:
+        print(f"missed: {'; '.join(missed)}")
+        return 1
+    return 0
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] \
+        if info.is_file() else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

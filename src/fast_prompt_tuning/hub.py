@@ -1,0 +1,99 @@
+"""Sharing a tuned prompt on the Hugging Face Hub, with a card that says what it is and what it cost."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+from .errors import ConfigError
+from .report import human_flops, human_seconds
+from .results import RunResult, load_result
+from .soft_prompt import load_prompt
+
+PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def model_card(result: RunResult) -> str:
+    """The card (Markdown with YAML front matter) of a run's prompt."""
+    config = result.config
+    base, task = config["model"]["path"], config["data"]["task"]
+    data = ModelCardData(
+        base_model=base if "/" in base and not Path(base).exists() else None,
+        library_name="peft",
+        tags=["prompt-tuning", "soft-prompt", "fast-prompt-tuning", f"task:{Path(task).stem}"],
+    )
+    metrics = "\n".join(
+        f"| {name} | {value:.2f} | {result.intervals[name][0]:.2f} – {result.intervals[name][1]:.2f} |"
+        for name, value in result.metrics.items()
+    )
+    stages = "\n".join(f"| {i} | {s['layers']} | {s['ffn']} | {s['steps']} |" for i, s in enumerate(result.schedule, 1))
+    versions = ", ".join(f"{k} {v}" for k, v in result.environment.items() if k not in ("platform", "threads"))
+    return f"""---
+{data.to_yaml()}
+---
+
+# Soft prompt for {Path(task).stem} on {Path(base).name}
+
+{config["prompt"]["tokens"]} virtual tokens in front of the input of `{base}` (revision
+{config["model"]["revision"] or "default"}), tuned with the method `{result.method}` of fast-prompt-tuning. The model's
+weights are unchanged.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this repository")
+```
+
+## Quality on {result.examples} validation examples, full model
+
+| metric | % | 95% interval |
+| --- | --- | --- |
+{metrics}
+
+## Training
+
+{result.steps} steps, {human_flops(result.flops["train"])} of training and {human_flops(result.flops["score"])} of
+scoring, {human_seconds(result.train_seconds)} of training steps.
+
+| stage | layers | FFN neurons | steps |
+| --- | --- | --- | --- |
+{stages}
+
+Model fingerprint {result.fingerprints.get("model", "?")}. Versions: {versions}.
+"""
+
+
+def push_prompt(run: str | Path, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload a run's prompt and its card to the Hub; nothing else of the run leaves the machine.
+
+    Args:
+        run: folder of a finished run.
+        repo_id: `user/name`.
+        token: access token; default the one `huggingface_hub` has stored.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        ConfigError: no prompt in the folder, or the Hub refuses.
+        DataError: no result in the folder.
+    """
+    folder = Path(run)
+    result = load_result(folder)
+    load_prompt(folder / "prompt")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as work:
+            for name in PROMPT_FILES:
+                (Path(work) / name).write_bytes((folder / "prompt" / name).read_bytes())
+            ModelCard(model_card(result)).save(Path(work) / "README.md")
+            done: Any = api.upload_folder(repo_id=repo_id, folder_path=work, commit_message="Upload soft prompt")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"repo_id={repo_id!r} cannot be written: {first}") from error
+    return str(getattr(done, "commit_url", done))
