@@ -250,11 +250,12 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
     folder = Path(config.output)
     if resume:
         return folder
-    for name in OURS:
-        (folder / name).unlink(missing_ok=True)
-    for name in OUR_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OURS:
+            (folder / name).unlink(missing_ok=True)
+        for name in OUR_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
         write_atomic(folder / "config.yaml", config.to_yaml())
     except OSError as error:
         raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error
@@ -385,7 +386,7 @@ def train(
                 trainer.resume_finished(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=checkpoint)
-            if guard.signal is not None:
+            if guard.signal is not None and trainer.state.global_step < config.train.steps:
                 status, reason = "interrupted", f"signal {guard.signal}"
         except TrainingStopped as error:
             status, reason = "stopped", str(error)

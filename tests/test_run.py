@@ -1,0 +1,465 @@
+"""Whole runs on tiny models: what they leave behind, how they stop, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from toy import toy
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
+
+from fast_prompt_tuning import run, trainer
+from fast_prompt_tuning.config import RunConfig, load
+from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
+from fast_prompt_tuning.results import RunResult, load_result
+from fast_prompt_tuning.soft_prompt import load_prompt, prompt_parameter
+
+ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__weight_decay": 1e-5}
+
+
+def recipe(output, **changes) -> RunConfig:
+    return load(toy().recipe(output, **changes))
+
+
+class Broken(RuntimeError):
+    pass
+
+
+class At(TrainerCallback):
+    """Does something once, when a step has ended."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.what()
+
+
+class Batches(TrainerCallback):
+    """Records every batch the trainer's model is given."""
+
+    def __init__(self):
+        self.seen = []
+
+
+def raises(*_):
+    raise Broken
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("method", ["pt", "ld", "fr", "cr"])
+def test_a_run_and_what_it_leaves(tmp_path, name, method):
+    out = tmp_path / "run"
+    changes = ADAFACTOR if name == "t5" else {}
+    config = recipe(out, method=method, model__path=str(toy().model(name)), **changes)
+    result = run.train(config)
+    assert load_result(out) == result == RunResult.model_validate_json((out / "result.json").read_text())
+    assert (result.status, result.steps, result.examples, result.method) == ("finished", 10, 12, method)
+    assert [p.step for p in result.curve] == [5, 10]
+    assert [s for s, _ in result.losses] == list(range(1, 11))
+    assert max(p.metrics["accuracy"] for p in result.curve) == result.metrics["accuracy"]
+    assert result.best_step in (5, 10)
+    flops = [p.train_flops for p in result.curve]
+    assert 0 < flops[0] < flops[1] == result.flops["train"]
+    assert result.flops["eval"] > 0
+    assert (result.flops["score"] > 0) == (method in ("fr", "cr")) == (out / "scores.safetensors").is_file()
+    assert result.boundaries == ([0] if method == "pt" else [0, 2, 4, 6])
+    assert sum(s["steps"] for s in result.schedule) == 10
+    assert 0 < result.train_seconds < result.total_seconds
+    assert set(result.fingerprints) == {"model", "train", "validation"}
+    assert {"torch", "transformers", "peft", "device", "fast-prompt-tuning"} <= set(result.environment)
+    assert load(out / "config.yaml") == config
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    right = sum(r["prediction"] in r["gold"] for r in rows)
+    assert 100 * right / 12 == pytest.approx(result.metrics["accuracy"])
+    # the saved prompt is a stock adapter
+    auto = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    model = PeftModel.from_pretrained(auto.from_pretrained(toy().model(name), dtype=torch.float32), out / "prompt")
+    session = run.open_session(config, ("validation",))
+    again = run.evaluate(session, prompt_parameter(model).detach())
+    assert again.result.values == result.metrics
+    assert [p.text for p in again.predictions] == [r["prediction"] for r in rows]
+
+
+def test_growing_costs_less_and_batches_are_the_same(tmp_path, monkeypatch):
+    seen = {}
+    results = {}
+    inner = trainer.PromptTrainer.compute_loss
+    for method in ("pt", "cr"):
+        batches = seen[method] = []
+
+        def record(self, model, inputs, *args, batches=batches, **kwargs):
+            batches.append({k: v.clone() for k, v in inputs.items()})
+            return inner(self, model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(trainer.PromptTrainer, "compute_loss", record)
+        # 12 steps over 40 examples by 4: into the second epoch
+        results[method] = run.train(recipe(tmp_path / method, method=method, train__steps=12))
+    assert len(seen["pt"]) == len(seen["cr"]) == 12
+    for one, two in zip(seen["pt"], seen["cr"], strict=True):
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(seen["pt"][0]["input_ids"], seen["pt"][10]["input_ids"])  # another order each epoch
+    assert results["cr"].flops["train"] < results["pt"].flops["train"]
+    assert results["cr"].fingerprints == results["pt"].fingerprints
+
+
+def test_one_session_serves_several_runs(tmp_path):
+    config = recipe(tmp_path / "a")
+    session = run.open_session(config, ("train", "validation"))
+    before = run.zero_shot(session)
+    shared = [run.train(recipe(tmp_path / n, method=m), session=session) for n, m in (("a", "cr"), ("b", "pt"))]
+    alone = [run.train(recipe(tmp_path / (n + "2"), method=m)) for n, m in (("a", "cr"), ("b", "pt"))]
+    assert [r.losses for r in shared] == [r.losses for r in alone]
+    assert run.zero_shot(session).metrics == before.metrics
+    assert before.flops["train"] == 0 < before.flops["eval"]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_generation_task(tmp_path, name):
+    result = run.train(recipe(tmp_path / "run", data__task=str(toy().words), model__path=str(toy().model(name))))
+    assert result.primary == "rougeL"
+    assert set(result.metrics) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    task = {"train__steps": 5, "train__eval_every": 5, "scoring__keep_neurons": "first"}
+    calls = []
+    result = run.train(recipe(tmp_path / "a", train__accumulate=2, **task), callbacks=[At(1, lambda: calls.append(1))])
+    assert (result.steps, calls) == (5, [1])
+    assert result.flops["score"] == 0
+    small = run.train(recipe(tmp_path / "b", **task))
+    assert result.flops["train"] > 1.5 * small.flops["train"]
+
+
+# -- full fine-tuning --------------------------------------------------------------------------------------------------
+
+
+def test_full_fine_tuning(tmp_path):
+    out = tmp_path / "run"
+    result = run.train(recipe(out, method="full", optim__lr=0.02))
+    assert result.losses[-1][1] < result.losses[0][1] / 2
+    assert result.prompt_folder is None
+    assert not (out / "prompt").exists()
+    assert result.flops["train"] > run.train(recipe(tmp_path / "pt", method="pt")).flops["train"]
+    session = run.open_session(recipe(tmp_path / "x"), ("validation",))
+    session.plm = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    assert run.evaluate(session, None).result.values == result.metrics
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_full_fine_tuning_resumes_and_ends_with_its_best_weights(tmp_path, name, monkeypatch):
+    changes = {"method": "full", "optim__lr": 0.01, "model__path": str(toy().model(name)), "train__eval_every": 2}
+    values = iter([10.0, 90.0, 50.0, 40.0, 30.0] * 3)  # the best is at step 4
+    offer = run._Best.offer
+    monkeypatch.setattr(run._Best, "offer", lambda self, step, value, model: offer(self, step, next(values), model))
+    whole = run.train(recipe(tmp_path / "whole", **changes))
+    assert whole.best_step == 4
+    values = iter([10.0, 90.0, 50.0])
+    with pytest.raises(Broken):
+        run.train(recipe(tmp_path / "broken", **changes), callbacks=[At(7, raises)])
+    values = iter([40.0, 30.0])
+    resumed = run.train(recipe(tmp_path / "broken", **changes), resume=True)
+    assert (resumed.best_step, resumed.losses[6:]) == (4, whole.losses[6:])
+    assert resumed.metrics == whole.metrics
+    left, right = (
+        (AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM).from_pretrained(tmp_path / n / "model")
+        for n in ("whole", "broken")
+    )
+    assert all(torch.equal(v, right.state_dict()[k]) for k, v in left.state_dict().items())
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_inits(tmp_path):
+    first = run.train(recipe(tmp_path / "first", train__steps=2, method="pt"))
+    starts = {}
+    for init, more in {
+        "uniform": {},
+        "vocab": {},
+        "text": {"prompt__text": "sport news today"},
+        "prompt": {"prompt__path": first.prompt_folder},
+    }.items():
+        config = recipe(tmp_path / init, prompt__init=init, train__steps=1, method="pt", optim__lr=1e-9, **more)
+        starts[init] = load_prompt(run.train(config).prompt_folder)
+    assert starts["uniform"].abs().max() <= 0.25 + 1e-6
+    assert torch.allclose(starts["prompt"], load_prompt(first.prompt_folder), atol=1e-7)
+    embeddings = AutoModelForCausalLM.from_pretrained(toy().llama).get_input_embeddings().weight
+    for init in ("vocab", "text"):
+        assert torch.cdist(starts[init], embeddings).min(1).values.max() < 1e-3
+    assert len({float(v.sum()) for v in starts.values()}) == 4
+
+
+def test_keep_best_or_last(tmp_path, monkeypatch):
+    prompts = {}
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            prompts[state.global_step] = prompt_parameter(model).detach().clone()
+
+    offer = run._Best.offer
+    monkeypatch.setattr(run._Best, "offer", lambda self, step, value, model: offer(self, step, -step, model))
+    for keep, step in (("best", 5), ("last", 10)):
+        result = run.train(recipe(tmp_path / keep, train__keep=keep), callbacks=[Watch()])
+        assert result.best_step == step
+        assert torch.equal(load_prompt(tmp_path / keep / "prompt"), prompts[step])
+
+
+def test_the_last_step_is_evaluated_too(tmp_path):
+    result = run.train(recipe(tmp_path / "run", train__steps=7))
+    assert [p.step for p in result.curve] == [5, 7]
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+RESUMED = {"train__steps": 24, "train__eval_every": 6, "train__save_every": 2}  # two epochs and more; stages of 4 or 5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return {n: run.train(recipe(folder / n, **RESUMED, **_of(n))) for n in ("llama", "t5")}
+
+
+def _of(name):
+    return {"model__path": str(toy().model(name)), **(ADAFACTOR if name == "t5" else {})}
+
+
+def same_run(one, two):
+    assert [s for s, _ in one.losses] == [s for s, _ in two.losses]
+    assert [v for _, v in one.losses] == pytest.approx([v for _, v in two.losses], abs=1e-6)
+    assert one.metrics == two.metrics
+    assert one.best_step == two.best_step
+    assert [(p.step, p.metrics, p.train_flops) for p in one.curve] == [
+        (p.step, p.metrics, p.train_flops) for p in two.curve
+    ]
+    assert one.flops == pytest.approx(two.flops)
+    assert torch.allclose(load_prompt(one.prompt_folder), load_prompt(two.prompt_folder), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("llama", 1), ("llama", 4), ("llama", 5), ("llama", 11), ("llama", 20), ("t5", 9), ("t5", 15)]
+)
+def test_resuming_after_a_crash_changes_nothing(tmp_path, whole, name, step):
+    # growths are after 4, 8 (or 9) and 14; an epoch is 10 steps; checkpoints after every second step
+    config = recipe(tmp_path / "run", **RESUMED, **_of(name))
+    with pytest.raises(Broken):
+        run.train(config, callbacks=[At(step, raises)])
+    same_run(run.train(config, resume=True), whole[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_after_the_step_and_the_run_goes_on_later(tmp_path, whole, number):
+    config = recipe(tmp_path / "run", **RESUMED)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    # between two steps: the next one is still made
+    result = run.train(config, callbacks=[At(7, lambda: os.kill(os.getpid(), number))])
+    assert (result.status, result.reason, result.steps) == ("interrupted", f"signal {int(number)}", 8)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert torch.isfinite(load_prompt(result.prompt_folder)).all()
+    resumed = run.train(config, resume=True)
+    same_run(resumed, whole["llama"])
+    assert resumed.status == "finished"
+    assert resumed.train_seconds > result.train_seconds * 0.9
+
+
+def test_a_second_signal_interrupts_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(recipe(tmp_path / "run"), callbacks=[At(7, twice)])
+    assert run.train(recipe(tmp_path / "run"), resume=True).status == "finished"
+
+
+@pytest.mark.parametrize("steps", [7, 10])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, steps):
+    config = recipe(tmp_path / "run", train__steps=steps)
+    first = run.train(config)
+    again = run.train(config, resume=True)
+    assert (again.steps, again.losses, again.metrics, again.best_step) == (
+        first.steps,
+        first.losses,
+        first.metrics,
+        first.best_step,
+    )
+    assert torch.equal(load_prompt(again.prompt_folder), load_prompt(first.prompt_folder))
+
+
+def test_resuming_without_a_checkpoint_starts_over(tmp_path, whole):
+    config = recipe(tmp_path / "run", **{**RESUMED, "train__save_every": 24})
+    with pytest.raises(Broken):
+        run.train(config, callbacks=[At(3, raises)])
+    assert run.train(config, resume=True).losses == whole["llama"].losses
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_recipe_is_not_resumed(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run.train(recipe(out))
+    with pytest.raises(ConfigError, match=r"recipe has changed.*optim\.lr was 0\.05, is 0\.1"):
+        run.train(recipe(out, optim__lr=0.1), resume=True)
+    monkeypatch.chdir(tmp_path)
+    assert run.train(recipe("run"), resume=True).status == "finished"  # the same folder by another spelling
+    (out / "config.yaml").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.yaml' cannot be read"):
+        run.train(recipe(out), resume=True)
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_earlier_run_is_never_lost(tmp_path):
+    out = tmp_path / "run"
+    run.train(recipe(out))
+    kept = contents(out)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run.train(recipe(out))
+    with pytest.raises(ConfigError, match="exclude each other"):
+        run.train(recipe(out), overwrite=True, resume=True)
+    # neither by --overwrite with a recipe that is refused
+    for changes in (
+        {"model__path": "/nowhere"},
+        {"data__task": "topisc"},
+        {"data__files": {"train": "/nowhere.jsonl"}},
+        {"prompt__init": "prompt", "prompt__path": "/nowhere"},
+        {"scoring__path": "/nowhere.safetensors"},
+        {"stages": [{"layers": 99, "ffn": 8, "steps": 10}]},
+        {"train__steps": 2},
+        {"prompt__tokens": 64},
+    ):
+        with pytest.raises(FptError):
+            run.train(recipe(out, **changes), overwrite=True)
+        assert contents(out) == kept
+    changed = run.train(recipe(out, train__steps=5), overwrite=True)
+    assert changed.steps == 5
+    assert [p.step for p in changed.curve] == [5]
+
+
+def test_a_refused_recipe_leaves_no_folder(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(FptError, match="99"):
+        run.train(recipe(out, stages=[{"layers": 99, "ffn": 8, "steps": 10}]))
+    assert not out.exists()
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="not empty and holds no run of ours"):
+            run.train(recipe(tmp_path / "thesis"), overwrite=overwrite)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        run.train(recipe(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="no run to resume"):
+        run.train(recipe(tmp_path / "new"), resume=True)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run.train(recipe(tmp_path / "file" / "below"))
+    run.train(recipe(tmp_path / "run", train__steps=5))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run.train(recipe(tmp_path / "run", train__steps=5), overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_bad_data(tmp_path):
+    empty, broken, label = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl", tmp_path / "label.jsonl"
+    empty.write_text("")
+    broken.write_text('{"text": "a", "label": "sport"}\n{"text": \n')
+    label.write_text('{"text": "a", "label": "sport"}\n{"text": "b", "label": "politics"}\n')
+    field = tmp_path / "field.jsonl"
+    field.write_text('{"body": "a", "label": "sport"}\n')
+    good = str(toy().folder / "validation.jsonl")
+    for file, said in (
+        (empty, "empty.jsonl: the file is empty"),
+        (broken, "broken.jsonl:2: "),
+        (label, "label.jsonl:2: .*politics"),
+        (field, "field.jsonl:1: .*text"),
+        (tmp_path / "none.jsonl", "no such file"),
+    ):
+        with pytest.raises(DataError, match=said):
+            run.train(recipe(tmp_path / "run", data__files={"train": str(file), "validation": good}))
+    result = run.train(
+        recipe(tmp_path / "run", data__files={"train": str(label), "validation": good}, data__on_bad_row="skip")
+    )
+    assert result.status == "finished"
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(ConfigError, match="need 70 positions, but this model has 64"):
+        run.open_session(recipe(tmp_path / "x", prompt__tokens=50), ())
+    with pytest.raises(ScoreError, match="another model|of the model"):
+        scores = tmp_path / "scores.safetensors"
+        session = run.open_session(recipe(tmp_path / "x", model__path=str(toy().t5)), ("train",))
+        run.score_neurons(session).save(scores)
+        run.train(recipe(tmp_path / "x", scoring__path=str(scores)))
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        AutoModelForCausalLM.from_pretrained(toy().llama).save_pretrained(tmp_path / "bare")
+        run.open_session(recipe(tmp_path / "x", model__path=str(tmp_path / "bare")), ())
+
+
+def test_scores_made_before_are_used(tmp_path):
+    out = tmp_path / "run"
+    whole = run.train(recipe(out))
+    again = run.train(recipe(tmp_path / "again", scoring__path=str(out / "scores.safetensors")))
+    assert again.losses == whole.losses
+    assert again.flops["score"] == 0
+    assert not (tmp_path / "again" / "scores.safetensors").exists()
+
+
+# -- losses that are not finite ----------------------------------------------------------------------------------------
+
+
+class Prompts(TrainerCallback):
+    def __init__(self):
+        self.before = []
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.before.append(prompt_parameter(model).detach().clone())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [0, 4])
+def test_not_finite(tmp_path, monkeypatch, where, step):
+    inner, calls = trainer.label_loss, []
+
+    def bad(*args, **kwargs):
+        loss = inner(*args, **kwargs)
+        calls.append(1)
+        if len(calls) != step + 1:
+            return loss
+        if where == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(trainer, "label_loss", bad)
+    prompts = Prompts()
+    with pytest.raises(TrainingStopped, match=rf"not finite at step {step}|is nan at step {step}"):
+        run.train(recipe(tmp_path / "run"), callbacks=[prompts])
+    kept = load_prompt(tmp_path / "run" / "prompt")
+    # the last one that a finite loss and gradient were seen with; at the start, the one it began with
+    assert torch.equal(kept, prompts.before[max(step - 1, 0)])
+    result = load_result(tmp_path / "run")
+    assert result.status == "stopped"
+    assert "optim.lr" in result.reason
+    assert (result.flops["train"] > 0) == (step > 0 or where == "gradient")
+
+
+def test_a_huge_learning_rate_stops_the_run_and_leaves_a_finite_prompt(tmp_path):
+    with pytest.raises(TrainingStopped, match="saved in"):
+        run.train(recipe(tmp_path / "run", optim__lr=3.3e37, method="pt", train__steps=20))
+    assert torch.isfinite(load_prompt(tmp_path / "run" / "prompt")).all()
+    with pytest.raises(TrainingStopped):
+        run.train(recipe(tmp_path / "full", optim__lr=3.3e37, method="full"))
