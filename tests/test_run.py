@@ -8,7 +8,6 @@ import signal
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from toy import toy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
@@ -399,13 +398,13 @@ def test_bad_data(tmp_path):
 def test_other_refusals(tmp_path):
     with pytest.raises(ConfigError, match="need 70 positions, but this model has 64"):
         run.open_session(recipe(tmp_path / "x", prompt__tokens=50), ())
-    with pytest.raises(ScoreError, match="another model|of the model"):
-        scores = tmp_path / "scores.safetensors"
-        session = run.open_session(recipe(tmp_path / "x", model__path=str(toy().t5)), ("train",))
-        run.score_neurons(session).save(scores)
+    scores = tmp_path / "scores.safetensors"
+    session = run.open_session(recipe(tmp_path / "x", model__path=str(toy().t5)), ("train",))
+    run.score_neurons(session).save(scores)
+    with pytest.raises(ScoreError, match=r"another model|of the model"):
         run.train(recipe(tmp_path / "x", scoring__path=str(scores)))
+    AutoModelForCausalLM.from_pretrained(toy().llama).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="no usable tokenizer"):
-        AutoModelForCausalLM.from_pretrained(toy().llama).save_pretrained(tmp_path / "bare")
         run.open_session(recipe(tmp_path / "x", model__path=str(tmp_path / "bare")), ())
 
 

@@ -82,10 +82,12 @@ class OptimConfig(_Section):
     """The optimizer; all of its settings, none hidden."""
 
     optimizer: Literal["adam", "adafactor"] = Field("adam", description="adafactor is the paper's, for T5")
-    lr: float = Field(0.01, gt=0, description="constant learning rate (the paper's Adafactor: 0.3)")
-    weight_decay: float = Field(0.0, ge=0, description="the paper: 1e-5")
+    lr: float = Field(
+        0.01, gt=0, allow_inf_nan=False, description="constant learning rate (the paper's Adafactor: 0.3)"
+    )
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="the paper: 1e-5")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up before the constant rate")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped at this")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm is clipped at this")
 
 
 class TrainConfig(_Section):
@@ -197,7 +199,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     else:
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # not text, or a name that cannot be one
             near = difflib.get_close_matches(name, recipe_names(), n=1)
             hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
             raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
@@ -216,7 +218,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text!r} is not key=value; write for example --set train.steps=100")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
     *sections, last = key.strip().split(".")
     for section in sections:

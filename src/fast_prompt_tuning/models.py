@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -85,8 +84,8 @@ def _convert_gguf(path: Path) -> Path:
         except OSError:
             if not (target / "config.json").is_file():
                 raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model={str(path)!r} cannot be read as GGUF: {error}") from error
+    except Exception as error:  # a file that is none fails in many ways
+        raise ModelError(f"model={str(path)!r} cannot be read as GGUF: {_reason(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
@@ -109,6 +108,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def _reason(error: Exception) -> str:
+    """The first line of what a library said."""
+    lines = str(error).strip().splitlines()
+    return f"{lines[0]}" if lines and isinstance(error, OSError) else ": ".join([type(error).__name__, *lines[:1]])
+
+
 def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None) -> Any:
     """Load a frozen PLM in evaluation mode.
 
@@ -121,7 +126,10 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
     Raises:
         ModelError: nothing there, no weights, a config without a registered family, fp16 T5.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"model.device={device!r} is not a torch device; give cpu, cuda, cuda:1 or mps") from error
     where = locate(name)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision)
@@ -130,15 +138,21 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
         if kind is torch.float16 and families.of(config).name == "t5":
             raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        plm: Any = auto.from_pretrained(where, revision=revision, dtype=kind)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        plm: Any
+        plm, report = auto.from_pretrained(where, revision=revision, dtype=kind, output_loading_info=True)
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken folder fails in many ways, and every one means the same to the caller
         raise ModelError(
-            f"model={name!r} cannot be loaded: {first_line} Give a hub id, a folder with config.json and "
+            f"model={name!r} cannot be loaded: {_reason(error)} Give a hub id, a folder with config.json and "
             "*.safetensors weights, or a .gguf file."
         ) from error
+    if report["missing_keys"]:
+        lacking = sorted(report["missing_keys"])
+        raise ModelError(
+            f"model={name!r} lacks {len(lacking)} weights, {lacking[0]} first, which would be random; its config.json "
+            f"and weights do not belong together, or it is no {type(plm).__name__}"
+        )
     plm.requires_grad_(False)
     return plm.to(place).eval()
 
@@ -152,7 +166,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     where = locate(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:  # as many kinds as there are tokenizers
         raise ModelError(
             f"model={name!r} has no usable tokenizer ({type(error).__name__}); put tokenizer.json and "
             "tokenizer_config.json beside its weights (tokenizer.save_pretrained(folder))"
