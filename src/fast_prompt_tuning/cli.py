@@ -90,7 +90,7 @@ def train(
         settings, overwrite=overwrite, resume=resume, session=session, callbacks=callbacks, on_schedule=hook
     )
     out.print(comparison_table([result]))
-    out.print(f"run {settings.output}", highlight=False)
+    out.print(f"run {plain(settings.output)}", highlight=False, soft_wrap=True)
     if as_json:
         emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
     if result.status == "interrupted":
@@ -136,7 +136,7 @@ def evaluate(
         }
         for metric, value in found.result.values.items():
             low, high = found.result.intervals[metric]
-            table.add_row(name, metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
+            table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
         if output is not None and prompt is not None and len(runs) == 1:
             run.write_predictions(output, session.examples[split], found)
     people(as_json).print(table)
@@ -254,7 +254,7 @@ def ls(
     for kind, entries in found.items():
         table = Table(title=kind, title_justify="left", show_header=False, box=None)
         for name, text in entries.items():
-            table.add_row(f"[bold]{name}[/bold]", text)
+            table.add_row(f"[bold]{plain(name)}[/bold]", plain(text))
         people().print(table)
 
 
@@ -362,7 +362,8 @@ def score(
     session = run.open_session(settings, ("train",))
     scores = run.score_neurons(session)
     scores.save(output)
-    people().print(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
+    made = f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}"
+    people().print(plain(made), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -374,7 +375,8 @@ def export(
     from .soft_prompt import export_prompt
 
     shape = export_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder, output)
-    people().print(f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings")
+    made = f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings"
+    people().print(plain(made), highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -389,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (TrainingStopped, FptError) as error:
         if state["debug"]:
             raise
-        errors.print(f"[red]error:[/red] {plain(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {_line(error)}", highlight=False, soft_wrap=True)
         code = EXIT_STOPPED if isinstance(error, TrainingStopped) else EXIT_INPUT
     except typer.Abort:
         code = 130
@@ -407,11 +409,15 @@ def main(arguments: list[str] | None = None) -> None:
         elif state["debug"]:
             raise
         else:
-            said = f"{type(error).__name__}: {plain(str(error))}"
+            said = f"{type(error).__name__}: {_line(error)}"
             hint = "(a bug, or a machine's trouble: fpt --debug … shows where)"
             errors.print(f"[red]error:[/red] {said} {hint}", highlight=False, soft_wrap=True)
             code = 70
     sys.exit(code)
+
+
+def _line(error: Exception) -> str:
+    return plain(" ".join(str(error).split("\n")))
 
 
 cli_cost.register(app)

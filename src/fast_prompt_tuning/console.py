@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -31,7 +30,7 @@ def quiet_libraries(transformers_only: bool = False) -> None:
 def people(as_json: bool = False) -> Console:
     """Where people's output goes: nowhere under --quiet, to standard error under --json."""
     if state["quiet"]:
-        return Console(file=open(os.devnull, "w", encoding="utf-8"))
+        return Console(quiet=True, stderr=True)
     return Console(stderr=as_json)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
@@ -70,7 +71,9 @@ def demo(
         for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
     }
     plain = configs["plain"]
-    console.print(f"[bold]Fast Prompt Tuning[/bold]: {plain.model.path} on {plain.data.task}", highlight=False)
+    console.print(
+        f"[bold]Fast Prompt Tuning[/bold]: {escape(plain.model.path)} on {escape(plain.data.task)}", highlight=False
+    )
     console.print("loading the model and the articles …")
     session = run.open_session(plain, ("train", "validation"))
     train, validation = len(session.encoded["train"]), len(session.encoded["validation"])
@@ -84,7 +87,7 @@ def demo(
     results: list[RunResult] = [run.zero_shot(session)]
     console.print(f"  {results[0].primary} {results[0].metrics[results[0].primary]:.1f}%", highlight=False)
     for config in configs.values():
-        console.print(f"[bold]{config.name}[/bold], {config.train.steps} steps", highlight=False)
+        console.print(f"[bold]{escape(str(config.name))}[/bold], {config.train.steps} steps", highlight=False)
         callbacks: list[TrainerCallback] = []
         hook = reporter_hook(console, str(config.name), session, callbacks)
         results.append(run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook))
@@ -103,10 +106,10 @@ def demo(
         "picture": str(picture),
     }
     write_atomic(folder / "result.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    console.print(f"picture   {picture}", highlight=False)
-    console.print(f"result    {folder / 'result.json'}", highlight=False)
+    console.print(f"picture   {escape(str(picture))}", highlight=False, soft_wrap=True)
+    console.print(f"result    {escape(str(folder / 'result.json'))}", highlight=False, soft_wrap=True)
     saved = f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)"
-    console.print(saved, highlight=False)
+    console.print(escape(saved), highlight=False, soft_wrap=True)
     return record
 
 
@@ -121,5 +124,5 @@ def _show_predictions(console: Console, path: Path, number: int = 6) -> None:
     for row in right + wrong:
         colour = "green" if row["prediction"] in row["gold"] else "red"
         headline = row["input"].split("\n")[0][:60]
-        table.add_row(headline, row["gold"][0], f"[{colour}]{row['prediction']}[/{colour}]")
+        table.add_row(escape(headline), escape(" / ".join(row["gold"])), f"[{colour}]{escape(row['prediction'])}[/{colour}]")
     console.print(table)

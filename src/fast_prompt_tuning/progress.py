@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
@@ -46,7 +47,7 @@ class ProgressReporter(TrainerCallback):
                 console=self.console,
                 transient=True,
             )
-            self.task = self.bar.add_task(self.title, total=state.max_steps, numbers="")
+            self.task = self.bar.add_task(escape(self.title), total=state.max_steps, numbers="")
             self.bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

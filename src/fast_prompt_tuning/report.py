@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from .results import RunResult
@@ -17,17 +18,19 @@ COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#B
 
 def human_flops(flops: float) -> str:
     """FLOPs with a metric prefix: `1.23 TFLOPs`."""
+    flops = float(f"{flops:.3g}")  # first, so that 999.9 G is 1 T
     for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if flops >= limit:
-            return f"{flops / limit:.3g} {prefix}FLOPs"
-    return f"{flops:.3g} FLOPs"
+            scaled = flops / limit
+            return f"{scaled:.0f} {prefix}FLOPs" if scaled >= 1000 else f"{scaled:.3g} {prefix}FLOPs"
+    return f"{flops:.0f} FLOPs"
 
 
 def human_seconds(seconds: float) -> str:
     """`43 s`, `2 min 05 s`, `1 h 02 min`."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -86,7 +89,7 @@ def comparison_table(results: Sequence[RunResult], title: str | None = None) -> 
     for row in rows:
         low, high = row["interval"]
         table.add_row(
-            row["name"] if row["status"] in ("finished", "evaluated") else f"{row['name']} ({row['status']})",
+            escape(row["name"] if row["status"] in ("finished", "evaluated") else f"{row['name']} ({row['status']})"),
             f"{row['value']:.1f}",
             f"{low:.1f} – {high:.1f}",
             human_flops(row["flops"]) if row["flops"] else "none",
