@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,8 @@ def demo(
     record = run_demo(people(as_json), output=output, method=method, overwrite=overwrite, overrides=sets)
     if as_json:
         emit(record)
+    if record["status"] == "interrupted":
+        raise typer.Exit(_signal_code(record["reason"]))
 
 
 @app.command()
@@ -94,9 +97,13 @@ def train(
     if as_json:
         emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
     if result.status == "interrupted":
-        number = int((result.reason or "signal 2").split()[-1])
         out.print("[yellow]interrupted[/yellow]: go on with the same command and --resume")
-        raise typer.Exit(128 + number)
+        raise typer.Exit(_signal_code(result.reason))
+
+
+def _signal_code(reason: str | None) -> int:
+    """128 and the number of the signal that ended a run."""
+    return 128 + int((reason or "signal 2").split()[-1])
 
 
 @app.command(name="eval")
@@ -172,7 +179,7 @@ def predict(
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot be read: {error}", file=str(file)) from error
     else:
-        lines = (line.rstrip("\n") for line in sys.stdin)
+        lines = _stdin_lines()
     answered = 0
     batch: list[str] = []
 
@@ -207,6 +214,14 @@ def predict(
         answered += len(batch)
     if not answered:
         raise DataError("there is no text to answer; give it as an argument, with --file, or on standard input")
+
+
+def _stdin_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text ({error.reason})", file="standard input") from error
 
 
 def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:

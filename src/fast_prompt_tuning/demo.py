@@ -61,6 +61,8 @@ def demo(
         FptError: as `run.train`.
     """
     folder = Path(output)
+    if method not in ("ld", "fr", "cr"):
+        raise ConfigError(f"--method {method!r} must be ld, fr or cr: plain prompt tuning is what it is compared with")
     if (folder / "result.json").exists() and not overwrite:
         raise ConfigError(f"output={output!r} holds a demo already; add --overwrite or choose another --output")
     configs: dict[str, RunConfig] = {
@@ -100,6 +102,8 @@ def demo(
     record = {
         "recipe": RECIPE,
         "method": method,
+        "status": results[-1].status,
+        "reason": results[-1].reason,
         "environment": results[-1].environment,
         "runs": dict(zip(("zero_shot", "plain", "fpt"), table_rows(results), strict=False)),
         "prompt_folder": results[-1].prompt_folder,
@@ -124,5 +128,7 @@ def _show_predictions(console: Console, path: Path, number: int = 6) -> None:
     for row in right + wrong:
         colour = "green" if row["prediction"] in row["gold"] else "red"
         headline = row["input"].split("\n")[0][:60]
-        table.add_row(escape(headline), escape(" / ".join(row["gold"])), f"[{colour}]{escape(row['prediction'])}[/{colour}]")
+        table.add_row(
+            escape(headline), escape(" / ".join(row["gold"])), f"[{colour}]{escape(row['prediction'])}[/{colour}]"
+        )
     console.print(table)

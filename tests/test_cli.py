@@ -1,0 +1,433 @@
+"""The command `fpt`, end to end on tiny models: what it prints, its exit codes, its refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from safetensors import safe_open
+from toy import articles, toy
+
+from fast_prompt_tuning import cli, console, demo
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("FPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    console.state.update(debug=False, quiet=False)
+
+
+@pytest.fixture
+def fpt(capsys):
+    def call(*arguments, code=0):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert stop.value.code == code, err or out
+        return out, err
+
+    return call
+
+
+def only_json(out: str):
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def refused(fpt, *arguments) -> str:
+    """The one line a refusal prints."""
+    out, err = fpt(*arguments, code=2)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in out + err
+    assert "a bug" not in lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run of the tiny Llama on each task, and the recipes."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name in ("topics", "words"):
+        recipe = toy().write_recipe(folder / f"{name}.yaml", folder / name, data__task=str(getattr(toy(), name)))
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["-q", "train", "--config", str(recipe)])
+        assert stop.value.code == 0
+    console.state.update(debug=False, quiet=False)
+    return folder
+
+
+# -- the way through ---------------------------------------------------------------------------------------------------
+
+
+def test_train(fpt, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
+    out, _ = fpt("train", "--config", recipe, "--set", "train.steps=5", "--set", "train.log_every=5")
+    for said in ("step 0: tuning on", "growing to the full model", "accuracy", "5/5", "training FLOPs"):
+        assert said in out
+    out, err = fpt("train", "--config", recipe, "--set", "train.steps=5", "--overwrite", "--json")
+    record = only_json(out)
+    assert record["output"] == str(tmp_path / "run")
+    assert record["metric"] == "accuracy"
+    assert os.path.isdir(record["prompt_folder"])
+    assert "tuning on" in err
+    out, _ = fpt("--quiet", "train", "--config", recipe, "--set", "train.steps=5", "--resume")
+    assert out == ""
+
+
+@pytest.mark.parametrize("name", ["topics", "words"])
+def test_eval(fpt, made, tmp_path, name):
+    out, _ = fpt("eval", made / name)
+    assert "accuracy" in out or "rougeL" in out
+    predictions = tmp_path / "p.jsonl"
+    out, _ = fpt("eval", made / name, "--zero-shot", "--split", "validation", "--output", predictions, "--json")
+    record = only_json(out)
+    assert record["split"] == "validation"
+    assert set(record["results"]) == {"zero-shot", str(made / name)}
+    tuned = record["results"][str(made / name)]
+    saved = json.loads((made / name / "result.json").read_text())
+    assert tuned["metrics"] == saved["metrics"]
+    assert predictions.read_text() == (made / name / "predictions.jsonl").read_text()
+    assert "exists already" in refused(fpt, "eval", made / name, "--output", predictions)
+
+
+def test_eval_of_several_prompts_side_by_side(fpt, made):
+    out, _ = fpt("eval", made / "topics", made / "words" / "prompt", "--json")
+    assert set(only_json(out)["results"]) == {str(made / "topics"), str(made / "words" / "prompt")}
+
+
+def test_predict(fpt, made, tmp_path, monkeypatch):
+    rows = articles(5, 9)
+    texts = [row["text"] for row in rows]
+    out, _ = fpt("predict", made / "topics", *texts)
+    answers = out.splitlines()
+    assert len(answers) == 5
+    assert set(answers) <= {"sport", "business"}
+    (tmp_path / "in.txt").write_text("\n".join(texts) + "\n\n")
+    assert fpt("predict", made / "topics", "--file", tmp_path / "in.txt")[0].splitlines() == answers
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps({"text": t}) for t in texts)))
+    out, _ = fpt("predict", made / "topics", "--json", "--set", "eval.batch_size=2")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prediction"] for line in lines] == answers
+    assert all(line["score"] < 0 for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
+    assert "no text to answer" in refused(fpt, "predict", made / "topics")
+    assert "text" in refused(fpt, "predict", made / "topics", '{"body": "x"}')
+    assert "cannot be read" in refused(fpt, "predict", made / "topics", "--file", tmp_path / "none.txt")
+    assert len(fpt("predict", made / "words", *texts)[0].splitlines()) == 5
+
+
+def test_predict_refuses_what_is_not_text(fpt, made, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(b"the ball\n\xff\xfe\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert "standard input" in refused(fpt, "predict", made / "topics")
+
+
+def test_export(fpt, made, tmp_path):
+    out, _ = fpt("export", made / "topics", tmp_path / "p.safetensors")
+    assert "(3, 16)" in out
+    with safe_open(tmp_path / "p.safetensors", "pt") as file:
+        assert file.get_tensor("prompt_embeds").shape == (3, 16)
+    assert "exists already" in refused(fpt, "export", made / "topics", tmp_path / "p.safetensors")
+    assert "not a saved soft prompt" in refused(fpt, "export", tmp_path, tmp_path / "q.safetensors")
+
+
+def test_score_then_train_with_its_scores(fpt, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", train__steps=5)
+    scores = tmp_path / "s.safetensors"
+    out, _ = fpt("score", "--config", recipe, "--output", scores)
+    assert "16 examples" in out
+    assert "exists already" in refused(fpt, "score", "--config", recipe, "--output", scores)
+    fpt("train", "--config", recipe, "--set", f"scoring.path={scores}")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["flops"]["score"] == 0
+
+
+def test_ls(fpt):
+    out, _ = fpt("ls")
+    for said in ("recipes", "bbc_topics_smollm2", "squad2", "llama", "compound reduction"):
+        assert said in out
+    assert set(only_json(fpt("ls", "--json")[0])) == {"recipes", "tasks", "families", "methods"}
+    assert set(only_json(fpt("ls", "methods", "--json")[0])["methods"]) == {"pt", "ld", "fr", "cr", "full"}
+    assert "choose one of recipes" in refused(fpt, "ls", "everything")
+
+
+def test_show(fpt):
+    out, _ = fpt("show", "task", toy().topics, "--model", toy().llama, "--limit", "9")
+    assert out.count("Topic:") == 3
+    assert "input (tokens)" in out
+    assert "lengths of 9 examples" in out
+    out, _ = fpt("show", "task", toy().topics, "--model", toy().t5, "--split", "test")
+    assert out.count("<extra_id_0>") >= 3
+    out, _ = fpt("show", "task", toy().words, "--file", toy().folder / "test.jsonl")
+    assert "(words)" in out
+    out, _ = fpt("show", "recipe", "t5_paper_large")
+    assert yaml.safe_load(out)["optim"]["optimizer"] == "adafactor"
+    assert "choose task or recipe" in refused(fpt, "show", "model", "x")
+    assert "did you mean" in refused(fpt, "show", "task", "squad")
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_needs_the_config_only(fpt, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_bytes((toy().llama / "config.json").read_bytes())
+    arguments = ("plan", "--model", tmp_path / "m", "--steps", "100", "--input-tokens", "32", "--batch-size", "4")
+    assert "5 (full)" not in fpt(*arguments)[0]
+    record = only_json(fpt(*arguments, "--json")[0])
+    assert 0 < record["relative_flops"] < 1
+    assert len(record["stages"]) == 4
+    out, _ = fpt(*arguments, "--compare", "pt,ld,fr,cr", "--json")
+    found = only_json(out)
+    assert list(found) == ["pt", "ld", "fr", "cr"]
+    assert found["pt"]["relative_flops"] == pytest.approx(1)
+    assert found["cr"]["relative_flops"] < found["ld"]["relative_flops"] < 1
+    assert "Methods side by side" in fpt(*arguments, "--compare", "pt,cr")[0]
+    out, _ = fpt(*arguments, "--stages", "2x12:40,5x24:60", "--json")
+    assert [s["steps"] for s in only_json(out)["stages"]] == [40, 60]
+    assert "LAYERSxFFN:STEPS" in refused(fpt, *arguments, "--stages", "2:40")
+    assert "9" in refused(fpt, *arguments, "--stages", "9x24:100")
+    assert "--convention" in refused(fpt, *arguments, "--convention", "some")
+    assert "--dtype" in refused(fpt, *arguments, "--dtype", "int8")
+    for option in ("--batch-size", "--input-tokens", "--steps", "--prompt-tokens"):
+        refused(fpt, *arguments, option, "-1")
+    refused(fpt, *arguments, "--method", "xx")
+    refused(fpt, *arguments, "--compare", "pt,xx")
+    refused(fpt, *arguments, "--stacks", "middle")
+    refused(fpt, "plan", "--model", tmp_path / "none")
+
+
+def test_plan_measures(fpt, monkeypatch):
+    monkeypatch.setattr("fast_prompt_tuning.plan.time_steps", lambda model, jobs, **_: [[0.1] for _ in jobs])
+    out, _ = fpt(
+        "plan", "--model", toy().llama, "--steps", "10", "--input-tokens", "8", "--batch-size", "1", "--measure"
+    )
+    assert "s/step" in out
+
+
+@pytest.mark.parametrize(
+    ("table", "paper"), [("table1", [30, 54, 77, 58, 72, 86, 20, 40, 66]), ("table2", [72, 83, 65])]
+)
+def test_reproduce(fpt, table, paper):
+    rows = only_json(fpt("reproduce", table, "--json")[0])["rows"]
+    assert [row["paper_flops"] for row in rows] == paper
+    for row in rows:
+        assert row["flops_linear"] == pytest.approx(row["paper_flops"], abs=1.5)
+    assert "paper flops" in fpt("reproduce", table)[0]
+
+
+def test_reproduce_refuses(fpt):
+    assert "table1 or table2" in refused(fpt, "reproduce", "table3")
+    assert "quality" in refused(fpt, "reproduce", "table1", "--columns", "accuracy")
+    assert "--scale" in refused(fpt, "reproduce", "table1", "--columns", "wallclock", "--scale", "big")
+    refused(fpt, "reproduce", "table1", "--plm", "small")
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Spoiled copies of what a run needs."""
+    import shutil
+
+    for name, lost in (("weights", ["model.safetensors"]), ("tokenizer", ["tokenizer.json", "tokenizer_config.json"])):
+        shutil.copytree(toy().llama, tmp_path / name)
+        for file in lost:
+            (tmp_path / name / file).unlink()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": "sport"}\n{"text": "b" "label"\n')
+    (tmp_path / "label.jsonl").write_text('{"text": "a", "label": "weather"}\n')
+    (tmp_path / "field.jsonl").write_text('{"body": "a", "label": "sport"}\n')
+    (tmp_path / "garbage.yaml").write_text("a: [")
+    return tmp_path
+
+
+BAD = {
+    "no weights": ("model.path=weights", "model.safetensors"),
+    "no tokenizer": ("model.path=tokenizer", "tokenizer"),
+    "no model": ("model.path=none", "none"),
+    "empty data": ("data.files.train=empty.jsonl", "empty.jsonl: the file is empty"),
+    "malformed data": ("data.files.train=broken.jsonl", "broken.jsonl:2: "),
+    "unknown label": ("data.files.train=label.jsonl", "weather"),
+    "missing field": ("data.files.train=field.jsonl", "field.jsonl:1: field 'text' is missing"),
+    "long prompt": ("prompt.tokens=60", "this model has 64"),
+    "unknown key": ("train.step=5", "did you mean 'steps'"),
+    "wrong kind": ("train.steps=soon", "train.steps='soon'"),
+    "too few steps": ("train.steps=2", "steps"),
+    "unknown task": ("data.task=bbc_topic", "bbc_topics"),
+    "task file": ("data.task=garbage.yaml", "garbage.yaml"),
+    "no scores": ("scoring.path=none.safetensors", "none.safetensors"),
+    "no prompt": ("prompt={init: prompt, path: none, tokens: 3}", "not a saved soft prompt"),
+    "not key=value": ("train.steps", "is not key=value"),
+    "device": ("model.device=abacus", "abacus"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(fpt, bad, monkeypatch, name):
+    monkeypatch.chdir(bad)
+    override, said = BAD[name]
+    good = str(toy().folder / "validation.jsonl")
+    recipe = toy().write_recipe(bad / "r.yaml", bad / "run")
+    sets = ["--set", f"data.files.validation={good}"] if "files" in override else []
+    before = {p: p.read_bytes() for p in bad.rglob("*") if p.is_file()}
+    assert said in refused(fpt, "train", "--config", recipe, *sets, "--set", override)
+    assert {p: p.read_bytes() for p in bad.rglob("*") if p.is_file()} == before
+    assert not (bad / "run").exists()
+
+
+def test_bad_folders_and_files(fpt, made, tmp_path):
+    recipe = made / "topics.yaml"
+    before = {p: p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    assert "holds a run already" in refused(fpt, "train", "--config", recipe)
+    assert "recipe has changed" in refused(fpt, "train", "--config", recipe, "--resume", "--set", "train.steps=20")
+    assert "exclude each other" in refused(fpt, "train", "--config", recipe, "--resume", "--overwrite")
+    refused(fpt, "train", "--config", recipe, "--overwrite", "--set", "model.path=/nowhere")
+    assert {p: p.read_bytes() for p in made.rglob("*") if p.is_file()} == before
+    assert "cannot be read" in refused(fpt, "train", "--config", tmp_path / "none.yaml")
+    assert "not the folder of a run" in refused(fpt, "eval", tmp_path)
+    assert "not the folder of a run" in refused(fpt, "predict", tmp_path, "text")
+    assert "validatoin" in refused(fpt, "eval", made / "topics", "--split", "validatoin")
+
+
+def test_usage(fpt):
+    assert "--config" in refused(fpt, "train")
+    assert "No such command" in refused(fpt, "trian")
+    assert "No such option" in refused(fpt, "ls", "--nothing")
+    assert "fpt demo" in fpt("--help")[0]
+    out, _ = fpt(code=2)
+    assert "Usage" in out
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite(fpt, tmp_path, monkeypatch):
+    from fast_prompt_tuning import trainer
+
+    monkeypatch.setattr(trainer, "label_loss", lambda *_, **__: __import__("torch").tensor(float("nan")))
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
+    _, err = fpt("train", "--config", recipe, code=1)
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert "lower optim.lr" in line
+    assert str(tmp_path / "run" / "prompt") in line
+    assert (tmp_path / "run" / "prompt" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal(fpt, tmp_path, monkeypatch, number):
+    from fast_prompt_tuning import trainer
+
+    inner, calls = trainer.label_loss, []
+
+    def loss(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "label_loss", loss)
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
+    out, _ = fpt("train", "--config", recipe, code=128 + number)
+    assert "--resume" in out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 3
+    record = only_json(fpt("train", "--config", recipe, "--resume", "--json")[0])
+    assert record["status"] == "finished"
+
+
+def test_other_ends(fpt, monkeypatch):
+    for error, code in ((KeyboardInterrupt(), 130), (RuntimeError("odd [thing]"), 70)):
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(cli, "_task_lines", fail)
+        _, err = fpt("ls", "tasks", code=code)
+        assert ("odd [thing]" in err) == (code == 70)
+        assert "Traceback" not in err
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_real_process(made):
+    command = [sys.executable, "-m", "fast_prompt_tuning", "predict", str(made / "topics")]
+    done = subprocess.run(command, input="the ball\nthe bank\n", capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stderr == ""
+
+
+def test_a_real_ctrl_c(tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", train__steps=100_000, train__eval_every=50_000)
+    command = [sys.executable, "-m", "fast_prompt_tuning", "train", "--config", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        log = tmp_path / "run" / "log.jsonl"
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit and not (log.is_file() and log.read_text()):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "--resume" in out
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+def test_demo(fpt, tmp_path, monkeypatch):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "unused", train__steps=5)
+    monkeypatch.setattr(demo, "RECIPE", str(recipe))
+    out, _ = fpt("demo", "--output", tmp_path / "demo")
+    for said in ("zero-shot", "plain PT", "FPT-CR", "95% interval", "predicted", "prompt "):
+        assert said in out
+    record = json.loads((tmp_path / "demo" / "result.json").read_text())
+    assert list(record["runs"]) == ["zero_shot", "plain", "fpt"]
+    for run in record["runs"].values():
+        assert run["metric"] == "accuracy"
+        assert {"value", "interval", "flops", "seconds", "flops_eval"} <= set(run)
+    assert record["runs"]["plain"]["relative_flops"] == 1
+    assert (tmp_path / "demo" / "quality.png").stat().st_size > 5000
+    assert os.path.isdir(record["prompt_folder"])
+    assert "--overwrite" in refused(fpt, "demo", "--output", tmp_path / "demo")
+    out, _ = fpt("demo", "--output", tmp_path / "demo", "--overwrite", "--method", "ld", "--json")
+    assert only_json(out)["method"] == "ld"
+    assert "--method" in refused(fpt, "demo", "--output", tmp_path / "x", "--method", "pt")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_interrupted_demo(fpt, tmp_path, monkeypatch):
+    from fast_prompt_tuning import trainer
+
+    inner, calls = trainer.label_loss, []
+
+    def loss(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:  # in the second run
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "label_loss", loss)
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "unused", train__steps=5)
+    monkeypatch.setattr(demo, "RECIPE", str(recipe))
+    out, _ = fpt("demo", "--output", tmp_path / "demo", code=130)
+    assert "FPT-CR (interrupted)" in out
