@@ -138,8 +138,8 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
         if kind is torch.float16 and families.of(config).name == "t5":
             raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        plm: Any
-        plm, report = auto.from_pretrained(where, revision=revision, dtype=kind, output_loading_info=True)
+        loaded: Any = auto.from_pretrained(where, revision=revision, dtype=kind, output_loading_info=True)
+        plm, report = loaded
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken folder fails in many ways, and every one means the same to the caller
