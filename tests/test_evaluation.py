@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from settings import FAMILIES, HIDDEN, VOCAB, Settings
+from settings import BY_NAME, FAMILIES, HIDDEN, VOCAB, Settings
 from toy import toy
 
 from fast_prompt_tuning import run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import DataError
-from fast_prompt_tuning.evaluation import by_length, generate, prompted_inputs, score_labels
+from fast_prompt_tuning.evaluation import Prediction, by_length, combine, generate, prompted_inputs, score_labels
 from fast_prompt_tuning.models import load_plm, load_tokenizer
 from fast_prompt_tuning.soft_prompt import export_prompt
 
@@ -185,3 +187,36 @@ def test_greedy_through_the_exported_prompt_equals_ours(tmp_path, name):
         embeds = torch.cat([prompt, plm.get_input_embeddings()(torch.tensor(ids))])[None]
         out = plm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
         assert tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip() == found.text
+
+
+# -- several prompts at once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5-gated", "bart"])
+def test_prompts_in_one_batch_answer_as_each_alone(name):
+    family = BY_NAME[name]
+    plm = family.plm()
+    prompts = torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(1))
+    inputs = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    labels = {"one": [20], "two": [21, 22]}
+    repeated = [ids for ids in inputs for _ in prompts]
+    together = score_labels(plm, prompts, repeated, labels, batch_size=4)
+    for k, prompt in enumerate(prompts):
+        alone = score_labels(plm, prompt, inputs, labels, batch_size=1)
+        for i, answer in enumerate(alone):
+            assert together[i * 3 + k].label_scores == pytest.approx(answer.label_scores, abs=1e-4)
+
+
+def test_an_ensemble_agrees_by_probabilities_or_votes():
+    sure = Prediction("a", -0.1, {"a": -0.1, "b": -5.0})
+    doubtful = [Prediction("b", -0.69, {"a": -0.70, "b": -0.69}), Prediction("b", -0.6, {"a": -0.7, "b": -0.6})]
+    assert combine([sure, *doubtful]).text == "a"
+    assert combine([sure, *doubtful], "votes").text == "b"
+    assert combine([sure, doubtful[0]], "votes").text == "a"  # a tie goes to the surer side
+    both = combine([sure, *doubtful])
+    assert sum(math.exp(v) for v in both.label_scores.values()) == pytest.approx(1)
+    with pytest.raises(DataError, match="ensemble='odd'"):
+        combine([sure], "odd")
+    with pytest.raises(DataError, match="use votes for generated"):
+        combine([Prediction("text", -1.0)])
+    assert combine([Prediction("x", -1.0), Prediction("y", -2.0), Prediction("y", -3.0)], "votes").text == "y"

@@ -40,7 +40,11 @@ class Padded:
 
 
 def prompted_inputs(plm: Any, prompt: torch.Tensor | None, inputs: Sequence[Sequence[int]], *, left: bool) -> Padded:
-    """Embed token ids, put the prompt `(P, H)` in front of each and pad: `[pad…][prompt][text]` if `left`."""
+    """Embed token ids, put the prompt in front of each and pad: `[pad…][prompt][text]` if `left`.
+
+    Args:
+        prompt: one for all inputs `(P, H)`, or one for each `(B, P, H)`.
+    """
     embed = plm.get_input_embeddings()
     length = max(len(ids) for ids in inputs)
     ids = torch.zeros(len(inputs), length, dtype=torch.long)
@@ -50,7 +54,7 @@ def prompted_inputs(plm: Any, prompt: torch.Tensor | None, inputs: Sequence[Sequ
         real[row, : len(tokens)] = 1
     embeds, mask = embed(ids.to(plm.device)), real.to(plm.device)
     if prompt is not None:
-        front = prompt.to(embeds).unsqueeze(0).expand(len(inputs), -1, -1)
+        front = prompt.to(embeds).expand(len(inputs), *prompt.shape[-2:])
         embeds = torch.cat([front, embeds], dim=1)
         mask = torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1)
     if left:
@@ -71,6 +75,11 @@ def batches_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def by_length(inputs: Sequence[Sequence[int]]) -> list[int]:
     """Order that brings inputs of like length together, longest first (so that memory runs out at once or never)."""
     return sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+
+
+def prompts_of(prompt: torch.Tensor | None, picked: Sequence[int]) -> torch.Tensor | None:
+    """The prompts of some inputs: of K prompts `(K, P, H)`, input i has prompt i mod K; one prompt is everyone's."""
+    return prompt if prompt is None or prompt.dim() == 2 else prompt[[i % len(prompt) for i in picked]]
 
 
 @contextlib.contextmanager
@@ -98,7 +107,7 @@ def score_labels(
 
     Args:
         plm: the bare PLM (encoder-decoder or decoder-only).
-        prompt: soft prompt `(P, H)`, or None for zero-shot.
+        prompt: soft prompt `(P, H)`, None for zero-shot, or several: see `prompts_of`.
         inputs: token ids of each input, unpadded.
         labels: label word -> its target token ids, as in training but without the end-of-sequence token for
             decoder-only models.
@@ -115,7 +124,8 @@ def score_labels(
     found: dict[int, Prediction] = {}
     with inference(plm):
         for picked in batches_of(by_length(inputs), batch_size):
-            table = score(plm, prompt, [inputs[i] for i in picked], [list(labels[w]) for w in words]).float().cpu()
+            fronts, tokens = prompts_of(prompt, picked), [inputs[i] for i in picked]
+            table = score(plm, fronts, tokens, [list(labels[w]) for w in words]).float().cpu()
             if length_normalize:
                 table = table / lengths
             for i, row in zip(picked, table, strict=True):
@@ -192,7 +202,7 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     with inference(plm), _no_leftover_options(plm):
         for picked in batches_of(by_length(inputs), batch_size):
-            padded = prompted_inputs(plm, prompt, [inputs[i] for i in picked], left=left)
+            padded = prompted_inputs(plm, prompts_of(prompt, picked), [inputs[i] for i in picked], left=left)
             out = plm.generate(
                 inputs_embeds=padded.embeds,
                 attention_mask=padded.mask,
@@ -226,3 +236,36 @@ def _no_leftover_options(plm: Any) -> Iterator[None]:
         yield
     finally:
         plm.generation_config = own
+
+
+VOTINGS = ("probabilities", "votes")
+
+
+def combine(answers: Sequence[Prediction], how: str = "probabilities") -> Prediction:
+    """One answer from those of several prompts to the same input (Lester et al. 2021, Section 6).
+
+    Args:
+        how: `probabilities`: the label with the highest mean probability (of the label set); `votes`: the answer given
+            most often, ties to the one its voters were surest of. Generated answers have votes only.
+
+    Raises:
+        DataError: unknown `how`, no answers, or probabilities of generated ones.
+    """
+    if how not in VOTINGS:
+        raise DataError(f"ensemble={how!r} is unknown; choose one of {', '.join(VOTINGS)}")
+    if not answers:
+        raise DataError("an ensemble needs at least one answer")
+    if how == "votes":
+        voters: dict[str, list[float]] = {}
+        for answer in answers:
+            voters.setdefault(answer.text, []).append(answer.score)
+        text = max(voters, key=lambda t: (len(voters[t]), sum(voters[t]) / len(voters[t])))
+        return Prediction(text, sum(voters[text]) / len(voters[text]))
+    tables = [a.label_scores for a in answers]
+    if any(t is None for t in tables):
+        raise DataError("ensemble='probabilities' needs labels; use votes for generated answers")
+    words = list(tables[0] or {})
+    mean = torch.tensor([[t[w] for w in words] for t in tables if t]).softmax(-1).mean(0)
+    best = int(mean.argmax())
+    log = mean.log().tolist()
+    return Prediction(words[best], log[best], dict(zip(words, log, strict=True)))

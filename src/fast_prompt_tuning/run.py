@@ -26,7 +26,7 @@ from .callback import ProgressiveCallback
 from .config import RunConfig
 from .data import Collator, encode, examples_fingerprint, train_calibration
 from .errors import ConfigError, TrainingStopped
-from .evaluation import Prediction, batches_of, by_length, generate, score_labels
+from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
 from .models import load_plm, load_tokenizer
 from .partial_plm import PartialPLM, get_plm
@@ -134,10 +134,17 @@ def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
 
 
 def predict(
-    session: Session, prompt: torch.Tensor | None, inputs: Sequence[list[int]]
+    session: Session, prompt: torch.Tensor | None, inputs: Sequence[list[int]], *, voting: str = "probabilities"
 ) -> tuple[list[Prediction], list[str], float]:
-    """Answers to tokenized inputs under a prompt (None: zero-shot): predictions, their texts, FLOPs spent."""
+    """Answers to tokenized inputs: predictions, their texts, FLOPs spent.
+
+    Args:
+        prompt: `(P, H)`, None for zero-shot, or several `(K, P, H)`: an ensemble, all prompts in the same batches.
+        voting: how an ensemble agrees, see `evaluation.combine`.
+    """
     settings, task = session.config.eval, session.task
+    several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
+    asked, inputs = len(inputs), [ids for ids in inputs for _ in range(several)]
     longest_label = max((len(ids) for ids in session.choices.values()), default=0)
     if session.choices:
         found = score_labels(
@@ -148,7 +155,6 @@ def predict(
             batch_size=settings.batch_size,
             length_normalize=settings.length_normalize,
         )
-        answers = [p.text for p in found]
     else:
         found = generate(
             session.plm,
@@ -160,13 +166,15 @@ def predict(
             batch_size=settings.batch_size,
             stop_at_newline=session.decoder,
         )
-        answers = [task.postprocess(p.text) for p in found]
+    if several > 1:
+        found = [combine(found[i * several : (i + 1) * several], voting) for i in range(asked)]
+    answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
     spent = 0.0
     for picked in batches_of(by_length(inputs), settings.batch_size):
         shape = BatchShape(
             batch=len(picked),
             input_tokens=max(len(inputs[i]) for i in picked),
-            prompt_tokens=0 if prompt is None else len(prompt),
+            prompt_tokens=0 if prompt is None else prompt.shape[-2],
             target_tokens=longest_label or session.max_target_tokens,
         )
         if session.choices:
@@ -177,11 +185,13 @@ def predict(
     return found, answers, spent
 
 
-def evaluate(session: Session, prompt: torch.Tensor | None, split: str = "validation") -> Evaluation:
-    """Score a prompt on a split; the PLM must be at its full size (it is, outside a training step)."""
+def evaluate(
+    session: Session, prompt: torch.Tensor | None, split: str = "validation", *, voting: str = "probabilities"
+) -> Evaluation:
+    """Score a prompt, or an ensemble of them, on a split, with the PLM at the size it has: full, outside a step."""
     rows = session.examples[split]
     start = time.perf_counter()
-    found, answers, flops = predict(session, prompt, input_ids_of(session, session.encoded[split]))
+    found, answers, flops = predict(session, prompt, input_ids_of(session, session.encoded[split]), voting=voting)
     result = metrics.evaluate(
         session.task.metric,
         answers,
