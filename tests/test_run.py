@@ -147,8 +147,7 @@ def test_full_fine_tuning(tmp_path):
     assert result.prompt_folder is None
     assert not (out / "prompt").exists()
     assert result.flops["train"] > run.train(recipe(tmp_path / "pt", method="pt")).flops["train"]
-    session = run.open_session(recipe(tmp_path / "x"), ("validation",))
-    session.plm = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    session = run.open_session(recipe(tmp_path / "x", model__path=str(out / "model")), ("validation",))
     assert run.evaluate(session, None).result.values == result.metrics
 
 

@@ -572,6 +572,8 @@ def _finish(
 ) -> RunResult:
     full_tuning = session.config.method == "full"
     model.save_pretrained(str(folder / ("model" if full_tuning else "prompt")))  # type: ignore[operator]
+    if full_tuning:
+        session.tokenizer.save_pretrained(str(folder / "model"))  # a whole model, that `model.path` can name
     prompt = None if full_tuning else prompt_parameter(model).detach()
     final = evaluate(session, prompt)
     ledger.add("eval", final.flops)
