@@ -43,7 +43,7 @@ from fast_prompt_tuning.config import load as load_recipe
 from fast_prompt_tuning.data import Collator, LengthBatchSampler
 from fast_prompt_tuning.flops import CostModel, step_flops
 from fast_prompt_tuning.models import load_plm, load_tokenizer
-from fast_prompt_tuning.objective import label_loss
+from fast_prompt_tuning.objective import choose_attention, label_loss
 from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.plan import paper_config, random_plm
 from fast_prompt_tuning.soft_prompt import prompt_parameter
@@ -156,7 +156,9 @@ def settings(steps: int, batch: int, folder: str) -> Any:
     )
 
 
-def run_trainer(model: Any, rows: Any, collator: Any, batch: int, make: Callable[..., Trainer], extra: list[Any]) -> float:
+def run_trainer(
+    model: Any, rows: Any, collator: Any, batch: int, make: Callable[..., Trainer], extra: list[Any]
+) -> float:
     """Seconds of one pass over `rows` in a Trainer."""
     clock = Clock()
     steps = -(-len(rows) // batch)
@@ -237,8 +239,17 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             model.zero_grad()
         return time.perf_counter() - start
 
+    default_attention = plm.config._attn_implementation
+
+    def peer() -> float:
+        plm.set_attn_implementation(default_attention)  # what from_pretrained gives
+        seconds = run_trainer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch, Trainer, [])
+        choose_attention(plm, PROMPT + longest + 2)
+        return seconds
+
+    choose_attention(plm, PROMPT + longest + 2)
     variants: dict[str, Callable[[], float]] = {
-        "peer": lambda: run_trainer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch, Trainer, []),
+        "peer": peer,
         "plain": lambda: ours(cost.full_stage),
         **{f"stage {i}": (lambda s=s: ours(s)) for i, s in enumerate(stages[:-1], start=1)},
         "bare": bare,

@@ -100,7 +100,7 @@ def test_table():
     runs.append(result("broken", "cr", 1e12, 60.0, status="stopped"))
     console.print(comparison_table(runs, "Title"))
     text = console.export_text()
-    for said in ("Title", "accuracy %", "45.0 – 55.0", "2 TFLOPs", "50%", "60%", "none", "f[p]t", "broken (stopped)"):
+    for said in ("Title", "accuracy %", "45.0–55.0", "TFLOPs", "50%", "60%", "none", "f[p]t", "broken (stopped)"):
         assert said in text
 
 

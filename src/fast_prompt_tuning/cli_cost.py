@@ -92,11 +92,6 @@ def plan(
     out.print(_stage_table(made, full, shape))
 
 
-def _unit(flops: float) -> tuple[float, str]:
-    """One unit for a whole column: the largest that leaves its largest number at least 1."""
-    return next((u for u in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= u[0]), (1.0, ""))
-
-
 def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:
     stages = []
     for part in text.split(","):
@@ -110,7 +105,7 @@ def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _stage_table(made: Any, full: Any, shape: Any) -> Table:
-    from .report import human_flops, human_seconds
+    from .report import flops_unit, human_flops, human_seconds
 
     table = Table(
         title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
@@ -119,7 +114,7 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
         header_style="bold",
     )
     timed = made.seconds is not None
-    unit, prefix = _unit(max(s.flops_per_step for s in made.stages))
+    unit, prefix = flops_unit(max(s.flops_per_step for s in made.stages))
     columns = ["stage", "layers", "width", "steps", f"{prefix}FLOPs/step", "of full", "memory"]
     for name in (*columns, *(("s/step", "time") if timed else ())):
         table.add_column(name, justify="left" if name == "stage" else "right")

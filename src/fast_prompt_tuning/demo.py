@@ -77,12 +77,12 @@ def demo(
         f"[bold]Fast Prompt Tuning[/bold]: {escape(plain.model.path)} on {escape(plain.data.task)}", highlight=False
     )
     console.print("loading the model and the articles …")
-    session = run.open_session(plain, ("train", "validation"))
-    train, validation = len(session.encoded["train"]), len(session.encoded["validation"])
+    session = run.open_session(plain, ("train", "validation", "test"))
+    train, validation, test = (len(session.encoded[split]) for split in ("train", "validation", "test"))
     console.print(
         f"  {session.plm.config.num_hidden_layers} layers, {session.plm.num_parameters() / 1e6:.0f}M frozen weights "
-        f"({str(session.plm.dtype).removeprefix('torch.')}); {train} training articles cut to "
-        f"{plain.data.max_input_tokens} tokens, {validation} held out",
+        f"({str(session.plm.dtype).removeprefix('torch.')}); {train} training articles, "
+        f"{validation} for validation, {test} for the final test, cut to {plain.data.max_input_tokens} tokens",
         highlight=False,
     )
     console.print("[bold]zero-shot[/bold] …")
@@ -96,7 +96,7 @@ def demo(
         if results[-1].status != "finished":
             break
     console.print()
-    console.print(comparison_table(results, "Measured on the full model, held-out articles"))
+    console.print(comparison_table(results, f"On the full model, {test} test articles no run has seen"))
     picture = draw_quality(results, folder / "quality.png")
     _show_predictions(console, Path(results[-1].config["output"]) / "predictions.jsonl")
     record = {

@@ -64,7 +64,8 @@ class ProgressReporter(TrainerCallback):
         self._seconds += time.perf_counter() - self._start
         self._work += self.relative[self.schedule.index_at(state.global_step - 1)]
         if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step, numbers=self._numbers(state))
+            numbers = "  ".join(filter(None, (self._numbers(state), self.metric)))
+            self.bar.update(self.task, completed=state.global_step, numbers=numbers)
 
     def _numbers(self, state: Any) -> str:
         last = self.schedule.index_at(max(state.global_step - 1, 0))
@@ -75,7 +76,7 @@ class ProgressReporter(TrainerCallback):
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         parts += [f"{rate:.2f} step/s", f"{human_seconds(left)} left"]
-        return "  ".join([*parts, self.metric])
+        return "  ".join(parts)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -83,7 +84,7 @@ class ProgressReporter(TrainerCallback):
             self.loss = logs["loss"]
             if self.bar is None and state.is_world_process_zero:
                 line = f"  step {state.global_step}/{state.max_steps}  {self._numbers(state)}"
-                self.console.print(line, highlight=False)
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         shown = {k.removeprefix("eval_"): v for k, v in kwargs["metrics"].items() if k not in _SPEED}

@@ -26,6 +26,12 @@ def human_flops(flops: float) -> str:
     return f"{flops:.0f} FLOPs"
 
 
+def flops_unit(flops: float) -> tuple[float, str]:
+    """One unit for a whole column: the largest of which `flops`, its largest number, is at least one."""
+    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return next((unit for unit in units if flops >= unit[0]), (1.0, ""))
+
+
 def human_seconds(seconds: float) -> str:
     """`43 s`, `2 min 05 s`, `1 h 02 min`."""
     whole = round(seconds)
@@ -69,19 +75,14 @@ def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 
 def comparison_table(results: Sequence[RunResult], title: str | None = None) -> Table:
-    """The comparison as a `rich` table."""
+    """The comparison as a `rich` table that fits 80 columns."""
     rows = table_rows(results)
+    scale, prefix = flops_unit(max(row["flops"] for row in rows))
     table = Table(title=title, title_justify="left", header_style="bold")
-    for name, justify in (
-        ("run", "left"),
-        (rows[0]["metric"] + " %", "right"),
-        ("95% interval", "right"),
-        ("training FLOPs", "right"),
-        ("of plain", "right"),
-        ("training time", "right"),
-        ("of plain", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    names = (rows[0]["metric"] + " %", "95% interval", f"{prefix}FLOPs", "of plain", "time", "of plain")
+    table.add_column("run")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
 
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.0f}%"
@@ -91,8 +92,8 @@ def comparison_table(results: Sequence[RunResult], title: str | None = None) -> 
         table.add_row(
             escape(row["name"] if row["status"] in ("finished", "evaluated") else f"{row['name']} ({row['status']})"),
             f"{row['value']:.1f}",
-            f"{low:.1f} – {high:.1f}",
-            human_flops(row["flops"]) if row["flops"] else "none",
+            f"{low:.1f}–{high:.1f}",
+            f"{row['flops'] / scale:.3g}" if row["flops"] else "none",
             percent(row["relative_flops"]),
             human_seconds(row["seconds"]) if row["seconds"] else "none",
             percent(row["relative_seconds"]),
@@ -116,7 +117,7 @@ def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str
     axes = figure.add_subplot()
     scale = 1e12 if by_flops else 1.0
     primary = results[0].primary
-    curves = [r for r in results if r.curve]
+    curves = [r for r in results if len(r.curve) > 1 or (r.curve and r.steps)]
     for result, colour in zip(curves, COLOURS * (1 + len(curves) // len(COLOURS)), strict=False):
         points = [((p.train_flops if by_flops else p.train_seconds) / scale, p.metrics[primary]) for p in result.curve]
         xs, ys = zip(*points, strict=True)
@@ -138,11 +139,11 @@ def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str
             full_from = _cost_at(result, result.boundaries[-1], by_flops) / scale
             axes.axvspan(min(xs[0], 0), full_from, color=colour, alpha=0.07, zorder=0)
     for result in results:
-        if not result.curve:
-            value = result.metrics[primary]
+        if result not in curves:
+            value = (result.curve[0].metrics if result.curve else result.metrics)[primary]
             axes.axhline(value, color="#777777", linestyle="--", linewidth=1, label=f"{result.name} ({value:.1f}%)")
     axes.set_xlabel("training compute (TFLOPs)" if by_flops else "training time (s)")
-    axes.set_ylabel(f"{primary} on the full model (%)")
+    axes.set_ylabel(f"{primary} of the full model on validation data (%)")
     axes.set_title(f"Quality against training {'compute' if by_flops else 'time'}", loc="left")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", framealpha=0.9)

@@ -26,7 +26,10 @@ class Point(BaseModel):
 
 
 class RunResult(BaseModel):
-    """What a run was and what came of it. FLOPs are absolute; seconds are wall clock."""
+    """What a run was and what came of it. FLOPs are absolute; seconds are wall clock.
+
+    `metrics` and `intervals` are of the run's last prompt on `split`; `curve` is on the validation split throughout.
+    """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -43,6 +46,7 @@ class RunResult(BaseModel):
     primary: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+    split: str = "validation"
     examples: int
     best_step: int
     curve: list[Point]

@@ -29,6 +29,7 @@ from .errors import ConfigError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
 from .models import load_plm, load_tokenizer
+from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
 from .results import Point, RunResult, environment, save_result, write_atomic
 from .schedule import Schedule
@@ -97,6 +98,7 @@ def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
             f"prompt.tokens={config.prompt.tokens} + data.max_input_tokens={config.data.max_input_tokens} + target "
             f"need {longest} positions, but this model has {limit}; lower data.max_input_tokens"
         )
+    choose_attention(plm, config.prompt.tokens + config.data.max_input_tokens + session.max_target_tokens)
     for split in splits:
         _load_split(session, split)
     if task.labels:
@@ -575,9 +577,11 @@ def _finish(
     if full_tuning:
         session.tokenizer.save_pretrained(str(folder / "model"))  # a whole model, that `model.path` can name
     prompt = None if full_tuning else prompt_parameter(model).detach()
-    final = evaluate(session, prompt)
+    # A test split, where one is loaded, has had no part in choosing the best prompt.
+    split = "test" if "test" in session.examples else "validation"
+    final = evaluate(session, prompt, split)
     ledger.add("eval", final.flops)
-    write_predictions(folder / "predictions.jsonl", session.examples["validation"], final)
+    write_predictions(folder / "predictions.jsonl", session.examples[split], final)
     log = read_log(folder / "log.jsonl")
     curve = [
         Point(
@@ -603,6 +607,7 @@ def _finish(
         primary=session.task.primary,
         metrics=final.result.values,
         intervals=final.result.intervals,
+        split=split,
         examples=final.result.n,
         best_step=best.step if config.train.keep == "best" else trainer.state.global_step,
         curve=list({p.step: p for p in curve}.values()),
@@ -621,9 +626,11 @@ def _finish(
     return result
 
 
-def zero_shot(session: Session, split: str = "validation") -> RunResult:
-    """The PLM without any prompt on a split, as a result to compare with."""
-    found = evaluate(session, None, split)
+def zero_shot(session: Session) -> RunResult:
+    """The PLM without any prompt, as a result to compare with: on validation data, and on test data if loaded."""
+    on = {split: evaluate(session, None, split) for split in ("validation", "test") if split in session.examples}
+    split, found = list(on.items())[-1]
+    start = Point(step=0, metrics=on["validation"].result.values, train_flops=0.0, train_seconds=0.0)
     return RunResult(
         name="zero-shot",
         method="none",
@@ -635,12 +642,13 @@ def zero_shot(session: Session, split: str = "validation") -> RunResult:
         primary=session.task.primary,
         metrics=found.result.values,
         intervals=found.result.intervals,
+        split=split,
         examples=found.result.n,
         best_step=0,
-        curve=[],
-        flops=FlopsLedger({"eval": found.flops}).to_dict(),
+        curve=[start],
+        flops=FlopsLedger({"eval": sum(e.flops for e in on.values())}).to_dict(),
         train_seconds=0.0,
-        total_seconds=found.seconds,
+        total_seconds=sum(e.seconds for e in on.values()),
         fingerprints={"model": fingerprint.of_model(session.plm)},
         environment=environment(session.plm.device),
     )
