@@ -108,6 +108,77 @@ def test_eval_of_several_prompts_side_by_side(fpt, made):
     assert set(only_json(out)["results"]) == {str(made / "topics"), str(made / "words" / "prompt")}
 
 
+@pytest.mark.parametrize("voting", ["probabilities", "votes"])
+def test_eval_of_an_ensemble(fpt, made, tmp_path, voting):
+    fpt("train", "--config", toy().write_recipe(tmp_path / "r.yaml", tmp_path / "other", train__seed=5))
+    out, _ = fpt("eval", made / "topics", tmp_path / "other", "--ensemble", voting, "--json")
+    results = only_json(out)["results"]
+    assert set(results) == {str(made / "topics"), str(tmp_path / "other"), f"ensemble ({voting})"}
+    alone, _ = fpt("eval", made / "topics", "--json")
+    assert results[str(made / "topics")]["metrics"] == only_json(alone)["results"][str(made / "topics")]["metrics"]
+    twice, _ = fpt("eval", made / "topics", made / "topics" / "prompt", "--ensemble", voting, "--json")
+    results = only_json(twice)["results"]  # a prompt agrees with itself
+    assert results[f"ensemble ({voting})"]["metrics"] == results[str(made / "topics")]["metrics"]
+    assert "at least two prompts" in refused(fpt, "eval", made / "topics", "--ensemble", voting)
+    assert "ensemble='odd'" in refused(fpt, "eval", made / "topics", tmp_path / "other", "--ensemble", "odd")
+
+
+def test_eval_on_a_partial_plm(fpt, made):
+    full, _ = fpt("eval", made / "topics", "--partial", "5x24", "--json")
+    plain, _ = fpt("eval", made / "topics", "--json")
+    name = str(made / "topics")
+    assert only_json(full)["results"][name]["metrics"] == only_json(plain)["results"][name]["metrics"]
+    part, _ = fpt("eval", made / "topics", "--partial", "2x10", "--json")
+    assert only_json(part)["partial"] == "2x10"
+    assert "not LAYERSxFFN" in refused(fpt, "eval", made / "topics", "--partial", "half")
+    assert "layers=9 does not fit" in refused(fpt, "eval", made / "topics", "--partial", "9x24")
+
+
+def test_a_submission_needs_no_labels(fpt, tmp_path):
+    rows = articles(6, seed=9)
+    train = tmp_path / "train.tsv"
+    train.write_text("sentence\tlabel\n" + "".join(f"{r['text']}\t{int(r['label'] == 'sport')}\n" for r in rows))
+    test = tmp_path / "test.tsv"
+    test.write_text("index\tsentence\n" + "".join(f"{i}\t{r['text']}\n" for i, r in enumerate(rows)))
+    files = {"train": str(train), "validation": str(train), "test": str(test)}
+    recipe = toy().write_recipe(
+        tmp_path / "r.yaml", tmp_path / "run", data__task="sst2", data__files=files, data__max_input_tokens=30
+    )
+    fpt("train", "--config", recipe, "--set", "method=pt", "--set", "train.steps=2")
+    out = tmp_path / "SST-2.tsv"
+    fpt("eval", tmp_path / "run", "--split", "test", "--submission", out)
+    header, *lines = out.read_text().splitlines()
+    assert header == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines] == [str(i) for i in range(6)]
+    assert {line.split("\t")[1] for line in lines} <= {"0", "1"}
+    assert "exists already" in refused(fpt, "eval", tmp_path / "run", "--split", "test", "--submission", out)
+
+
+def test_a_task_from_templates_on_the_command_line(fpt, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in articles(12, seed=3)) + "not json\n")
+    files = {"train": str(data), "validation": str(data)}
+    data_settings = {"data__files": files, "data__labels": ["sport", "business"], "data__max_target_tokens": 4}
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", **data_settings)
+    templates = ["--input-template", r"{{ text }}\nTopic:", "--target-template", " {{ label }}"]
+    said = refused(fpt, "train", "--config", recipe, *templates, "--set", "train.steps=4")
+    assert f"{data}:13" in said
+    out, _ = fpt("train", "--config", recipe, *templates, "--set", "train.steps=4", "--on-bad-row", "skip")
+    assert "accuracy" in out
+    first = json.loads((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[0])
+    assert first["input"].endswith("\nTopic:")
+    assert "needs a task" in refused(fpt, "train", "--config", recipe, "--input-template", "{{ text }}")
+    assert "of its own" in refused(fpt, "train", "--config", recipe)
+
+
+def test_push(fpt, made, monkeypatch):
+    from fast_prompt_tuning import hub
+
+    monkeypatch.setattr(hub, "push_prompt", lambda folder, repo, private: f"{folder} {repo} {private}")
+    assert fpt("push", made / "topics", "me/prompt")[0] == f"{made / 'topics'} me/prompt True\n"
+    assert fpt("push", made / "topics", "me/prompt", "--public")[0] == f"{made / 'topics'} me/prompt False\n"
+
+
 def test_predict(fpt, made, tmp_path, monkeypatch):
     rows = articles(5, 9)
     texts = [row["text"] for row in rows]

@@ -73,12 +73,21 @@ def train(
     sets: Sets = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    on_bad_row: Annotated[str | None, typer.Option(help="error or skip: rows that cannot be used.")] = None,
+    input_template: Annotated[
+        str | None, typer.Option(help=r"Your own task: Jinja template of the input, e.g. '{{ text }}\nTopic:'.")
+    ] = None,
+    target_template: Annotated[str | None, typer.Option(help="And of the target, e.g. ' {{ label }}'.")] = None,
     as_json: Json = False,
 ) -> None:
     """Tune a soft prompt as a recipe says. Next: `fpt eval RUN`, `fpt predict RUN`."""
     from .config import load
 
-    settings = load(config, sets)  # first of all: a typing error must not wait for PyTorch
+    given = {"on_bad_row": on_bad_row, "input_template": input_template, "target_template": target_template}
+    chosen = [f"data.{k}={json.dumps(v.replace(chr(92) + 'n', chr(10)))}" for k, v in given.items() if v is not None]
+    if input_template or target_template:
+        chosen.append("data.task=null")
+    settings = load(config, [*sets, *chosen])  # first of all: a typing error must not wait for PyTorch
     from . import run
     from .demo import reporter_hook
     from .report import comparison_table, table_rows
@@ -109,46 +118,71 @@ def _signal_code(reason: str | None) -> int:
 @app.command(name="eval")
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; the first one's task and model are used.")],
-    split: Annotated[str, typer.Option(help="Split to score.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to score.")] = "validation",
     zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Also score the model without a prompt.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write predictions as JSONL into this new file.")] = None,
+    ensemble: Annotated[
+        str | None, typer.Option(help="Also all prompts as one: probabilities (of labels) or votes.")
+    ] = None,
+    partial: Annotated[
+        str | None, typer.Option(help="Score on a partial PLM instead, e.g. 15x768 (layers × neurons).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write one prompt's predictions as JSONL into this file.")] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Write one prompt's answers in the benchmark's format; needs no labels.")
+    ] = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Score saved prompts on the full model. Next: `fpt predict RUN`."""
-    from . import run
+    """Score saved prompts side by side on the full model. Next: `fpt predict RUN`."""
     from .config import load
-    from .soft_prompt import load_prompt
+
+    settings = load(_run_file(runs[0], "config.yaml"), sets)
+    for path in (output, submission):
+        if path is not None and path.exists():
+            raise ConfigError(f"{str(path)!r} exists already; choose another name")
+    if (output or submission) and len(runs) > 1:
+        raise ConfigError("--output and --submission are for one prompt; give one RUN")
+    if ensemble and len(runs) < 2:
+        raise ConfigError("--ensemble needs at least two prompts; give more RUNs")
+    from . import run
+    from .partial_plm import PartialPLM
+    from .soft_prompt import load_prompt, stack_prompts
 
     quiet_libraries()
-    settings = load(_run_file(runs[0], "config.yaml"), sets)
-    if output is not None and output.exists():
-        raise ConfigError(f"--output {str(output)!r} exists already; choose another name")
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
     for folder in runs:
         prompts[str(folder)] = load_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder)
+    if ensemble:
+        prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     session = run.open_session(settings, (split,))
+    if submission is not None:
+        run.write_submission(session, prompts[str(runs[0])], split, submission)
+        people(as_json).print(f"{plain(str(submission))} written", highlight=False)
+        return
+    at = run.partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
     records = {}
     table = Table(header_style="bold")
     for column in ("prompt", "metric", "value %", "95% interval", "examples"):
         table.add_column(column)
-    for name, prompt in prompts.items():
-        found = run.evaluate(session, None if prompt is None else prompt.to(session.plm.device), split)
-        records[name] = {
-            "metrics": found.result.values,
-            "intervals": found.result.intervals,
-            "examples": found.result.n,
-            "seconds": found.seconds,
-            "flops": found.flops,
-        }
-        for metric, value in found.result.values.items():
-            low, high = found.result.intervals[metric]
-            table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
-        if output is not None and prompt is not None and len(runs) == 1:
-            run.write_predictions(output, session.examples[split], found)
+    with at:
+        for name, prompt in prompts.items():
+            on_device = None if prompt is None else prompt.to(session.plm.device)
+            found = run.evaluate(session, on_device, split, voting=ensemble or "probabilities")
+            records[name] = {
+                "metrics": found.result.values,
+                "intervals": found.result.intervals,
+                "examples": found.result.n,
+                "seconds": found.seconds,
+                "flops": found.flops,
+            }
+            for metric, value in found.result.values.items():
+                low, high = found.result.intervals[metric]
+                table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
+            if output is not None and prompt is not None:
+                run.write_predictions(output, session.examples[split], found)
     people(as_json).print(table)
     if as_json:
-        emit({"split": split, "results": records})
+        emit({"split": split, "partial": partial, "results": records})
 
 
 @app.command()
@@ -392,6 +426,18 @@ def export(
     shape = export_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder, output)
     made = f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings"
     people().print(plain(made), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; default private.")] = False,
+) -> None:
+    """Upload a run's prompt and a card with its quality and cost to the Hugging Face Hub."""
+    from .hub import push_prompt
+
+    sys.stdout.write(push_prompt(folder, repo_id, private=not public) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

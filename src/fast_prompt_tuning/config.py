@@ -34,13 +34,27 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which task, which files of it, and how much of each text."""
 
-    task: str = Field(min_length=1, description="a built-in task (fpt ls tasks) or the path of a task YAML")
+    task: str | None = Field(None, min_length=1, description="a built-in task (fpt ls tasks) or a task's YAML file")
+    input_template: str | None = Field(None, description="Jinja template of the input, in place of a task")
+    target_template: str | None = Field(None, description="Jinja template of the target, in place of a task")
+    labels: list[str] | None = Field(None, description="with templates: the closed set of the field `label`")
     files: dict[str, str] = Field(default_factory=dict, description="split -> local file, in place of the task's own")
     train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
     validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
     max_input_tokens: int = Field(492, ge=1, description="text tokens an input may have, the prompt not counted")
     max_target_tokens: int | None = Field(None, ge=1, description="default: the task's own")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")
+
+    @model_validator(mode="after")
+    def _one_task(self) -> DataConfig:
+        templates = (self.input_template, self.target_template)
+        if self.task is None and None in templates:
+            raise ValueError("needs a task, or input_template and target_template; set data.task")
+        if self.task is not None and (templates != (None, None) or self.labels is not None):
+            raise ValueError(f"task={self.task!r} has templates and labels of its own; leave out data.task or these")
+        if self.task is None and not self.files:
+            raise ValueError("templates need files; set data.files.train and data.files.validation")
+        return self
 
 
 class PromptConfig(_Section):

@@ -73,9 +73,8 @@ def demo(
         for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
     }
     plain = configs["plain"]
-    console.print(
-        f"[bold]Fast Prompt Tuning[/bold]: {escape(plain.model.path)} on {escape(plain.data.task)}", highlight=False
-    )
+    subject = escape(f"{plain.model.path} on {plain.data.task}")
+    console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
     console.print("loading the model and the articles …")
     session = run.open_session(plain, ("train", "validation", "test"))
     train, validation, test = (len(session.encoded[split]) for split in ("train", "validation", "test"))

@@ -123,9 +123,7 @@ _BUILT_IN = (
     Family(
         name="phi3",
         stacks={
-            "decoder": StackSpec(
-                layers="layers", ffn_in=(("mlp.gate_up_proj",),), ffn_out="mlp.down_proj", fused=2
-            )
+            "decoder": StackSpec(layers="layers", ffn_in=(("mlp.gate_up_proj",),), ffn_out="mlp.down_proj", fused=2)
         },
     ),
     Family(
@@ -143,9 +141,7 @@ _BUILT_IN = (
     Family(
         name="opt",
         stacks={
-            "decoder": StackSpec(
-                layers="decoder.layers", ffn_in=(("fc1",),), ffn_out="fc2", width_field="ffn_dim"
-            )
+            "decoder": StackSpec(layers="decoder.layers", ffn_in=(("fc1",),), ffn_out="fc2", width_field="ffn_dim")
         },
     ),
     Family(

@@ -20,7 +20,7 @@ PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def model_card(result: RunResult) -> str:
     """The card (Markdown with YAML front matter) of a run's prompt."""
     config = result.config
-    base, task = config["model"]["path"], config["data"]["task"]
+    base, task = config["model"]["path"], config["data"]["task"] or "custom"
     data = ModelCardData(
         base_model=base if "/" in base and not Path(base).exists() else None,
         library_name="peft",

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from .models import load_plm, load_tokenizer
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
 from .results import Point, RunResult, environment, save_result, write_atomic
-from .schedule import Schedule
+from .schedule import Schedule, Stage
 from .scoring import NeuronScores, activation_scores
 from .soft_prompt import context_length, init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
 from .trainer import PromptTrainer, StepGuard, batch_shape, make_collator, make_optimizer, training_arguments
@@ -79,13 +80,27 @@ class Evaluation:
     seconds: float
 
 
+def task_of(config: RunConfig) -> tasks.Task:
+    """The task a recipe names, or the one its templates make."""
+    data = config.data
+    if data.task is not None:
+        return tasks.load_task(data.task)
+    return tasks.task_from_templates(
+        files=data.files,
+        input_template=data.input_template or "",
+        target_template=data.target_template or "",
+        labels=data.labels,
+        max_target_tokens=data.max_target_tokens or 64,
+    )
+
+
 def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
     """Load and check model, tokenizer and data of a recipe before any compute is spent.
 
     Raises:
         FptError: whatever does not fit, naming it.
     """
-    task = tasks.load_task(config.data.task)
+    task = task_of(config)
     dtype = "float32" if config.method == "full" and config.model.dtype == "auto" else config.model.dtype
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     plm = load_plm(config.model.path, dtype=dtype, device=config.model.device, revision=config.model.revision)
@@ -216,6 +231,34 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
         )
     ]
     write_atomic(path, "\n".join(lines) + "\n")
+
+
+def write_submission(session: Session, prompt: torch.Tensor, split: str, path: Path) -> None:
+    """Answers to a split, which needs no labels, in the benchmark's own format (`tasks.write_submission`)."""
+    _, answers, _ = predict(session, prompt.to(session.plm.device), input_ids_of(session, session.encoded[split]))
+    tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)
+
+
+def partial_of(session: Session, size: str, folder: Path) -> AbstractContextManager[PartialPLM]:
+    """A block that runs on the partial PLM of `LAYERSxFFN`, neurons chosen by the scores of the run in `folder`.
+
+    Raises:
+        ConfigError: not of that form. ScheduleError, ScoreError: it does not fit, or the run has scored no neurons.
+    """
+    layers, _, ffn = size.partition("x")
+    if not (layers.isdigit() and ffn.isdigit()):
+        raise ConfigError(f"--partial {size!r} is not LAYERSxFFN, for example 15x768")
+    settings, scores = session.config.scoring, folder / "scores.safetensors"
+    partial = PartialPLM(
+        session.plm,
+        neuron_scores=NeuronScores.load(scores) if scores.is_file() else None,
+        keep_layers=settings.keep_layers,
+        keep_neurons=settings.keep_neurons,
+    )
+    stacks = tuple(session.config.stacks or (s for s in partial.full_stage.stacks if s in session.task.stacks))
+    stage = Stage(int(layers), int(ffn), stacks=stacks or partial.full_stage.stacks)
+    partial.check(stage)
+    return partial.at(stage)
 
 
 # -- the run's folder -------------------------------------------------------------------------------------------------

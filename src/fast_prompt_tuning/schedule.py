@@ -123,9 +123,7 @@ class Stage:
 
     def is_full(self, full: Stage) -> bool:
         """Whether this stage is the whole model `full` describes."""
-        return all(
-            self.layers_in(s) == full.layers_in(s) and self.ffn_in(s) == full.ffn_in(s) for s in self.stacks
-        )
+        return all(self.layers_in(s) == full.layers_in(s) and self.ffn_in(s) == full.ffn_in(s) for s in self.stacks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Stage(**d)` gives the stage back (tuples as lists)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,15 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     metadata = {"place": "in front of the input", "base_model": str(config.get("base_model_name_or_path"))}
     save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
     return values.shape[0], values.shape[1]
+
+
+def stack_prompts(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Several prompts as one tensor `(K, P, H)`, for an ensemble.
+
+    Raises:
+        ConfigError: they differ in shape.
+    """
+    shapes = {tuple(p.shape) for p in prompts}
+    if len(shapes) != 1:
+        raise ConfigError(f"prompts of an ensemble must have one shape, got {sorted(shapes)}")
+    return torch.stack(list(prompts))
