@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 @contextmanager
-def selected_rows(plm: nn.Module, rows: Any) -> Iterator[None]:
+def selected_rows(plm: Any, rows: Any) -> Iterator[None]:
     """Run the LM head on some positions only: its logits are then `(N, V)` instead of `(B, T, V)`.
 
     Args:

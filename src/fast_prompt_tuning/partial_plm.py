@@ -28,12 +28,12 @@ LAYER_SELECTIONS = ("evenly", "first", "score")
 NEURON_SELECTIONS = ("activation", "first")
 
 
-def get_plm(model: nn.Module) -> nn.Module:
+def get_plm(model: Any) -> Any:
     """The PLM under a PEFT wrapper; the model itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def resolve(module: nn.Module, path: str) -> nn.Module | None:
+def resolve(module: Any, path: str) -> Any:
     """The submodule at a dotted `path` in which numbers (also negative) index module lists; None if there is none."""
     for part in path.split("."):
         if part.lstrip("-").isdigit():
@@ -70,7 +70,7 @@ class StackModules:
     ffn_out: list[nn.Module | None]
 
 
-def find_stacks(plm: nn.Module) -> dict[str, StackModules]:
+def find_stacks(plm: Any) -> dict[str, StackModules]:
     """The stacks of a PLM at its full size, as its family declares them.
 
     Raises:
@@ -115,7 +115,7 @@ class _NarrowProjection:
     the module's weight has moved, changed dtype or been written to since.
     """
 
-    def __init__(self, module: nn.Module, kept: torch.Tensor, dim: int, keep_bias: bool):
+    def __init__(self, module: Any, kept: torch.Tensor, dim: int, keep_bias: bool):
         self.module, self.kept, self.dim, self.keep_bias = module, kept, dim, keep_bias
         self.transposed = isinstance(module, Conv1D)  # stores (in, out), the reverse of nn.Linear
         self.refresh()
@@ -133,7 +133,8 @@ class _NarrowProjection:
 
     def refresh(self) -> None:
         with torch.no_grad():
-            self.weight, self.bias = (t.contiguous() if t is not None else None for t in self._select())
+            weight, bias = self._select()
+        self.weight, self.bias = weight.contiguous(), bias
         self.key = self._source_key()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -375,8 +375,8 @@ def time_steps(
 
     if rounds is None and seconds is None:
         seconds = 20.0
-    longest = max(batch["input_ids"].shape[1] for _, batch in jobs)
-    choose_attention(get_plm(model), longest + sum(len(p) for p in model.parameters() if p.requires_grad))
+    tokens = max(batch["input_ids"].shape[1] for _, batch in jobs)
+    choose_attention(get_plm(model), tokens + sum(len(p) for p in model.parameters() if p.requires_grad))
     partial = PartialPLM(model, keep_neurons="first")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3)

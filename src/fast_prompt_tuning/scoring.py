@@ -39,7 +39,7 @@ class NeuronScores:
     scores: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
-    def check_model(self, plm: nn.Module) -> None:
+    def check_model(self, plm: Any) -> None:
         """Raise `ScoreError` unless these are the scores of `plm`'s own weights."""
         mine, its = self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)
         if mine is not None and mine != its:
@@ -160,11 +160,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def _on_device(batch: Mapping[str, Any], plm: nn.Module) -> dict[str, Any]:
+def _on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:
     return {k: v.to(plm.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def _masks(plm: nn.Module, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]) -> dict[str, Any]:
+def _masks(plm: Any, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]) -> dict[str, Any]:
     """For each stack the mask `(B, T)` of its real tokens; None where all are."""
     text, labels = batch.get("attention_mask"), batch.get("labels")
     if not plm.config.is_encoder_decoder:
@@ -235,7 +235,11 @@ def _integrated(
     for step in range(steps):
         alpha = (step + 0.5) / steps
         leaves = {(n, i): (alpha * a).detach().requires_grad_() for n, i, a in activations}
-        with _hook_outputs(stacks, lambda n, i, _a, leaves=leaves: leaves[n, i]), torch.enable_grad():
+
+        def scaled(name: str, layer: int, _a: torch.Tensor, leaves: dict[Any, Any] = leaves) -> torch.Tensor:
+            return leaves[name, layer]
+
+        with _hook_outputs(stacks, scaled), torch.enable_grad():
             loss = label_loss(model, batch, num_items=1)
         for total, grad in zip(gradients, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             total += grad / steps

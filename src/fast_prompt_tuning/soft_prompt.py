@@ -26,12 +26,12 @@ _TASK_TYPES = (  # ending of the class name -> PEFT task type
 )
 
 
-def context_length(plm: nn.Module) -> int | None:
+def context_length(plm: Any) -> int | None:
     """Positions the model has; None where positions are relative (T5)."""
     return getattr(plm.config, "max_position_embeddings", None)
 
 
-def soft_prompt_config(plm: nn.Module, num_virtual_tokens: int = 20) -> PromptTuningConfig:
+def soft_prompt_config(plm: Any, num_virtual_tokens: int = 20) -> PromptTuningConfig:
     """A stock `PromptTuningConfig` for any supported PLM: P virtual tokens in front of the (encoder) input.
 
     Encoder-decoders get one prompt, in front of the encoder only (paper, Section 4.1): with PEFT's own default of two
@@ -64,7 +64,7 @@ def soft_prompt_config(plm: nn.Module, num_virtual_tokens: int = 20) -> PromptTu
     )
 
 
-def prompt_parameter(model: nn.Module) -> nn.Parameter:
+def prompt_parameter(model: Any) -> nn.Parameter:
     """The soft prompt `(P, H)` of a PEFT model: the one trained `Parameter`.
 
     Raises:
@@ -75,7 +75,8 @@ def prompt_parameter(model: nn.Module) -> nn.Parameter:
         raise ModelError(
             "the model has no soft prompt; wrap it: get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=20))"
         )
-    return encoder[model.active_adapter].embedding.weight
+    prompt: Any = encoder[model.active_adapter]
+    return prompt.embedding.weight
 
 
 def init_soft_prompt(
