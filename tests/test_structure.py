@@ -36,6 +36,7 @@ ORDER = [  # a module imports only from modules before it
     "hub",
     "progress",
     "reproduce",
+    "quality",
     "demo",
     "console",
     "cli_cost",

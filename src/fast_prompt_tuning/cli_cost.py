@@ -160,44 +160,70 @@ def _comparison(found: dict[str, Any]) -> Table:
 
 def reproduce(
     table: Annotated[str, typer.Argument(help="table1 or table2 of the paper.")],
-    columns: Annotated[str, typer.Option(help="flops, wallclock, or both separated by a comma.")] = "flops",
+    columns: Annotated[
+        str, typer.Option(help="flops, wallclock, both separated by a comma, or all: train and score every cell.")
+    ] = "flops",
     plm: Annotated[str, typer.Option(help="large or xl.")] = "large",
     scale: Annotated[
         str, typer.Option(help="For wallclock: BATCHxINPUT, or `paper` for 32x492; small machines want small ones.")
     ] = "1x128",
     seconds: Annotated[float, typer.Option(help="For wallclock: time to spend on measuring.")] = 300.0,
     dtype: Annotated[str, typer.Option(help="For wallclock: dtype of the weights.")] = "float32",
+    model: Annotated[str | None, typer.Option(help="For all: hub id or folder of the T5 weights.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="For all: folder with TASK/train.* and TASK/validation.*; default the Hub.")
+    ] = None,
+    output: Annotated[str, typer.Option(help="For all: folder for the runs; finished ones are not run again.")] = (
+        "runs/reproduce"
+    ),
+    tasks: Annotated[str, typer.Option(help="For all: which of the paper's tasks.")] = "mnli,qqp,squad2,record,xsum",
+    sets: Annotated[list[str], typer.Option("--set", help="For all: override one setting of the recipe.")] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """The cost columns of the paper's tables beside the paper's own figures, T5 built from its config."""
+    """The paper's tables beside its own figures: costs from T5's config alone, quality with weights and data."""
     from .reproduce import cost_rows
 
     if table not in ("table1", "table2"):
         raise ConfigError(f"TABLE={table!r} is unknown; choose table1 or table2")
     wanted = [c.strip() for c in columns.split(",") if c.strip()]
-    if not wanted or set(wanted) - {"flops", "wallclock"}:
-        raise ConfigError(
-            f"--columns {columns!r} must be flops, wallclock, or both; quality columns come from fpt train with the "
-            "recipes t5_paper_large and t5_paper_xl, weights and data at hand"
-        )
-    quiet_libraries(transformers_only=True)
     out = people(as_json)
-    rows, note = cost_rows(table, wanted, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
+    if wanted == ["all"]:
+        if model is None:
+            raise ConfigError("--columns all trains T5 and needs its weights: give --model (a hub id or a folder)")
+        from .quality import run_table
+
+        quiet_libraries()
+        rows = run_table(
+            table,
+            plm=plm,
+            model=model,
+            data=data,
+            output=output,
+            tasks=[t.strip() for t in tasks.split(",") if t.strip()],
+            overrides=sets,
+            on_run=lambda task, row, what: out.print(f"{task} {row}: {what}", highlight=False),
+        )
+        note = "Metrics of the best prompt on validation data; costs relative to pt in percent."
+    elif wanted and not set(wanted) - {"flops", "wallclock"}:
+        quiet_libraries(transformers_only=True)
+        rows, note = cost_rows(table, wanted, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
+    else:
+        raise ConfigError(f"--columns {columns!r} must be flops, wallclock, both with a comma, or all")
     if as_json:
         emit({"table": table, "plm": plm, "rows": rows, "note": note})
         return
     shown = Table(title=f"{table} of the paper, T5-{plm.upper()}", title_justify="left", header_style="bold")
     names = list(rows[0])
+
+    def text(value: object) -> str:
+        return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
     for name in names:
         shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
     for row in rows:
-        shown.add_row(*(_cell(row[name]) for name in names))
+        shown.add_row(*(text(row[name]) for name in names))
     out.print(shown)
     out.print(note, highlight=False)
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def register(app: typer.Typer) -> None:

@@ -7,10 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .results import RunResult
+from .results import Point, RunResult
 
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in grey."""
@@ -78,9 +79,9 @@ def comparison_table(results: Sequence[RunResult], title: str | None = None) -> 
     """The comparison as a `rich` table that fits 80 columns."""
     rows = table_rows(results)
     scale, prefix = flops_unit(max(row["flops"] for row in rows))
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     names = (rows[0]["metric"] + " %", "95% interval", f"{prefix}FLOPs", "of plain", "time", "of plain")
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
 
@@ -119,7 +120,7 @@ def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str
     primary = results[0].primary
     curves = [r for r in results if len(r.curve) > 1 or (r.curve and r.steps)]
     for result, colour in zip(curves, COLOURS * (1 + len(curves) // len(COLOURS)), strict=False):
-        points = [((p.train_flops if by_flops else p.train_seconds) / scale, p.metrics[primary]) for p in result.curve]
+        points = [(_spent(result, p, by_flops) / scale, p.metrics[primary]) for p in result.curve]
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, marker="o", markersize=4, color=colour, label=result.name, zorder=3)
         for start, stage in list(zip(result.boundaries, result.schedule, strict=True))[1:]:
@@ -158,9 +159,18 @@ def _size(stage: dict[str, Any]) -> str:
     return f"{text(stage['layers'])}×{text(stage['ffn'])}"
 
 
+def _overhead(result: RunResult, by_flops: bool) -> float:
+    """What the method spent before its first step: scoring and probing."""
+    return result.flops["score"] + result.flops["probe"] if by_flops else 0.0
+
+
+def _spent(result: RunResult, point: Point, by_flops: bool) -> float:
+    return _overhead(result, by_flops) + point.train_flops if by_flops else point.train_seconds
+
+
 def _cost_at(result: RunResult, step: int, by_flops: bool) -> float:
     """Cost after `step` steps, between the two evaluations around it in proportion to steps."""
-    points = [(0, 0.0), *((p.step, p.train_flops if by_flops else p.train_seconds) for p in result.curve)]
+    points = [(0, _overhead(result, by_flops)), *((p.step, _spent(result, p, by_flops)) for p in result.curve)]
     for (s0, c0), (s1, c1) in pairwise(points):
         if s0 <= step <= s1:
             return c0 if s1 == s0 else c0 + (c1 - c0) * (step - s0) / (s1 - s0)

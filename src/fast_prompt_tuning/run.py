@@ -29,9 +29,10 @@ from .data import Collator, encode, examples_fingerprint, train_calibration
 from .errors import ConfigError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
-from .models import load_plm, load_tokenizer
+from .models import load_plm, load_tokenizer, locate
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
+from .plan import full_stage, load_config
 from .results import Point, RunResult, environment, save_result, write_atomic
 from .schedule import Schedule, Stage
 from .scoring import NeuronScores, activation_scores
@@ -239,6 +240,27 @@ def write_submission(session: Session, prompt: torch.Tensor, split: str, path: P
     tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)
 
 
+def full_size(config: RunConfig) -> Stage:
+    """The full size of a recipe's model, from its config alone."""
+    return full_stage(load_config(locate(config.model.path)))
+
+
+def evaluate_partial(session: Session, folder: Path) -> Evaluation:
+    """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
+    prompt = load_prompt(folder / "prompt").to(session.plm.device)
+    partial = PartialPLM(session.plm)
+    schedule = session.config.schedule(partial.full_stage, session.task.stacks)
+    scores, settings = folder / "scores.safetensors", session.config.scoring
+    partial = PartialPLM(
+        session.plm,
+        neuron_scores=NeuronScores.load(scores) if scores.is_file() else None,
+        keep_layers=settings.keep_layers,
+        keep_neurons=settings.keep_neurons,
+    )
+    with partial.at(schedule.stages[-1]):
+        return evaluate(session, prompt)
+
+
 def partial_of(session: Session, size: str, folder: Path) -> AbstractContextManager[PartialPLM]:
     """A block that runs on the partial PLM of `LAYERSxFFN`, neurons chosen by the scores of the run in `folder`.
 
@@ -397,8 +419,7 @@ def train(
     history = read_log(folder / "log.jsonl", until=reached) if checkpoint else []
     write_atomic(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in history))
     past = history[-1] if history else {}
-    for category in ("eval",):
-        ledger.add(category, past.get("flops_" + category, 0.0))
+    ledger.add("eval", past.get("flops_eval", 0.0))
     guard = StepGuard(trained, remember=not full_tuning)
     guard.seconds = past.get("train_seconds", 0.0)
     past_total = past.get("total_seconds", 0.0)
@@ -407,7 +428,6 @@ def train(
         return {
             "train_seconds": guard.seconds,
             "total_seconds": past_total + time.perf_counter() - started,
-            "flops_eval": ledger["eval"],
         }
 
     best = _Best(folder / "best", session.task.primary, full_tuning)
@@ -430,6 +450,7 @@ def train(
         cost=session.cost,
         prompt_tokens=0 if full_tuning else config.prompt.tokens,
         evaluate_prompt=evaluate_prompt,
+        ledger=ledger,
         full_tuning=full_tuning,
     )
     if partial is not None:

@@ -31,7 +31,7 @@ from transformers.trainer_utils import speed_metrics
 from .config import OptimConfig, RunConfig
 from .data import Collator, LengthBatchSampler, input_lengths
 from .errors import TrainingStopped
-from .flops import BatchShape, CostModel, forward_flops, step_flops
+from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops
 from .objective import IGNORED, label_loss
 from .schedule import Schedule
 
@@ -97,6 +97,7 @@ class PromptTrainer(Trainer):
         cost: what a step costs.
         full_tuning: all weights are trained, so the backward pass costs twice the forward one.
         evaluate_prompt: `step → metrics` on the validation set.
+        ledger: what was spent beside training, logged with it so that no tracker shows a gross saving.
     """
 
     def __init__(
@@ -106,14 +107,15 @@ class PromptTrainer(Trainer):
         cost: CostModel,
         prompt_tokens: int,
         evaluate_prompt: Callable[[int], dict[str, float]],
+        ledger: FlopsLedger | None = None,
         full_tuning: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.schedule, self.cost, self.full_tuning = schedule, cost, full_tuning
         self.prompt_tokens, self.evaluate_prompt = prompt_tokens, evaluate_prompt
+        self.ledger = ledger or FlopsLedger()
         self.model_accepts_loss_kwargs = True  # label_loss divides by the labels of the whole accumulated batch
-        self.train_seconds = 0.0
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
@@ -174,7 +176,8 @@ class PromptTrainer(Trainer):
         sizes = {"stage": self.schedule.index_at(step)}
         for name in stage.stacks:
             sizes[f"{name}_layers"], sizes[f"{name}_ffn"] = stage.layers_in(name), stage.ffn_in(name)  # type: ignore[assignment]
-        super().log({**logs, **sizes, "train_flops": self.state.total_flos}, start_time)
+        spent = {f"flops_{what}": self.ledger[what] for what in ("score", "probe", "eval")}
+        super().log({**logs, **sizes, "train_flops": self.state.total_flos, **spent}, start_time)
 
 
 def batch_shape(batch: Any, prompt_tokens: int, cost: CostModel) -> BatchShape:
