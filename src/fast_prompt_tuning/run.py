@@ -245,20 +245,23 @@ def full_size(config: RunConfig) -> Stage:
     return full_stage(load_config(locate(config.model.path)))
 
 
-def evaluate_partial(session: Session, folder: Path) -> Evaluation:
-    """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
-    prompt = load_prompt(folder / "prompt").to(session.plm.device)
-    partial = PartialPLM(session.plm)
-    schedule = session.config.schedule(partial.full_stage, session.task.stacks)
-    scores, settings = folder / "scores.safetensors", session.config.scoring
-    partial = PartialPLM(
+def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
+    """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
+    scores = folder / "scores.safetensors"
+    return PartialPLM(
         session.plm,
         neuron_scores=NeuronScores.load(scores) if scores.is_file() else None,
-        keep_layers=settings.keep_layers,
-        keep_neurons=settings.keep_neurons,
+        keep_layers=session.config.scoring.keep_layers,
+        keep_neurons=session.config.scoring.keep_neurons,
     )
+
+
+def evaluate_partial(session: Session, folder: Path) -> Evaluation:
+    """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
+    partial = _partial_of_run(session, folder)
+    schedule = session.config.schedule(partial.full_stage, session.task.stacks)
     with partial.at(schedule.stages[-1]):
-        return evaluate(session, prompt)
+        return evaluate(session, load_prompt(folder / "prompt").to(session.plm.device))
 
 
 def partial_of(session: Session, size: str, folder: Path) -> AbstractContextManager[PartialPLM]:
@@ -270,13 +273,7 @@ def partial_of(session: Session, size: str, folder: Path) -> AbstractContextMana
     layers, _, ffn = size.partition("x")
     if not (layers.isdigit() and ffn.isdigit()):
         raise ConfigError(f"--partial {size!r} is not LAYERSxFFN, for example 15x768")
-    settings, scores = session.config.scoring, folder / "scores.safetensors"
-    partial = PartialPLM(
-        session.plm,
-        neuron_scores=NeuronScores.load(scores) if scores.is_file() else None,
-        keep_layers=settings.keep_layers,
-        keep_neurons=settings.keep_neurons,
-    )
+    partial = _partial_of_run(session, folder)
     stacks = tuple(session.config.stacks or (s for s in partial.full_stage.stacks if s in session.task.stacks))
     stage = Stage(int(layers), int(ffn), stacks=stacks or partial.full_stage.stacks)
     partial.check(stage)
