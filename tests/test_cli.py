@@ -301,7 +301,9 @@ def test_reproduce(fpt, table, paper):
 
 def test_reproduce_refuses(fpt):
     assert "table1 or table2" in refused(fpt, "reproduce", "table3")
-    assert "quality" in refused(fpt, "reproduce", "table1", "--columns", "accuracy")
+    assert "or all" in refused(fpt, "reproduce", "table1", "--columns", "accuracy")
+    assert "--model" in refused(fpt, "reproduce", "table1", "--columns", "all")
+    assert "large or xl" in refused(fpt, "reproduce", "table1", "--plm", "small")
     assert "--scale" in refused(fpt, "reproduce", "table1", "--columns", "wallclock", "--scale", "big")
     refused(fpt, "reproduce", "table1", "--plm", "small")
 

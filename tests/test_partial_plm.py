@@ -11,7 +11,7 @@ from settings import BY_NAME, FAMILIES, FFN, LAYERS, Settings
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForSequenceClassification, LlamaConfig, MambaConfig, MambaForCausalLM
 
-from fast_prompt_tuning import families
+from fast_prompt_tuning import families, partial_plm
 from fast_prompt_tuning.errors import ModelError, ScheduleError, ScoreError, UnknownFamilyError
 from fast_prompt_tuning.partial_plm import PartialPLM, find_stacks
 from fast_prompt_tuning.schedule import Stage
@@ -226,6 +226,32 @@ def test_full_block_comes_back_to_the_stage_even_after_an_error():
         broken()
     assert torch.equal(logits(model, batch), part)
     assert partial.stage.same_size(family.stage(3, 10))
+
+
+@pytest.mark.parametrize("fails_at", [0, 4, 9])
+def test_a_resize_that_is_broken_off_leaves_the_full_model(monkeypatch, fails_at):
+    family = BY_NAME["llama"]
+    model, batch = family.peft(), family.batch()
+    whole = logits(model, batch)
+    partial = PartialPLM(model, keep_neurons="first")
+    made = []
+    real = partial_plm._NarrowProjection
+
+    def runs_out(*args, **kwargs):
+        made.append(1)
+        if len(made) == fails_at + 1:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(partial_plm, "_NarrowProjection", runs_out)
+    with pytest.raises(MemoryError):
+        partial.resize(family.stage(4, 10))
+    assert torch.equal(logits(model, batch), whole)
+    assert partial.stage == partial.full_stage
+    partial.resize(family.stage(4, 10))  # and it can be tried again
+    assert not torch.equal(logits(model, batch), whole)
+    partial.restore()
+    assert torch.equal(logits(model, batch), whole)
 
 
 def test_gradient_checkpointing_works_at_every_stage():

@@ -45,6 +45,8 @@ class ProgressiveCallback(TrainerCallback):
         self._release()
         trainer = _calling_trainer()
         self._check(trainer, args)
+        if (left := getattr(trainer.training_step, "fpt_callback", None)) is not None:
+            left._release()  # an earlier callback of ours whose run was broken off between two steps
         self._trainer, self._users_own = trainer, trainer.__dict__.get("training_step")
         if state.max_steps <= self.schedule.boundaries[-1]:
             logger.warning(
@@ -70,8 +72,10 @@ class ProgressiveCallback(TrainerCallback):
                     return own_step(*step_args, **step_kwargs)
             except BaseException:
                 self.partial.restore()
+                self._release()
                 raise
 
+        training_step.fpt_callback = self  # type: ignore[attr-defined]
         trainer.training_step = training_step  # type: ignore[method-assign]
 
     def on_train_end(

@@ -136,7 +136,7 @@ def evaluate(
     """Score saved prompts side by side on the full model. Next: `fpt predict RUN`."""
     from .config import load
 
-    settings = load(_run_file(runs[0], "config.yaml"), sets)
+    settings = load(_run_file(runs[0], "config.yaml"), [*_tuned_model(runs[0]), *sets])
     for path in (output, submission):
         if path is not None and path.exists():
             raise ConfigError(f"{str(path)!r} exists already; choose another name")
@@ -151,7 +151,9 @@ def evaluate(
     quiet_libraries()
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
     for folder in runs:
-        prompts[str(folder)] = load_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder)
+        whole = settings.method == "full" and folder == runs[0]  # all weights were tuned: there is no prompt
+        saved = folder / "prompt" if (folder / "prompt").is_dir() else folder
+        prompts[str(folder)] = None if whole else load_prompt(saved)
     if ensemble:
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     session = run.open_session(settings, (split,))
@@ -178,7 +180,7 @@ def evaluate(
             for metric, value in found.result.values.items():
                 low, high = found.result.intervals[metric]
                 table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
-            if output is not None and prompt is not None:
+            if output is not None and name == str(runs[0]):
                 run.write_predictions(output, session.examples[split], found)
     people(as_json).print(table)
     if as_json:
@@ -195,23 +197,23 @@ def predict(
     sets: Sets = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, prediction, score.")] = False,
 ) -> None:
-    """Answer new texts with a saved prompt. A line that is a JSON object gives the task's fields by name."""
+    """Answer new texts with a saved prompt, one line each; empty lines are passed over.
+
+    A line that is a JSON object gives the task's fields by name.
+    """
     from . import run, tasks
     from .config import load
     from .data import encode
     from .soft_prompt import load_prompt
 
     quiet_libraries()
-    settings = load(_run_file(folder, "config.yaml"), sets)
-    prompt = load_prompt(folder / "prompt")
+    settings = load(_run_file(folder, "config.yaml"), [*_tuned_model(folder), *sets])
+    prompt = None if settings.method == "full" else load_prompt(folder / "prompt")
     session = run.open_session(settings, ())
     if texts:
         lines = iter(texts)
     elif file is not None:
-        try:
-            lines = iter(file.read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot be read: {error}", file=str(file)) from error
+        lines = _file_lines(file)
     else:
         lines = _stdin_lines()
     answered = 0
@@ -227,7 +229,8 @@ def predict(
             max_input_tokens=settings.data.max_input_tokens,
             max_target_tokens=session.max_target_tokens,
         )
-        found, answers, _ = run.predict(session, prompt.to(session.plm.device), run.input_ids_of(session, encoded))
+        on_device = None if prompt is None else prompt.to(session.plm.device)
+        found, answers, _ = run.predict(session, on_device, run.input_ids_of(session, encoded))
         for text, prediction, said in zip(batch, found, answers, strict=True):
             if as_json:
                 emit({"input": text, "prediction": said, "score": prediction.score})
@@ -248,6 +251,20 @@ def predict(
         answered += len(batch)
     if not answered:
         raise DataError("there is no text to answer; give it as an argument, with --file, or on standard input")
+
+
+def _tuned_model(folder: Path) -> list[str]:
+    """The setting that a run of all weights needs to be used: its own model in place of the one it began with."""
+    return [f"model.path={json.dumps(str(folder / 'model'))}"] if (folder / "model").is_dir() else []
+
+
+def _file_lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:  # other line ends are part of a text
+            for line in lines:
+                yield line.rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", file=str(file)) from error
 
 
 def _stdin_lines() -> Iterator[str]:
@@ -419,9 +436,13 @@ def score(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a saved prompt.")],
     output: Annotated[Path, typer.Argument(help="New safetensors file.")],
+    kind: Annotated[str, typer.Option("--format", help="prompt-embeds is the only one.")] = "prompt-embeds",
 ) -> None:
     """Write the prompt's vectors (P, H) as one tensor `prompt_embeds`, as serving engines take them."""
     from .soft_prompt import export_prompt
+
+    if kind != "prompt-embeds":
+        raise ConfigError(f"--format {kind!r} is unknown; prompt-embeds is the only one")
 
     shape = export_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder, output)
     made = f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,8 +52,12 @@ def plan(
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    config = plans.load_config(model)
     quiet_libraries(transformers_only=True)
+    if model.endswith(".gguf") or ("/" not in model and not Path(model).exists()):  # the others need no PyTorch
+        from .models import locate
+
+        model = locate(model)
+    config = plans.load_config(model)
     full = plans.full_stage(config)
     chosen = _stacks(stacks)
     if task is not None:
@@ -185,6 +190,10 @@ def reproduce(
 
     if table not in ("table1", "table2"):
         raise ConfigError(f"TABLE={table!r} is unknown; choose table1 or table2")
+    if plm not in ("large", "xl"):
+        raise ConfigError(f"--plm {plm!r} is unknown; choose large or xl")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
     wanted = [c.strip() for c in columns.split(",") if c.strip()]
     out = people(as_json)
     if wanted == ["all"]:

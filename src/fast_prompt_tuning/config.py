@@ -41,6 +41,7 @@ class DataConfig(_Section):
     files: dict[str, str] = Field(default_factory=dict, description="split -> local file, in place of the task's own")
     train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
     validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
+    test_limit: int | None = Field(None, ge=1, description="test on at most this many examples; default all")
     max_input_tokens: int = Field(492, ge=1, description="text tokens an input may have, the prompt not counted")
     max_target_tokens: int | None = Field(None, ge=1, description="default: the task's own")
     on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")

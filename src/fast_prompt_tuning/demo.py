@@ -73,6 +73,8 @@ def demo(
         for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
     }
     plain = configs["plain"]
+    for config in configs.values():
+        run.check_folder(config, overwrite=overwrite, resume=False)
     subject = escape(f"{plain.model.path} on {plain.data.task}")
     console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
     console.print("loading the model and the articles …")

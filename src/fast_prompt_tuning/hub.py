@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from .errors import ConfigError
-from .report import human_flops, human_seconds
+from .report import human_flops, human_seconds, size_text
 from .results import RunResult, load_result
 from .soft_prompt import load_prompt
 
 PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def hub_id(path: str) -> str | None:
+    """A model's hub id; None for a local folder, file or packaged model."""
+    return path if path.count("/") == 1 and not path.startswith(".") and not Path(path).exists() else None
 
 
 def model_card(result: RunResult) -> str:
@@ -22,7 +28,7 @@ def model_card(result: RunResult) -> str:
     config = result.config
     base, task = config["model"]["path"], config["data"]["task"] or "custom"
     data = ModelCardData(
-        base_model=base if "/" in base and not Path(base).exists() else None,
+        base_model=hub_id(base),
         library_name="peft",
         tags=["prompt-tuning", "soft-prompt", "fast-prompt-tuning", f"task:{Path(task).stem}"],
     )
@@ -30,7 +36,10 @@ def model_card(result: RunResult) -> str:
         f"| {name} | {value:.2f} | {result.intervals[name][0]:.2f} – {result.intervals[name][1]:.2f} |"
         for name, value in result.metrics.items()
     )
-    stages = "\n".join(f"| {i} | {s['layers']} | {s['ffn']} | {s['steps']} |" for i, s in enumerate(result.schedule, 1))
+    stages = "\n".join(
+        f"| {i} | {size_text(s['layers'])} | {size_text(s['ffn'])} | {s['steps']} |"
+        for i, s in enumerate(result.schedule, 1)
+    )
     versions = ", ".join(f"{k} {v}" for k, v in result.environment.items() if k not in ("platform", "threads"))
     return f"""---
 {data.to_yaml()}
@@ -48,7 +57,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "this repository")
 ```
 
-## Quality on {result.examples} validation examples, full model
+## Quality on {result.examples} {result.split} examples, full model
 
 | metric | % | 95% interval |
 | --- | --- | --- |
@@ -84,6 +93,8 @@ def push_prompt(run: str | Path, repo_id: str, *, private: bool = True, token: s
     """
     folder = Path(run)
     result = load_result(folder)
+    if result.status != "finished":
+        raise ConfigError(f"the run in {str(folder)!r} is {result.status}, not finished; finish it with --resume")
     load_prompt(folder / "prompt")
     api = HfApi(token=token)
     try:
@@ -91,6 +102,10 @@ def push_prompt(run: str | Path, repo_id: str, *, private: bool = True, token: s
         with tempfile.TemporaryDirectory() as work:
             for name in PROMPT_FILES:
                 (Path(work) / name).write_bytes((folder / "prompt" / name).read_bytes())
+            # A path of this machine is nobody else's business, and no use to them.
+            settings = json.loads((Path(work) / PROMPT_FILES[0]).read_text(encoding="utf-8"))
+            settings["base_model_name_or_path"] = hub_id(result.config["model"]["path"])
+            (Path(work) / PROMPT_FILES[0]).write_text(json.dumps(settings, indent=2), encoding="utf-8")
             ModelCard(model_card(result)).save(Path(work) / "README.md")
             done: Any = api.upload_folder(repo_id=repo_id, folder_path=work, commit_message="Upload soft prompt")
     except (HfHubHTTPError, OSError, ValueError) as error:

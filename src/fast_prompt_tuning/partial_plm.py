@@ -326,7 +326,8 @@ class PartialPLM:
         """Give the model the size of `stage`. Idempotent; cheap where the size does not change.
 
         Raises:
-            ScheduleError, ScoreError, ModelError: as `check`; the model then keeps the size it had.
+            ScheduleError, ScoreError, ModelError: as `check`; the model then keeps the size it had. After any other
+        exception (out of memory, Ctrl-C) it is the full model.
         """
         self._apply(stage)
         self._drop_copies(keep=set(self._own_forward))
@@ -360,6 +361,13 @@ class PartialPLM:
         if stage.same_size(self._stage):
             return
         self.check(stage)
+        try:
+            self._cut(stage)
+        except BaseException:  # out of memory for a narrowed copy, Ctrl-C: never leave a model half cut
+            self._cut(self.full_stage)
+            raise
+
+    def _cut(self, stage: Stage) -> None:
         for name, stack in self._stacks.items():
             kept = self._kept_layers(stack, stage.layers_in(name))
             self._shadow_layers(stack, kept)
@@ -393,9 +401,9 @@ class PartialPLM:
                 self._narrow.pop(module, None)  # freed before the new copy is made: at most one copy at any time
             kept = self.kept_neurons(stack, layer, k)
             fused = torch.cat([kept + part * width for part in range(self._stacks[stack].spec.fused)])
-            for module in ins:
-                self._narrow[module] = _NarrowProjection(module, fused, dim=0, keep_bias=False)
-            self._narrow[out] = _NarrowProjection(out, kept, dim=1, keep_bias=True)
+            made = {module: _NarrowProjection(module, fused, dim=0, keep_bias=False) for module in ins}
+            made[out] = _NarrowProjection(out, kept, dim=1, keep_bias=True)
+            self._narrow.update(made)
         for module in (*ins, out):
             if module not in self._own_forward:
                 self._own_forward[module] = module.__dict__.get("forward")

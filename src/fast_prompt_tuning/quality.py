@@ -129,14 +129,18 @@ def _config(
         "steps": config.train.steps,
         "stacks": list(cut),
     }
-    return load(config.model_dump(mode="json"), [f"stages={json.dumps([stage])}"])
+    # The full PLM, on which a run's best prompt is chosen, says nothing of one that is scored on the partial PLM.
+    return load(config.model_dump(mode="json"), [f"stages={json.dumps([stage])}", "train.keep=last"])
 
 
 def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[RunResult, float]:
     """The result of one run and the metric its table reports, from disk where it is done."""
     record = folder / "quality.json"
     if record.is_file():
-        return load_result(folder), float(json.loads(record.read_text(encoding="utf-8"))["value"])
+        found = load_result(folder)
+        if changed := run.differences(found.config, config.model_dump(mode="json")):
+            raise ConfigError(f"{str(folder)!r} was run otherwise: {'; '.join(changed)}; choose another --output")
+        return found, float(json.loads(record.read_text(encoding="utf-8"))["value"])
     session = run.open_session(config, ("train", "validation"))
     result = run.train(config, resume=(folder / "config.yaml").is_file(), session=session)
     if result.status != "finished":

@@ -152,11 +152,13 @@ def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str
     return Path(path)
 
 
-def _size(stage: dict[str, Any]) -> str:
-    def text(value: Any) -> str:
-        return "/".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+def size_text(size: Any) -> str:
+    """A stage's size as text: `6`, or `6/3` where the stacks differ."""
+    return "/".join(map(str, size.values())) if isinstance(size, dict) else str(size)
 
-    return f"{text(stage['layers'])}×{text(stage['ffn'])}"
+
+def _size(stage: dict[str, Any]) -> str:
+    return f"{size_text(stage['layers'])}×{size_text(stage['ffn'])}"
 
 
 def _overhead(result: RunResult, by_flops: bool) -> float:

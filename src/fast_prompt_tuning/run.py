@@ -26,7 +26,7 @@ from . import fingerprint, metrics, tasks
 from .callback import ProgressiveCallback
 from .config import RunConfig
 from .data import Collator, encode, examples_fingerprint, train_calibration
-from .errors import ConfigError, TrainingStopped
+from .errors import ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
 from .models import load_plm, load_tokenizer, locate
@@ -125,15 +125,19 @@ def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
 
 def _load_split(session: Session, split: str) -> None:
     data = session.config.data
+    bad: list[DataError] = []
     examples = tasks.load_examples(
         session.task,
         split,
         decoder=session.decoder,
         files=data.files or None,
         on_bad_row=data.on_bad_row,
-        limit=data.train_limit if split == "train" else data.validation_limit,
+        limit={"train": data.train_limit, "test": data.test_limit}.get(split, data.validation_limit),
         seed=session.config.train.seed if split == "train" else 0,
+        bad_rows=bad,
     )
+    for error in bad:
+        logger.warning("skipped: %s", error)
     session.examples[split] = examples
     session.encoded[split] = encode(
         examples,
@@ -161,6 +165,12 @@ def predict(
         voting: how an ensemble agrees, see `evaluation.combine`.
     """
     settings, task = session.config.eval, session.task
+    width = session.plm.get_input_embeddings().weight.shape[-1]
+    if prompt is not None and prompt.shape[-1] != width:
+        raise ConfigError(
+            f"the prompt has vectors of {prompt.shape[-1]} numbers, this model's embeddings {width}: it is another "
+            "model's prompt"
+        )
     several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
     asked, inputs = len(inputs), [ids for ids in inputs for _ in range(several)]
     longest_label = max((len(ids) for ids in session.choices.values()), default=0)
@@ -208,13 +218,15 @@ def evaluate(
 ) -> Evaluation:
     """Score a prompt, or an ensemble of them, on a split, with the PLM at the size it has: full, outside a step."""
     rows = session.examples[split]
+    if 0 in session.encoded[split]["n_target"]:
+        raise DataError(f"the split {split!r} has examples without a label, so it cannot be scored; use --submission")
     start = time.perf_counter()
     found, answers, flops = predict(session, prompt, input_ids_of(session, session.encoded[split]), voting=voting)
     result = metrics.evaluate(
         session.task.metric,
         answers,
         rows["references"],
-        rows["group"] if len(set(rows["group"])) < len(rows) else None,
+        rows["group"] if session.task.expand else None,  # ids of a user's own file may repeat and mean nothing
         primary=session.task.primary,
     )
     return Evaluation(result, found, answers, flops, time.perf_counter() - start)
@@ -234,9 +246,10 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-def write_submission(session: Session, prompt: torch.Tensor, split: str, path: Path) -> None:
+def write_submission(session: Session, prompt: torch.Tensor | None, split: str, path: Path) -> None:
     """Answers to a split, which needs no labels, in the benchmark's own format (`tasks.write_submission`)."""
-    _, answers, _ = predict(session, prompt.to(session.plm.device), input_ids_of(session, session.encoded[split]))
+    on_device = None if prompt is None else prompt.to(session.plm.device)
+    _, answers, _ = predict(session, on_device, input_ids_of(session, session.encoded[split]))
     tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)
 
 
@@ -305,13 +318,24 @@ def check_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> None:
         now = config.model_dump(mode="json")
         if isinstance(before, dict):
             before["output"] = now["output"]  # the same folder, however it is spelled
-        changed = _differences(before, now)
+        changed = differences(before, now)
         if changed:
             raise ConfigError(f"the recipe has changed since the run began: {'; '.join(changed)}; set it back")
+    elif saved.exists() and not _is_ours(saved):
+        raise ConfigError(f"output={str(folder)!r} has a config.yaml that is not a run's; choose another folder")
     elif saved.exists() and not overwrite:
         raise ConfigError(f"output={str(folder)!r} holds a run already; add --resume, --overwrite, or choose another")
     elif not saved.exists() and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"output={str(folder)!r} is not empty and holds no run of ours; choose another folder")
+
+
+RUN_MARK = "# The resolved recipe of a run of fast-prompt-tuning.\n"
+"""First line of a run's config.yaml: what has it may be overwritten when asked, nothing else."""
+
+
+def _is_ours(saved: Path) -> bool:
+    with saved.open("rb") as file:
+        return file.readline() == RUN_MARK.encode()
 
 
 def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
@@ -324,22 +348,32 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
     folder = Path(config.output)
     if resume:
         return folder
+    doomed = [(folder / name).resolve() for name in (*OURS, *OUR_FOLDERS)]
+    for name, used in (
+        ("model.path", config.model.path),
+        ("prompt.path", config.prompt.path),
+        ("scoring.path", config.scoring.path),
+        *((f"data.files.{split}", file) for split, file in config.data.files.items()),
+    ):
+        path = Path(used).resolve() if used else None
+        if path is not None and path.exists() and any(path == d or d in path.parents for d in doomed):
+            raise ConfigError(f"{name}={used!r} lies in the run that would be overwritten; choose another output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in OURS:
             (folder / name).unlink(missing_ok=True)
         for name in OUR_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
-        write_atomic(folder / "config.yaml", config.to_yaml())
+        write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
     except OSError as error:
         raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error
     return folder
 
 
-def _differences(before: Any, after: Any, at: str = "") -> list[str]:
+def differences(before: Any, after: Any, at: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(set(before) | set(after))
-        return [d for k in keys for d in _differences(before.get(k), after.get(k), f"{at}.{k}".lstrip("."))]
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{at}.{k}".lstrip("."))]
     return [] if before == after else [f"{at} was {before!r}, is {after!r}"]
 
 
@@ -392,6 +426,10 @@ def train(
             last good prompt is saved.
     """
     started = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "fpt train runs in one process; for several, use ProgressiveCallback in a Trainer script under torchrun"
+        )
     check_folder(config, overwrite=overwrite, resume=resume)
     set_seed(config.train.seed)
     session = session or open_session(config, ("train", "validation"))
@@ -471,8 +509,8 @@ def train(
     ledger.add("train", trainer.state.total_flos)
     if status == "finished" and trainer.state.global_step % int(trainer.args.eval_steps or 1):
         trainer.evaluate()
-    if config.train.keep == "best" and status != "stopped":
-        best.restore(model)
+    if (config.train.keep == "best" and status != "stopped") or (full_tuning and status == "stopped"):
+        best.restore(model)  # all weights are too many to keep the last good ones: a stopped run has its best
     result = _finish(session, model, trainer, schedule, partial, folder, ledger, best, status, reason, spent())
     if status == "stopped":
         raise TrainingStopped(f"{reason} (saved in {folder / 'prompt'})")
@@ -600,15 +638,19 @@ class _Best:
 
     def offer(self, step: int, value: float, model: nn.Module) -> None:
         """Keep the model's prompt if it is the best yet; the earlier one on a tie."""
-        if value <= self.value or os.environ.get("RANK", "0") != "0":
+        if value <= self.value:
             return
         self.step, self.value = step, value
         work = self.folder.with_name(".best-new")
         shutil.rmtree(work, ignore_errors=True)
         model.save_pretrained(str(work))  # type: ignore[operator]
         write_atomic(work / "best.json", json.dumps({"step": step, "value": value, "metric": self.primary}))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        old = self.folder.with_name(".best-old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(old)
         work.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     def restore(self, model: nn.Module) -> None:
         """Give the model its best prompt back."""

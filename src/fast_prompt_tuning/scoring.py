@@ -7,6 +7,7 @@ activation over the non-padding tokens of calibration examples, the soft prompt 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -58,7 +59,9 @@ class NeuronScores:
         if path.exists():
             raise ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in self.scores.items()}, path, metadata=dict(self.metadata))
+        work = path.with_name(f".{path.name}-new")
+        save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
+        os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronScores:
@@ -201,17 +204,20 @@ def _hook_outputs(
     stacks: Mapping[str, StackModules], hook: Callable[[str, int, torch.Tensor], torch.Tensor | None]
 ) -> ExitStack:
     """Call `hook(stack, layer, activation)` on the input of every FFN output projection; a result replaces it."""
-    handles = ExitStack()
+    outputs: list[tuple[str, int, nn.Module]] = []
     for name, stack in stacks.items():
         for i, module in enumerate(stack.ffn_out):
             if module is None:
                 raise ScoreError(f"layer {i} of the {name} has no feed-forward layer to score; use method ld")
+            outputs.append((name, i, module))
+    handles = ExitStack()
+    for name, i, module in outputs:
 
-            def pre_hook(_m: nn.Module, args: tuple[torch.Tensor, ...], key: tuple[str, int] = (name, i)) -> Any:
-                replaced = hook(*key, args[0])
-                return None if replaced is None else (replaced, *args[1:])
+        def pre_hook(_m: nn.Module, args: tuple[torch.Tensor, ...], key: tuple[str, int] = (name, i)) -> Any:
+            replaced = hook(*key, args[0])
+            return None if replaced is None else (replaced, *args[1:])
 
-            handles.callback(module.register_forward_pre_hook(pre_hook).remove)
+        handles.callback(module.register_forward_pre_hook(pre_hook).remove)
     return handles
 
 

@@ -168,8 +168,7 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     values, path = load_prompt(folder), Path(output)
     if path.exists():
         raise ConfigError(f"output={str(path)!r} exists already; choose another name")
-    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    metadata = {"place": "in front of the input", "base_model": str(config.get("base_model_name_or_path"))}
+    metadata = {"place": "in front of the input"}
     save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
     return values.shape[0], values.shape[1]
 

@@ -231,6 +231,9 @@ class StepGuard(TrainerCallback):
         self.signal = number
         logger.warning("stopping after this step; once more to stop at once")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.good = [p.detach().clone() for p in self.trained] if self.good else []  # a checkpoint is loaded by now
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
