@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from peft import PeftModel
-from toy import toy
+from toy import articles, toy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
 from fast_prompt_tuning import run, trainer
@@ -461,3 +461,62 @@ def test_a_huge_learning_rate_stops_the_run_and_leaves_a_finite_prompt(tmp_path)
     assert torch.isfinite(load_prompt(tmp_path / "run" / "prompt")).all()
     with pytest.raises(TrainingStopped):
         run.train(recipe(tmp_path / "full", optim__lr=3.3e37, method="full"))
+
+
+# -- what must not be mistaken for something else ---------------------------------------------------------------------
+
+
+def test_ids_that_repeat_in_a_users_file_do_not_merge_its_rows(tmp_path):
+    rows = [dict(row, id="same") for row in articles(12, seed=1)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train": str(file), "validation": str(file)}
+    config = load(toy().recipe(tmp_path / "run", method="pt", train__steps=2, data__files=files))
+    assert run.train(config).examples == 12
+
+
+def test_a_split_without_labels_is_not_scored(tmp_path):
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps({"id": r["id"], "text": r["text"]}) + "\n" for r in articles(4, seed=1)))
+    config = load(toy().recipe(tmp_path / "run", data__files={"test": str(file)}))
+    session = run.open_session(config, ("test",))
+    with pytest.raises(DataError, match="without a label"):
+        run.evaluate(session, None, "test")
+
+
+def test_a_folder_with_a_config_of_its_own_is_no_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: true\n")
+    config = load(toy().recipe(tmp_path))
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match="not a run's"):
+            run.train(config, **options)
+    assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
+
+
+def test_a_run_is_not_overwritten_while_it_is_used(tmp_path):
+    config = load(toy().recipe(tmp_path / "run", method="pt", train__steps=2))
+    run.train(config)
+    prompt = str(tmp_path / "run" / "prompt")
+    again = load(config.model_dump(mode="json"), ["prompt.init=prompt", f"prompt.path={prompt}"])
+    with pytest.raises(ConfigError, match=r"prompt\.path=.* lies in the run that would be overwritten"):
+        run.train(again, overwrite=True)
+    assert (tmp_path / "run" / "prompt" / "adapter_model.safetensors").is_file()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        run.train(load(toy().recipe(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_test_split_has_a_limit_of_its_own(tmp_path):
+    config = load(toy().recipe(tmp_path / "run", data__validation_limit=3, data__test_limit=5))
+    session = run.open_session(config, ("validation", "test"))
+    assert {k: len(v) for k, v in session.encoded.items()} == {"validation": 3, "test": 5}
+
+
+def test_a_prompt_of_another_model_is_refused(tmp_path):
+    session = run.open_session(load(toy().recipe(tmp_path / "run")), ("validation",))
+    with pytest.raises(ConfigError, match="another model's prompt"):
+        run.evaluate(session, torch.zeros(3, 7))
