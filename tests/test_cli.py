@@ -471,7 +471,7 @@ def test_demo(fpt, tmp_path, monkeypatch):
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "unused", train__steps=5)
     monkeypatch.setattr(demo, "RECIPE", str(recipe))
     out, _ = fpt("demo", "--output", tmp_path / "demo")
-    for said in ("zero-shot", "plain PT", "FPT-CR", "95% interval", "predicted", "prompt "):
+    for said in ("zero-shot", "plain PT", "FPT-CR", "95% range", "predicted", "prompt "):
         assert said in out
     record = json.loads((tmp_path / "demo" / "result.json").read_text())
     assert list(record["runs"]) == ["zero_shot", "plain", "fpt"]

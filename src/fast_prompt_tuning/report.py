@@ -79,8 +79,8 @@ def comparison_table(results: Sequence[RunResult], title: str | None = None) -> 
     """The comparison as a `rich` table that fits 80 columns."""
     rows = table_rows(results)
     scale, prefix = flops_unit(max(row["flops"] for row in rows))
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
-    names = (rows[0]["metric"] + " %", "95% interval", f"{prefix}FLOPs", "of plain", "time", "of plain")
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    names = (rows[0]["metric"] + " %", "95% range", f"{prefix}FLOPs", "of plain", "time", "of plain")
     table.add_column("run", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
