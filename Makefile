@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Idle threads sleep instead of spinning: costs nothing alone, saves minutes where the cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint check docs clean
+.PHONY: demo test lint check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fpt demo --overwrite

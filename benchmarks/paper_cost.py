@@ -40,11 +40,11 @@ ALLOWED_POINTS = 3.0
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plm", choices=("large", "xl"), default="large")
-    parser.add_argument("--batch", type=int, default=1, help="examples per batch")
-    parser.add_argument("--input-tokens", type=int, default=108, help="input tokens, besides the prompt's 20")
+    parser.add_argument("--batch", type=int, default=6, help="examples per batch")
+    parser.add_argument("--input-tokens", type=int, default=44, help="input tokens, besides the prompt's 20")
     parser.add_argument("--short-target", type=int, default=10, help="target tokens where the encoder alone is reduced")
-    parser.add_argument("--long-target", type=int, default=64, help="target tokens where both stacks are reduced")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--long-target", type=int, default=32, help="target tokens where both stacks are reduced")
+    parser.add_argument("--rounds", type=int, default=4, help="interleaved rounds")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default PyTorch's")
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.quick:
-        args.batch, args.input_tokens, args.long_target, args.rounds = 1, 44, 16, 2
+        args.batch, args.long_target, args.rounds = 2, 16, 2
     return args
 
 

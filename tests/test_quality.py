@@ -10,6 +10,7 @@ import pytest
 from toy import toy
 
 from fast_prompt_tuning import quality, run
+from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.plan import PAPER_TASKS
 
@@ -102,6 +103,29 @@ def test_table1_is_of_the_partial_plms_and_goes_on_after_a_stop(data, tmp_path, 
     costs = {r["method"]: r["flops"] for r in rows}
     assert costs["ld-6-2816"] < costs["ld-12-2816"] < costs["ld-18-2816"] < costs["pt"]
     assert costs["cr-6-704"] > costs["ld-6-2816"]  # at this scale: scoring is counted, and is half of a short run
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("task", [*FILES, "sst2", "boolq"])
+def test_every_official_format_trains_and_evaluates(data, tmp_path, name, task):
+    file = {"sst2": DATA / "sst2_dev.tsv", "boolq": DATA / "boolq.jsonl"}.get(task, DATA / FILES.get(task, ""))
+    files = {"train": str(file), "validation": str(file)}
+    recipe = toy().recipe(
+        tmp_path / "run",
+        method="pt",
+        model__path=str(toy().model(name)),
+        data__task=task,
+        data__files=files,
+        data__max_input_tokens=40,
+        data__max_target_tokens=4,
+        data__on_bad_row="skip",
+        train__steps=2,
+    )
+    result = run.train(load(recipe))
+    assert result.status == "finished"
+    assert result.steps == 2
+    assert result.examples > 0
+    assert 0 <= result.metrics[result.primary] <= 100
 
 
 def test_bad_input_is_refused(data, tmp_path):
