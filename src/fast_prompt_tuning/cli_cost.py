@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from .console import emit, people, quiet_libraries
@@ -117,6 +118,8 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
         f"targets of {shape.target_tokens}",
         title_justify="left",
         header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     timed = made.seconds is not None
     unit, prefix = flops_unit(max(s.flops_per_step for s in made.stages))
@@ -171,7 +174,7 @@ def reproduce(
     plm: Annotated[str, typer.Option(help="large or xl.")] = "large",
     scale: Annotated[
         str, typer.Option(help="For wallclock: BATCHxINPUT, or `paper` for 32x492; small machines want small ones.")
-    ] = "1x128",
+    ] = "6x44",
     seconds: Annotated[float, typer.Option(help="For wallclock: time to spend on measuring.")] = 300.0,
     dtype: Annotated[str, typer.Option(help="For wallclock: dtype of the weights.")] = "float32",
     model: Annotated[str | None, typer.Option(help="For all: hub id or folder of the T5 weights.")] = None,
