@@ -65,6 +65,13 @@ def test_the_readmes_demo_is_the_committed_one():
     assert (ROOT / "docs" / "pictures" / "demo.png").is_file()
 
 
+def test_the_readmes_step_times_are_the_committed_ones():
+    record = json.loads((ROOT / "benchmarks" / "results" / "step_time.json").read_text())
+    for result, start in zip(record["results"], ("| SmolLM2-135M,", "| a decoder shaped like Gemma"), strict=True):
+        row = next(line for line in README.splitlines() if line.startswith(start))
+        assert f"| {result['plain']['median']:.2f} | {result['fpt_run']['median']:.2f} |" in row
+
+
 @pytest.mark.parametrize("convention", ["linear", "all"])
 def test_the_flops_columns_are_what_the_code_counts(convention):
     found = [f"{100 * part:.1f}" for part in paper_table1_flops("large", convention=convention)]
