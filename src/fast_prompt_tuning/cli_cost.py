@@ -111,7 +111,7 @@ def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _stage_table(made: Any, full: Any, shape: Any) -> Table:
-    from .report import flops_unit, human_flops, human_seconds
+    from .report import flops_unit, human_flops, human_seconds, size_text
 
     table = Table(
         title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
@@ -129,8 +129,8 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
     for i, stage in enumerate(made.stages, start=1):
         cells = [
             str(i) if not stage.stage.is_full(full) else f"{i} (full)",
-            _size(stage.stage.layers),
-            _size(stage.stage.ffn),
+            size_text(stage.stage.layers),
+            size_text(stage.stage.ffn),
             str(stage.stage.steps),
             f"{stage.flops_per_step / unit:.4g}",
             _percent(stage.relative_flops),
@@ -149,18 +149,14 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
     return table
 
 
-def _size(size: Any) -> str:
-    return str(size) if isinstance(size, int) else "/".join(map(str, size.values()))
-
-
 def _comparison(found: dict[str, Any]) -> Table:
-    from .report import human_flops
+    from .report import human_flops, size_text
 
     table = Table(title="Methods side by side, same steps and batches", title_justify="left", header_style="bold")
     for name in ("method", "stages (layers × width : steps)", "FLOPs", "of plain", "peak memory"):
         table.add_column(name, justify="left" if name in ("method", "stages (layers × width : steps)") else "right")
     for name, made in found.items():
-        stages = "  ".join(f"{_size(s.stage.layers)}×{_size(s.stage.ffn)}:{s.stage.steps}" for s in made.stages)
+        stages = "  ".join(f"{size_text(s.stage.layers)}×{size_text(s.stage.ffn)}:{s.stage.steps}" for s in made.stages)
         memory = max(s.weight_bytes + s.activation_bytes for s in made.stages)
         table.add_row(name, stages, human_flops(made.flops), _percent(made.relative_flops), _bytes(memory))
     return table

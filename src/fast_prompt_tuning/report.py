@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str
 
 def size_text(size: Any) -> str:
     """A stage's size as text: `6`, or `6/3` where the stacks differ."""
-    return "/".join(map(str, size.values())) if isinstance(size, dict) else str(size)
+    return "/".join(map(str, size.values())) if isinstance(size, Mapping) else str(size)
 
 
 def _size(stage: dict[str, Any]) -> str:

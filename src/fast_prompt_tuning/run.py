@@ -261,12 +261,7 @@ def full_size(config: RunConfig) -> Stage:
 def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
     """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
     scores = folder / "scores.safetensors"
-    return PartialPLM(
-        session.plm,
-        neuron_scores=NeuronScores.load(scores) if scores.is_file() else None,
-        keep_layers=session.config.scoring.keep_layers,
-        keep_neurons=session.config.scoring.keep_neurons,
-    )
+    return _cut_by(session.config, session.plm, NeuronScores.load(scores) if scores.is_file() else None)
 
 
 def evaluate_partial(session: Session, folder: Path) -> Evaluation:
@@ -571,15 +566,16 @@ def _partial_plm(
     config, scores = session.config, needed.given
     if needed.scores and scores is None:
         scores = _neuron_scores(session, model, folder, ledger)
-    partial = PartialPLM(
-        model,
-        neuron_scores=scores,
-        keep_layers=config.scoring.keep_layers,
-        keep_neurons=config.scoring.keep_neurons,
-    )
+    partial = _cut_by(config, model, scores)
     for stage in schedule.stages:
         partial.check(stage)
     return partial
+
+
+def _cut_by(config: RunConfig, model: nn.Module, scores: NeuronScores | None) -> PartialPLM:
+    """The partial PLM as a recipe's `scoring` chooses layers and neurons."""
+    chosen = config.scoring
+    return PartialPLM(model, neuron_scores=scores, keep_layers=chosen.keep_layers, keep_neurons=chosen.keep_neurons)
 
 
 def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
