@@ -9,10 +9,12 @@ For each model, in interleaved rounds over the same examples in the same dtype:
   (e) peak     the fastest large matrix product in the same dtype
 
 A round passes over every example once, so that a ratio of two rounds compares the same work; what is reported are
-medians over rounds, with the smallest and the largest.
+medians over rounds, with the smallest and the largest. `demo` is no model but the command `fpt demo`, timed whole.
 
-    python benchmarks/step_time.py --out benchmarks/results/step_time.json
-    python benchmarks/step_time.py --quick --check
+    python benchmarks/step_time.py                          # all models; each is written to the JSON as it is done
+    python benchmarks/step_time.py --models gpt2,t5-large   # these only; the others in the JSON stay
+    python benchmarks/step_time.py --summary --check        # the tables of the committed JSON, nothing measured
+    python benchmarks/step_time.py --quick                  # the two models with targets, in a few minutes
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -48,6 +52,28 @@ from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.plan import paper_config, random_plm
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 from fast_prompt_tuning.trainer import PromptTrainer, batch_shape, make_optimizer, training_arguments
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = ROOT / "benchmarks" / "results" / "step_time.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model is timed on: batches of `batch` examples of at most `longest` text tokens, `steps` a round."""
+
+    batch: int
+    longest: int
+    steps: int
+    title: str
+
+
+MODELS = {
+    "smollm2-135m": Work(8, 96, 4, "SmolLM2-135M, news paragraphs of mixed length"),
+    "gemma-3-270m-shaped": Work(4, 96, 3, "a decoder shaped like Gemma-3-270M (vocabulary of 262k)"),
+    "gpt2": Work(4, 96, 3, "a decoder shaped like GPT-2 (vocabulary of 50k)"),
+    "t5-large": Work(2, 64, 2, "an encoder-decoder shaped like T5-LARGE"),
+}
+"""Sized for some three minutes each on two idle cores."""
 
 TARGETS = {
     # name -> (model, what, limit, whether at most)
@@ -197,8 +223,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model."""
+    work = MODELS[name]
+    batch, count, longest = work.batch, work.batch * (args.steps or work.steps), work.longest
     dtype = getattr(torch, args.dtype)
-    batch, count, longest = args.batch[name], args.batch[name] * args.steps, args.longest
     plm, tokenizer = build(name, dtype)
     encoder_decoder = plm.config.is_encoder_decoder
     if name == "smollm2-135m":
@@ -263,7 +290,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             if done:  # the first round warms up
                 samples[variant].append(seconds / len(batches))
         peaks.append(matmul_peak(dtype))
-        print(f"{name}: round {done} of {args.rounds}", file=sys.stderr)
+        print(f"{name}: round {done} of {args.rounds}", file=sys.stderr, flush=True)
     peak = max(peaks)
     flops = [sum(step_flops(cost, s, batch_shape(b, PROMPT, cost)) for b in batches) / len(batches) for s in stages]
 
@@ -284,6 +311,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     plain = statistics.median(samples["plain"])
     return {
         "model": name,
+        "title": work.title,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "quick": args.quick,
         "dtype": args.dtype,
         "batch": batch,
         "steps_per_round": len(batches),
@@ -301,11 +332,30 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(results: list[dict[str, Any]]) -> None:
+def time_demo() -> dict[str, Any]:
+    """Seconds of the whole command `fpt demo`, from its start to its end, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fast_prompt_tuning", "demo", "--output", f"{folder}/demo"]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+        runs = json.loads(Path(folder, "demo", "result.json").read_text(encoding="utf-8"))["runs"]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "seconds": seconds,
+        "training_seconds": {name: run["seconds"] for name, run in runs.items() if run["seconds"]},
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """The committed numbers: every model, then the rows that README and docs quote."""
+    results = record["results"]
     for r in results:
         print(
             f"\n{r['model']}, {r['dtype']}, batches of {r['batch']}, {r['text_tokens']['low']:.0f} to "
-            f"{r['text_tokens']['high']:.0f} tokens; matmul peak {r['matmul_peak'] / 1e9:.0f} GFLOP/s"
+            f"{r['text_tokens']['high']:.0f} tokens; matmul peak {r['matmul_peak'] / 1e9:.0f} GFLOP/s; "
+            f"{r['machine']['processor']}, {r['date']}{', quick' if r['quick'] else ''}"
         )
         for name, s in r["seconds_per_step"].items():
             print(f"  {name:8} {s['median']:8.3f} s/step   ({s['low']:.3f} – {s['high']:.3f})")
@@ -314,61 +364,77 @@ def show(results: list[dict[str, Any]]) -> None:
         for s in r["stages"]:
             print(f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}")
         print(f"  bare / ours {r['bare_share']['median']:.3f}; utilisation {r['utilisation']['median']:.3f}")
+    if demo := record.get("demo"):
+        print(f"\nfpt demo: {demo['seconds']:.0f} s, of which training {demo['training_seconds']}")
+    print("\n| | plain prompt tuning | a whole FPT-CR run |\n| --- | --- | --- |")
+    for r in results:
+        print(f"| {r['title']} | {r['plain']['median']:.2f} | {r['fpt_run']['median']:.2f} |")
 
 
 def shortfalls(results: list[dict[str, Any]]) -> list[str]:
     by_name = {r["model"]: r for r in results}
     missed = []
-    print(f"\n{'target':46} {'wanted':>8} {'measured':>9}")
+    print("\n| target | wanted | measured | |\n| --- | --- | --- | --- |")
     for what, (model, key, limit, at_most) in TARGETS.items():
         if model not in by_name:
             continue
         value = by_name[model][key]["median"]
         met = value <= limit if at_most else value >= limit
-        print(f"{what:46} {'≤' if at_most else '≥'} {limit:<6} {value:9.3f}  {'met' if met else 'missed'}")
+        print(
+            f"| {what} | {'at most' if at_most else 'at least'} {limit:.2f} | {value:.2f} | {'' if met else 'missed'} |"
+        )
         if not met:
             missed.append(f"{what}: {value:.3f}")
     return missed
 
 
+def machine() -> dict[str, Any]:
+    """What the seconds depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """What was measured before; a new record where there is nothing."""
+    return json.loads(path.read_text()) if path.is_file() else {"benchmark": "step_time", "results": []}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="smollm2-135m,gemma-3-270m-shaped,gpt2,t5-large")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="batches in a round")
-    parser.add_argument("--longest", type=int, default=128, help="text tokens of the longest example")
+    parser.add_argument("--models", default=",".join(MODELS), help="of these, and demo")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one more warms up")
+    parser.add_argument("--steps", type=int, help="batches in a round; default by model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--quick", action="store_true", help="the two models with targets, 2 rounds of 3 batches")
+    parser.add_argument("--quick", action="store_true", help="the two models with targets, 1 round of 2 batches")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--summary", action="store_true", help="print what --out holds; measure nothing")
+    parser.add_argument("--out", type=Path, default=COMMITTED, help="JSON to add to; --quick writes none by default")
     args = parser.parse_args()
-    args.batch = {"smollm2-135m": 16, "gemma-3-270m-shaped": 8, "gpt2": 16, "t5-large": 4}
+    out = None if args.quick and args.out == COMMITTED else args.out
     if args.quick:
-        args.models, args.rounds, args.steps = "smollm2-135m,gemma-3-270m-shaped", 2, 3
+        args.models, args.rounds, args.steps = "smollm2-135m,gemma-3-270m-shaped", 1, 2
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    results = [measure(name.strip(), args) for name in args.models.split(",")]
-    show(results)
-    missed = shortfalls(results)
-    if args.out:
-        record = {
-            "benchmark": "step_time",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "quick": args.quick,
-            "machine": {
-                "processor": _processor(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "capability": torch.backends.cpu.get_cpu_capability(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "targets_missed": missed,
-            "results": results,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = load_record(out) if out else {"benchmark": "step_time", "results": []}
+    for name in [] if args.summary else args.models.split(","):
+        if name == "demo":
+            record["demo"] = time_demo()
+        else:
+            found = measure(name, args)
+            kept = {r["model"]: r for r in record["results"]} | {name: found}
+            record["results"] = [kept[m] for m in MODELS if m in kept]
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
+    missed = shortfalls(record["results"])
     if args.check and missed:
         print(f"missed: {'; '.join(missed)}")
         return 1
