@@ -281,5 +281,5 @@ def test_any_override(text):
 def test_explanations_know_every_section():
     for section in ("model", "data", "prompt", "scoring", "optim", "train", "eval"):
         assert config._fields_at((section,))
-    assert config._fields_at(("stages", 0)) == ["layers", "ffn", "steps", "stacks"]
+    assert config._fields_at(("stages", 0)) == ["layers", "ffn", "batch", "length", "steps", "stacks"]
     assert config._fields_at(("nothing", "at", "all")) == []

@@ -18,6 +18,7 @@ ORDER = [  # a module imports only from modules before it
     "fingerprint",
     "partial_plm",
     "objective",
+    "trimming",
     "soft_prompt",
     "scoring",
     "flops",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,16 +13,20 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .errors import ModelError, ScheduleError
 from .partial_plm import PartialPLM, get_plm
 from .schedule import Schedule
+from .trimming import trim
 
 logger = logging.getLogger(__name__)
 
+_BRACKETED = ("training_step", "get_batch_samples")
+
 
 class ProgressiveCallback(TrainerCallback):
-    """Runs every training step of a Trainer or Seq2SeqTrainer on the schedule's partial PLM.
+    """Runs every training step of a Trainer or Seq2SeqTrainer on the schedule's partial PLM, and part of its batch.
 
     The model is partial only *inside* a training step (forward and backward). Between steps, so whenever the Trainer
     evaluates, chooses its best checkpoint, saves, calls other callbacks, ends or fails, it is the full PLM. The stage
-    follows from `state.global_step` alone: resuming from any checkpoint needs nothing else.
+    follows from `state.global_step` alone: resuming from any checkpoint needs nothing else. Batches are cut to the
+    stage's `batch` and `length` as the Trainer takes them from its loader (`trimming.trim`), before it counts labels.
 
     Args:
         partial: the `PartialPLM` of the model the Trainer trains.
@@ -37,7 +42,7 @@ class ProgressiveCallback(TrainerCallback):
             partial.check(stage)
         self.partial, self.schedule = partial, schedule
         self._trainer: Trainer | None = None
-        self._users_own: Any = None  # a `training_step` the user has set on the trainer itself
+        self._users_own: dict[str, Any] = {}  # methods the user has set on the trainer itself
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -47,7 +52,8 @@ class ProgressiveCallback(TrainerCallback):
         self._check(trainer, args)
         if (left := getattr(trainer.training_step, "fpt_callback", None)) is not None:
             left._release()  # an earlier callback of ours whose run was broken off between two steps
-        self._trainer, self._users_own = trainer, trainer.__dict__.get("training_step")
+        self._trainer = trainer
+        self._users_own = {name: trainer.__dict__[name] for name in _BRACKETED if name in trainer.__dict__}
         if state.max_steps <= self.schedule.boundaries[-1]:
             logger.warning(
                 "training stops after %d steps, but the schedule reaches its last stage at step %d: the prompt will "
@@ -75,8 +81,17 @@ class ProgressiveCallback(TrainerCallback):
                 self._release()
                 raise
 
+        own_batches = trainer.get_batch_samples
+        decoder = not self.partial.plm.config.is_encoder_decoder
+
+        @functools.wraps(own_batches)
+        def get_batch_samples(epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+            stage = self.schedule.stage_at(trainer.state.global_step)
+            return own_batches((trim(batch, stage, decoder=decoder) for batch in epoch_iterator), *args, **kwargs)
+
         training_step.fpt_callback = self  # type: ignore[attr-defined]
         trainer.training_step = training_step  # type: ignore[method-assign]
+        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,10 +112,10 @@ class ProgressiveCallback(TrainerCallback):
 
     def _release(self) -> None:
         if self._trainer is not None:
-            self._trainer.__dict__.pop("training_step", None)
-            if self._users_own is not None:
-                self._trainer.__dict__["training_step"] = self._users_own
-            self._trainer = self._users_own = None
+            for name in _BRACKETED:
+                self._trainer.__dict__.pop(name, None)
+            self._trainer.__dict__.update(self._users_own)
+            self._trainer, self._users_own = None, {}
 
 
 def _log_growth(partial: PartialPLM, step: int, before: Any, after: Any) -> None:

@@ -77,10 +77,20 @@ class PromptConfig(_Section):
 class StageConfig(_Section):
     """One stage of a schedule of your own. Numbers hold for every stack in `stacks`; a mapping gives one each."""
 
-    layers: int | dict[str, int]
-    ffn: int | dict[str, int]
+    layers: int | dict[str, int] | None = Field(None, description="layers kept; default all")
+    ffn: int | dict[str, int] | None = Field(None, description="FFN neurons kept; default all")
+    batch: int | None = Field(None, ge=1, description="examples of each forward pass; default train.batch_size")
+    length: int | None = Field(None, ge=1, description="text tokens of an input; default data.max_input_tokens")
     steps: int = Field(ge=1)
     stacks: list[str] | None = None
+
+    def stage(self, full: Stage, stacks: tuple[str, ...]) -> Stage:
+        """This stage of a model whose full size is `full`; `stacks` are cut where the stage names none."""
+        stacks = tuple(self.stacks or stacks)
+        whole = lambda sizes: {s: sizes(s) for s in stacks}  # noqa: E731
+        layers = whole(full.layers_in) if self.layers is None else self.layers
+        ffn = whole(full.ffn_in) if self.ffn is None else self.ffn
+        return Stage(layers, ffn, self.steps, stacks, self.batch, self.length)  # type: ignore[arg-type]
 
 
 class ScoringConfig(_Section):
@@ -153,6 +163,15 @@ class RunConfig(_Section):
             total = sum(stage.steps for stage in self.stages)
             if total != self.train.steps:
                 raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
+            for i, stage in enumerate(self.stages):
+                limits = (
+                    ("batch", "train.batch_size", self.train.batch_size),
+                    ("length", "data.max_input_tokens", self.data.max_input_tokens),
+                )
+                for name, setting, limit in limits:
+                    value = getattr(stage, name)
+                    if value is not None and value > limit:
+                        raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
         return self
 
     def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule:
@@ -167,7 +186,7 @@ class RunConfig(_Section):
         stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
         stacks = stacks or full.stacks
         if self.stages is not None:
-            schedule = Schedule(Stage(s.layers, s.ffn, s.steps, tuple(s.stacks or stacks)) for s in self.stages)
+            schedule = Schedule(s.stage(full, stacks) for s in self.stages)
         else:
             method = "pt" if self.method == "full" else self.method
             schedule = Schedule.preset(method, full, total_steps=self.train.steps, stacks=stacks)

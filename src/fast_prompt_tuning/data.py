@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from .errors import ConfigError, DataError
+from .objective import IGNORED
 from .tasks import Task
-
-IGNORED = -100
-"""Label of a position that carries no loss (the default of `torch.nn.functional.cross_entropy`)."""
+from .trimming import TAIL
 
 _IDS = datasets.List(datasets.Value("int32"))
+_INT = datasets.Value("int32")
 
 
 # --- tokenizing ---
@@ -118,7 +118,7 @@ def encode(
 
     Returns:
         The examples (less `cut_start` and `cut_end`) with `n_target`, the number of labels that carry loss (0:
-        unlabelled), and
+        unlabelled), `n_tail`, the tokens of the input behind what may be cut, and
 
         - encoder-decoder: `input_ids` (T,), the input with the tokenizer's special tokens; `labels` (n_target,), the
           target with its EOS;
@@ -155,7 +155,11 @@ def encode(
     def encode_batch(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         inputs = _tokens(tokenizer, batch["input"])
         targets = _tokens(tokenizer, batch["target"], target=True)
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "n_target": []}
+        # What follows the cut in a text is mostly the template's and the same for every row.
+        tails = [text[end:] if end >= 0 else "" for text, end in zip(batch["input"], batch["cut_end"], strict=True)]
+        distinct = list(dict.fromkeys(tails))
+        n_tail = dict(zip(distinct, map(len, _tokens(tokenizer, distinct)), strict=True))
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "n_target": [], "n_tail": []}
         for i, (ids, target) in enumerate(zip(inputs, targets, strict=True)):
             if len(ids) > room and batch["cut_start"][i] >= 0:
                 try:
@@ -166,6 +170,7 @@ def encode(
             ids = [*before, *ids[:room], *after]
             labels = [*target_before, *target[:target_room], *target_after] if batch["target"][i] else []
             columns["n_target"].append(len(labels))
+            columns["n_tail"].append(n_tail[tails[i]] + len(after))
             columns["labels"].append([IGNORED] * len(ids) + labels if decoder else labels)
             columns["input_ids"].append(ids + labels if decoder else ids)
         return columns
@@ -175,7 +180,9 @@ def encode(
         encode_batch,
         batched=True,
         remove_columns=["cut_start", "cut_end"],
-        features=datasets.Features({**kept, "input_ids": _IDS, "labels": _IDS, "n_target": datasets.Value("int32")}),
+        features=datasets.Features(
+            {**kept, "input_ids": _IDS, "labels": _IDS, **dict.fromkeys(("n_target", "n_tail"), _INT)}
+        ),
         load_from_cache_file=False,  # a cache hit would depend on how well the tokenizer pickles
         desc="Tokenizing",
     )
@@ -193,19 +200,20 @@ class Collator:
         tokenizer: gives the padding token; EOS, then 0, where it has none (padding is masked in any case).
         decoder: the rows are a decoder-only model's.
         pad_to_multiple_of: round lengths up to a multiple, for hardware that likes it.
+        tails: also give `n_tail` `(B,)`, for stages that cut inputs (`trimming.trim`); a model does not take it.
 
     Returns:
         When called on B rows: `input_ids` and `attention_mask` (B, T) and `labels`, (B, T) for a decoder-only model,
         else (B, T_target); -100 where there is no label. All int64.
     """
 
-    def __init__(self, tokenizer: Any, *, decoder: bool, pad_to_multiple_of: int | None = None):
+    def __init__(self, tokenizer: Any, *, decoder: bool, pad_to_multiple_of: int | None = None, tails: bool = False):
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of={pad_to_multiple_of} must be at least 1")
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(i for i in ids if i is not None)
         self.decoder = decoder
-        self.multiple = pad_to_multiple_of or 1
+        self.multiple, self.tails = pad_to_multiple_of or 1, tails
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not rows:
@@ -214,7 +222,9 @@ class Collator:
         labels = [torch.as_tensor(row["labels"], dtype=torch.int64) for row in rows]
         length = self._rounded(max(map(len, inputs)))
         target_length = length if self.decoder else self._rounded(max(map(len, labels)))
+        tails = {TAIL: torch.tensor([row[TAIL] for row in rows])} if self.tails else {}
         return {
+            **tails,
             "input_ids": _padded(inputs, length, self.pad_id),
             "attention_mask": _padded([torch.ones_like(ids) for ids in inputs], length, 0),
             "labels": _padded(labels, target_length, IGNORED),

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import families
@@ -83,6 +83,16 @@ class BatchShape:
     def source_tokens(self) -> int:
         """Prompt and input tokens of one example, P + input."""
         return self.prompt_tokens + self.input_tokens
+
+    def at(self, stage: Stage | None) -> BatchShape:
+        """The part of the batch that `stage` trains on: at most its `batch` examples, its `length` input tokens."""
+        if stage is None or (stage.batch is None and stage.length is None):
+            return self
+        return replace(
+            self,
+            batch=self.batch if stage.batch is None else min(self.batch, stage.batch),
+            input_tokens=self.input_tokens if stage.length is None else min(self.input_tokens, stage.length),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,8 +350,9 @@ def _check_convention(convention: str) -> None:
 
 
 def _pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
-    """FLOPs of `(forward, backward)` of one batch."""
+    """FLOPs of `(forward, backward)` of one batch, as far as `stage` trains on it."""
     _check_convention(convention)
+    shape = shape.at(stage)
     sizes = cost.sizes(stage)
     products = 1 if convention == "all" else 0
     full_logits = shape.full_logits or convention == "linear"
@@ -479,7 +490,7 @@ def activation_bytes(
     Returns:
         Bytes. An estimate: activations written in several elementary operations keep more, fused norms less.
     """
-    sizes = cost.sizes(stage)
+    sizes, shape = cost.sizes(stage), shape.at(stage)
     seq2seq = len(cost.stacks) > 1
     source = shape.source_tokens if seq2seq else shape.source_tokens + shape.target_tokens
     total = 0.0

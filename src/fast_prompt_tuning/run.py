@@ -473,7 +473,7 @@ def train(
         args=training_arguments(config, str(folder / "checkpoints"), session.plm.device),
         train_dataset=session.encoded["train"],
         eval_dataset=session.encoded["validation"],
-        data_collator=make_collator(session.tokenizer, session.plm),
+        data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None),
         optimizers=make_optimizer(trained, config.optim),
         callbacks=[guard, _RunLog(folder / "log.jsonl", spent), *callbacks],
         schedule=schedule,
@@ -548,7 +548,8 @@ def _schedule(session: Session, model: nn.Module) -> tuple[Schedule, _Needed]:
     schedule = config.schedule(full, session.task.stacks)
     for stage in schedule.stages:
         bare.check(stage)
-    partial = not all(stage.is_full(full) for stage in schedule.stages)
+    # A stage that only trains on part of each batch goes the same way as one of part of the model.
+    partial = not all(s.is_full(full) and s.batch is None and s.length is None for s in schedule.stages)
     widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in schedule.stages for s in stage.stacks)
     scores = partial and widths and config.scoring.keep_neurons == "activation"
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None

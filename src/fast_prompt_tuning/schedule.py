@@ -1,4 +1,4 @@
-"""Schedules of partial PLMs: which size of the model each training step runs on. Pure, no torch.
+"""Schedules: which size of the model, and how much of each batch, every training step runs on. Pure, no torch.
 
 Source of the presets: Huang et al. 2022, "FPT: Improving Prompt Tuning Efficiency via Progressive Training"
 (Findings of EMNLP 2022), Section 4.1 and Appendix: three partial stages of 20% of the steps each at 25%, 50% and
@@ -47,7 +47,7 @@ def _per_stack(name: str, value: Size, stacks: tuple[str, ...]) -> dict[str, int
 
 @dataclass(frozen=True)
 class Stage:
-    """One size of the model, kept for a number of steps.
+    """One size of the model and of its batches, kept for a number of steps.
 
     Args:
         layers: layers kept in each stack of `stacks`: one number for all of them, or one per stack
@@ -55,6 +55,8 @@ class Stage:
         ffn: FFN neurons kept in every kept layer, likewise.
         steps: optimizer steps this stage lasts.
         stacks: the stacks that are cut; a stack of the model that is not named here stays whole.
+        batch: examples of each forward pass (and process) that the step trains on; None: all it is given.
+        length: tokens an input is cut to, the soft prompt not counted; None: whole inputs.
 
     Raises:
         ScheduleError: sizes below one, unknown stacks, negative steps.
@@ -64,6 +66,8 @@ class Stage:
     ffn: Size
     steps: int = 0
     stacks: tuple[str, ...] = ("decoder",)
+    batch: int | None = None
+    length: int | None = None
     _layers: Mapping[str, int] = field(init=False, repr=False, compare=False)
     _ffn: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
@@ -73,6 +77,10 @@ class Stage:
             raise ScheduleError(f"stacks={list(self.stacks)} must be a non-empty choice of {list(STACKS)}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise ScheduleError(f"steps={self.steps!r} must be a whole number of at least 0")
+        for name in ("batch", "length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
         layers, ffn = _per_stack("layers", self.layers, stacks), _per_stack("ffn", self.ffn, stacks)
         set_ = object.__setattr__
         set_(self, "stacks", stacks)
@@ -84,10 +92,12 @@ class Stage:
             set_(self, name, numbers.pop() if len(numbers) == 1 else MappingProxyType(sizes))
 
     def __hash__(self) -> int:
-        return hash((tuple(self._layers.items()), tuple(self._ffn.items()), self.steps, self.stacks))
+        return hash(
+            (tuple(self._layers.items()), tuple(self._ffn.items()), self.steps, self.stacks, self.batch, self.length)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stage, (dict(self._layers), dict(self._ffn), self.steps, self.stacks)
+        return Stage, (dict(self._layers), dict(self._ffn), self.steps, self.stacks, self.batch, self.length)
 
     def layers_in(self, stack: str) -> int | None:
         """Layers kept in `stack`; None where the stack stays whole."""
@@ -98,8 +108,9 @@ class Stage:
         return self._ffn.get(stack)
 
     def same_size(self, other: Stage) -> bool:
-        """Whether both stages keep the same layers and widths, whatever their steps."""
-        return replace(self, steps=0) == replace(other, steps=0)
+        """Whether both stages keep the same layers and widths, whatever their steps and batches."""
+        same = {"steps": 0, "batch": None, "length": None}
+        return replace(self, **same) == replace(other, **same)
 
     def check_fits(self, full: Stage) -> None:
         """Raise unless every size is within the model's.
@@ -122,27 +133,35 @@ class Stage:
                     )
 
     def is_full(self, full: Stage) -> bool:
-        """Whether this stage is the whole model `full` describes."""
+        """Whether this stage keeps the whole model `full` describes, whatever its batches."""
         return all(self.layers_in(s) == full.layers_in(s) and self.ffn_in(s) == full.ffn_in(s) for s in self.stacks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Stage(**d)` gives the stage back (tuples as lists)."""
         plain = lambda size: dict(size) if isinstance(size, Mapping) else size  # noqa: E731
-        return {"layers": plain(self.layers), "ffn": plain(self.ffn), "steps": self.steps, "stacks": list(self.stacks)}
+        small = {name: value for name in ("batch", "length") if (value := getattr(self, name)) is not None}
+        sizes = {"layers": plain(self.layers), "ffn": plain(self.ffn)}
+        return {**sizes, "steps": self.steps, "stacks": list(self.stacks), **small}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Stage:
         """The inverse of `to_dict`."""
-        unknown = set(d) - {"layers", "ffn", "steps", "stacks"}
+        unknown = set(d) - {"layers", "ffn", "steps", "stacks", "batch", "length"}
         if unknown or not {"layers", "ffn"} <= set(d):
-            raise ScheduleError(f"stage={dict(d)!r} needs layers and ffn, may have steps and stacks, and nothing else")
-        return cls(d["layers"], d["ffn"], d.get("steps", 0), tuple(d.get("stacks", ("decoder",))))
+            raise ScheduleError(
+                f"stage={dict(d)!r} needs layers and ffn, may have steps, stacks, batch and length, and nothing else"
+            )
+        stacks = tuple(d.get("stacks", ("decoder",)))
+        return cls(d["layers"], d["ffn"], d.get("steps", 0), stacks, d.get("batch"), d.get("length"))
 
     def __str__(self) -> str:
         def text(size: Size) -> str:
             return "/".join(str(v) for v in size.values()) if isinstance(size, Mapping) else str(size)
 
-        return f"{text(self.layers)} layers × {text(self.ffn)} neurons"
+        parts = [f"{text(self.layers)} layers × {text(self.ffn)} neurons"]
+        parts += [f"{self.batch} examples"] if self.batch is not None else []
+        parts += [f"{self.length} tokens"] if self.length is not None else []
+        return ", ".join(parts)
 
 
 def _part(size: int, fraction: float) -> int:

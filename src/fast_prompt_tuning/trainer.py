@@ -259,6 +259,6 @@ class StepGuard(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def make_collator(tokenizer: Any, plm: Any) -> Collator:
-    """The collator for a PLM: what its kind of model takes."""
-    return Collator(tokenizer, decoder=not plm.config.is_encoder_decoder)
+def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False) -> Collator:
+    """The collator for a PLM: what its kind of model takes, and with `tails` what cutting inputs takes."""
+    return Collator(tokenizer, decoder=not plm.config.is_encoder_decoder, tails=tails)
