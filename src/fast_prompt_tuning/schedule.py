@@ -109,7 +109,7 @@ class Stage:
 
     def same_size(self, other: Stage) -> bool:
         """Whether both stages keep the same layers and widths, whatever their steps and batches."""
-        same = {"steps": 0, "batch": None, "length": None}
+        same: dict[str, Any] = {"steps": 0, "batch": None, "length": None}
         return replace(self, **same) == replace(other, **same)
 
     def check_fits(self, full: Stage) -> None:

@@ -1,0 +1,156 @@
+"""When to grow, decided by what the full PLM has learned: the schedule of `method: auto`. Pure, no torch.
+
+The stages before the last are tried in order, each in windows of equal length. Before the first and after every
+window the *full* PLM's loss on held-out training examples is measured: a probe. A stage
+
+* is abandoned, with every other one before the last, when its first window has not lowered that loss: nothing that
+  it teaches reaches the full PLM, so the rest is plain prompt tuning, and the steps it took are given back;
+* goes on while its windows lower the loss, and ends when two in a row have not;
+* ends at the latest where the paper's last growth is, at 60% of the steps (Huang et al. 2022, Section 4.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import ScheduleError
+from .schedule import PAPER_SPLIT, Schedule, Stage
+
+LEAST_DROP = 0.01
+"""A window counts as progress if it lowers the best probe of its stage by this part of it."""
+
+PATIENCE = 2
+"""Windows in a row without progress that end a stage."""
+
+WINDOWS = 12
+"""Windows in a whole run, so probes: few enough to cost little, enough to notice in time."""
+
+PROBE = "probe_loss"
+"""The key of a probe among what a Trainer logs."""
+
+
+@dataclass(frozen=True)
+class Entered:
+    """A stage that was begun: its place in the ladder and its first step (0-based)."""
+
+    rung: int
+    start: int
+
+
+class AutoSchedule(Schedule):
+    """A schedule that grows as it is told of probes. Until it grows again, its last stage lasts to the end.
+
+    Args:
+        ladder: stages from small to large, their `steps` ignored; the last is where plain prompt tuning would be.
+        total_steps: steps of the whole run; steps of an abandoned stage come on top.
+
+    Raises:
+        ScheduleError: no stage, or fewer than one step.
+    """
+
+    def __init__(self, ladder: Sequence[Stage], total_steps: int):
+        if not ladder:
+            raise ScheduleError("ladder=[] is empty; auto needs at least one stage")
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of at least 1")
+        self.ladder, self.asked = tuple(ladder), total_steps
+        self.window = max(1, math.ceil(total_steps / WINDOWS))
+        self.latest = max(1, round(total_steps * (1 - PAPER_SPLIT[-1])))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every probe: the state before the first step."""
+        few = self.asked < WINDOWS  # windows of a step would be judged by noise
+        self.entered = [Entered(len(self.ladder) - 1 if few else 0, 0)]
+        self.probes: list[tuple[int, float]] = []
+        self.given_back = 0
+
+    # -- what a schedule says -----------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:  # type: ignore[override]
+        """Stages begun so far; the last one's steps reach to the end."""
+        starts = [e.start for e in self.entered] + [self.total_steps]
+        return tuple(
+            replace(self.ladder[e.rung], steps=end - e.start)
+            for e, end in zip(self.entered, starts[1:], strict=True)
+        )  # fmt: skip
+
+    @property
+    def total_steps(self) -> int:
+        return self.asked + self.given_back
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        return tuple(e.start for e in self.entered)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def check_fits(self, full: Stage) -> None:
+        for stage in self.ladder:
+            stage.check_fits(full)
+
+    # -- how it grows -------------------------------------------------------------------------------------------------
+
+    @property
+    def rung(self) -> int:
+        """Place in the ladder of the stage that runs now."""
+        return self.entered[-1].rung
+
+    def wants_probe(self, step: int) -> bool:
+        """Whether the full PLM's loss is to be measured when `step` steps are done."""
+        if self.rung == len(self.ladder) - 1 or any(at == step for at, _ in self.probes):
+            return False
+        return step >= self.latest or (step - self.entered[-1].start) % self.window == 0
+
+    def tell(self, step: int, loss: float) -> str | None:
+        """Take note of the full PLM's loss after `step` steps, and grow if it is time.
+
+        Returns:
+            None: the stage goes on. `grow`: the next one begins with the next step. `abandon`: the last one does,
+            and the prompt should go back to what it was at this stage's start, when `given_back` steps are added.
+        """
+        self.probes.append((step, loss))
+        start, last = self.entered[-1].start, len(self.ladder) - 1
+        seen = [value for at, value in self.probes if at >= start]
+        if self.rung == last or len(seen) < 2:
+            return None
+        best, stale = seen[0], 0
+        for value in seen[1:]:
+            # Not "value > …": a loss that is no number is no progress.
+            stale = 0 if value <= best - LEAST_DROP * abs(best) else stale + 1
+            best = min(best, value)
+        if len(seen) == 2 and stale:
+            self.given_back += step - start
+            self.entered.append(Entered(last, step))
+            return "abandon"
+        if step >= self.latest:
+            self.entered.append(Entered(last, step))
+        elif stale >= PATIENCE:
+            self.entered.append(Entered(self.rung + 1, step))
+        else:
+            return None
+        return "grow"
+
+    def replay(self, log: Iterable[Mapping[str, Any]]) -> None:
+        """Come to the state after the probes that a Trainer's log holds (`state.log_history`): resuming."""
+        self.clear()
+        for entry in log:
+            if PROBE in entry:
+                self.tell(int(entry["step"]), float(entry[PROBE]))
+
+
+def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
+    """The stages that `auto` climbs where a recipe names none: a quarter of each batch, then all of it.
+
+    Partial PLMs are left out: on the modern decoders we measured, what they teach hardly reaches the full PLM
+    (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first.
+    """
+    small = batch_size // 4
+    return (replace(full, batch=small), full) if small else (full,)
