@@ -162,7 +162,7 @@ class State:
 
 def go_through(console) -> progress.ProgressReporter:
     schedule = Schedule.preset("cr", FULL, total_steps=10)
-    reporter = progress.ProgressReporter(console, "title", schedule, FULL, [0.25, 0.5, 0.75, 1.0])
+    reporter = progress.ProgressReporter(console, "title", schedule, FULL, lambda stage: stage.layers / FULL.layers)
     state = State()
     reporter.on_train_begin(None, state, None)
     for step in range(10):

@@ -13,6 +13,7 @@ SOURCE = Path(fast_prompt_tuning.__file__).parent
 ORDER = [  # a module imports only from modules before it
     "errors",
     "schedule",
+    "growth",
     "selection",
     "families",
     "fingerprint",

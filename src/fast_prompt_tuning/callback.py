@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import ModelError, ScheduleError
+from .growth import PROBE, AutoSchedule
 from .partial_plm import PartialPLM, get_plm
 from .schedule import Schedule
-from .trimming import trim
+from .soft_prompt import prompt_parameter
+from .trimming import TAIL, trim
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +122,99 @@ class ProgressiveCallback(TrainerCallback):
                 self._trainer.__dict__.pop(name, None)
             self._trainer.__dict__.update(self._users_own)
             self._trainer, self._users_own = None, {}
+
+
+class AutoCallback(ProgressiveCallback):
+    """Grows the model when the full PLM's held-out loss says so (`growth.AutoSchedule`).
+
+    Probes are measured on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
+    Trainer's log and decides as it did. The Trainer's `max_steps` should leave room for one window more than
+    `schedule.asked`, so that an abandoned stage can be made up for.
+
+    Args:
+        partial, schedule: as `ProgressiveCallback`.
+        probe: a batch of training examples that training does not see, as the Trainer's `compute_loss` takes it.
+        on_probe: called after every probe, to count its cost.
+
+    Raises:
+        ScheduleError, ScoreError, ModelError: as `ProgressiveCallback`.
+    """
+
+    schedule: AutoSchedule
+
+    def __init__(
+        self,
+        partial: PartialPLM,
+        schedule: AutoSchedule,
+        probe: Mapping[str, Any],
+        *,
+        on_probe: Callable[[], None] = lambda: None,
+    ):
+        for stage in schedule.ladder:
+            partial.check(stage)
+        super().__init__(partial, schedule)
+        self.probe, self.on_probe = {k: v for k, v in probe.items() if k != TAIL}, on_probe
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.schedule.replay(state.log_history)
+        super().on_train_begin(args, state, control, **kwargs)
+        state.max_steps = min(self.schedule.total_steps, args.max_steps)
+        self._consider(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._consider(state)
+        # The flow callback has compared with the `max_steps` before a stage was given up.
+        state.max_steps = min(self.schedule.total_steps, args.max_steps)
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
+    def _consider(self, state: TrainerState) -> None:
+        trainer, step = self._trainer, state.global_step
+        if trainer is None or not self.schedule.wants_probe(step):
+            return
+        loss = self._measure(trainer)
+        due = trainer.control.should_log
+        trainer.log({PROBE: loss})  # into `state.log_history`, so into every checkpoint
+        trainer.control.should_log = due  # a log of the Trainer's own at this step is still to come
+        stage, decision = self.schedule.rung, self.schedule.tell(step, loss)
+        start = Path(trainer.args.output_dir) / "stage_start.safetensors"
+        if decision == "abandon":
+            logger.info("step %d: the full model has learned nothing on stage %d: growing to the last", step, stage + 1)
+            self._go_back(trainer, start)
+        elif decision == "grow":
+            logger.info("step %d: the full model's loss is %.4f: the next stage", step, loss)
+        if decision == "grow" or step == 0:
+            self._remember(trainer, start)
+
+    def _measure(self, trainer: Trainer) -> float:
+        """The loss of the full PLM on the probe."""
+        model = trainer.model
+        was = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                inputs = trainer._prepare_inputs(dict(self.probe))
+                loss = float(trainer.compute_loss(model, inputs))
+        finally:
+            model.train(was)
+        self.on_probe()
+        return loss
+
+    def _remember(self, trainer: Trainer, path: Path) -> None:
+        """Keep the prompt as it is where a stage begins, for a resumed run too."""
+        if trainer.is_world_process_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work = path.with_name(f".{path.name}")
+            save_file({"prompt": prompt_parameter(self.partial.model).detach().cpu().contiguous()}, work)
+            os.replace(work, path)
+
+    def _go_back(self, trainer: Trainer, path: Path) -> None:
+        prompt = prompt_parameter(self.partial.model)
+        with torch.no_grad():
+            prompt.copy_(load_file(path)["prompt"])
+        trainer.optimizer.state.pop(prompt, None)  # moments of gradients that led nowhere
 
 
 def _log_growth(partial: PartialPLM, step: int, before: Any, after: Any) -> None:

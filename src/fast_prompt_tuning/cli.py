@@ -303,13 +303,12 @@ def ls(
 ) -> None:
     """List what is built in: recipes, tasks, model families, methods. Next: `fpt show task NAME`, `fpt plan`."""
     from . import config, families
-    from .schedule import METHODS
 
     kinds: dict[str, Any] = {
         "recipes": lambda: {n: _first_comment(n) for n in config.recipe_names()},
         "tasks": lambda: _task_lines(),
         "families": lambda: {n: " + ".join(families._REGISTRY[n].stacks) for n in families.names()},
-        "methods": lambda: {m: METHOD_TEXTS[m] for m in (*METHODS, "full")},
+        "methods": lambda: dict(METHOD_TEXTS),
     }
     if what != "all" and what not in kinds:
         raise ConfigError(f"what={what!r} is unknown; choose one of {', '.join(kinds)}")
@@ -329,6 +328,7 @@ METHOD_TEXTS = {
     "ld": "layer dropping: 25, 50, 75% of the layers for 20% of the steps each, then the full model",
     "fr": "FFN reduction: 25, 50, 75% of the feed-forward neurons, by activation score, likewise",
     "cr": "compound reduction: both",
+    "auto": "small batches first; grows when the full model's held-out loss says so, and never costs much more than pt",
     "full": "fine-tuning of all weights, as a baseline",
 }
 

@@ -12,10 +12,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, ScheduleError
+from .growth import AutoSchedule, default_ladder
 from .schedule import METHODS, Schedule, Stage
 
-METHOD_NAMES = (*METHODS, "full")
-"""The methods a run can have: the paper's, and `full`: fine-tuning of all weights, the baseline."""
+METHOD_NAMES = (*METHODS, "auto", "full")
+"""The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
+weights, the baseline."""
 
 
 class _Section(BaseModel):
@@ -81,7 +83,7 @@ class StageConfig(_Section):
     ffn: int | dict[str, int] | None = Field(None, description="FFN neurons kept; default all")
     batch: int | None = Field(None, ge=1, description="examples of each forward pass; default train.batch_size")
     length: int | None = Field(None, ge=1, description="text tokens of an input; default data.max_input_tokens")
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1, description="optimizer steps; left out with method: auto")
     stacks: list[str] | None = None
 
     def stage(self, full: Stage, stacks: tuple[str, ...]) -> Stage:
@@ -90,7 +92,7 @@ class StageConfig(_Section):
         whole = lambda sizes: {s: sizes(s) for s in stacks}  # noqa: E731
         layers = whole(full.layers_in) if self.layers is None else self.layers
         ffn = whole(full.ffn_in) if self.ffn is None else self.ffn
-        return Stage(layers, ffn, self.steps, stacks, self.batch, self.length)  # type: ignore[arg-type]
+        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length)  # type: ignore[arg-type]
 
 
 class ScoringConfig(_Section):
@@ -145,8 +147,12 @@ class RunConfig(_Section):
     name: str | None = Field(None, description="what reports call the run")
     model: ModelConfig
     data: DataConfig
-    method: Literal["pt", "ld", "fr", "cr", "full"] = Field("cr", description="which partial PLMs (fpt ls methods)")
-    stages: list[StageConfig] | None = Field(None, description="a schedule of your own instead of the paper's")
+    method: Literal["pt", "ld", "fr", "cr", "auto", "full"] = Field(
+        "cr", description="which partial PLMs (fpt ls methods)"
+    )
+    stages: list[StageConfig] | None = Field(
+        None, description="a schedule of your own instead of the paper's; with auto, what to try, small to large"
+    )
     stacks: list[Literal["encoder", "decoder"]] | None = Field(None, description="stacks to cut; default the task's")
     prompt: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
@@ -160,8 +166,12 @@ class RunConfig(_Section):
         if self.stages is not None:
             if self.method in ("pt", "full"):
                 raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
-            total = sum(stage.steps for stage in self.stages)
-            if total != self.train.steps:
+            for i, stage in enumerate(self.stages):
+                if (stage.steps is None) != (self.method == "auto"):
+                    fix = "leave it out: auto decides" if self.method == "auto" else "set it"
+                    raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
+            total = sum(stage.steps or 0 for stage in self.stages)
+            if total != self.train.steps and self.method != "auto":
                 raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
             for i, stage in enumerate(self.stages):
                 limits = (
@@ -185,7 +195,13 @@ class RunConfig(_Section):
         """
         stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
         stacks = stacks or full.stacks
-        if self.stages is not None:
+        schedule: Schedule
+        if self.method == "auto":
+            own = [s.stage(full, stacks) for s in self.stages or ()]
+            plain = Stage({s: full.layers_in(s) for s in stacks}, {s: full.ffn_in(s) for s in stacks}, 0, stacks)
+            ladder = [*(s for s in own if s != plain), plain] if own else default_ladder(plain, self.train.batch_size)
+            schedule = AutoSchedule(ladder, self.train.steps)
+        elif self.stages is not None:
             schedule = Schedule(s.stage(full, stacks) for s in self.stages)
         else:
             method = "pt" if self.method == "full" else self.method

@@ -312,6 +312,18 @@ def examples_fingerprint(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
+def train_split(dataset: datasets.Dataset, n: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """n random rows of the *training* data, and all others: what training is watched with, it must not see.
+
+    Raises:
+        ConfigError: n below 1, or not below the number of rows.
+    """
+    if not 1 <= n < len(dataset):
+        raise ConfigError(f"n={n} held-out examples of {len(dataset)} must leave some to train on")
+    order = np.random.default_rng((seed, 1)).permutation(len(dataset))
+    return dataset.select(np.sort(order[:n])), dataset.select(np.sort(order[n:]))
+
+
 def train_calibration(dataset: datasets.Dataset, n: int, seed: int) -> datasets.Dataset:
     """n random rows of the *training* data to compute scores on; all of them, in order, where there are fewer.
 

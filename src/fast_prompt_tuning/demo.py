@@ -19,7 +19,7 @@ from .flops import BatchShape, step_flops
 from .progress import ProgressReporter
 from .report import comparison_table, draw_quality, table_rows
 from .results import RunResult, write_atomic
-from .schedule import Schedule
+from .schedule import Schedule, Stage
 
 RECIPE = "bbc_topics_smollm2"
 
@@ -38,7 +38,10 @@ def reporter_hook(
             target_tokens=min(session.max_target_tokens, 16),
         )
         whole = step_flops(session.cost, None, shape)
-        relative = [step_flops(session.cost, stage, shape) / whole for stage in schedule.stages]
+
+        def relative(stage: Stage) -> float:
+            return step_flops(session.cost, stage, shape) / whole
+
         callbacks.append(ProgressReporter(console, title, schedule, full, relative))
 
     return hook

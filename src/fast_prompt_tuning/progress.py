@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -19,10 +20,12 @@ class ProgressReporter(TrainerCallback):
 
     Args:
         title: what is being trained.
-        relative: cost of each stage's step relative to the full model's, for the estimate of the time left.
+        relative: cost of a step of a stage relative to the full model's, for the estimate of the time left.
     """
 
-    def __init__(self, console: Console, title: str, schedule: Schedule, full: Stage, relative: list[float]):
+    def __init__(
+        self, console: Console, title: str, schedule: Schedule, full: Stage, relative: Callable[[Stage], float]
+    ):
         self.console, self.title, self.schedule, self.full = console, title, schedule, full
         self.relative = relative
         self.bar: Progress | None = None
@@ -35,7 +38,8 @@ class ProgressReporter(TrainerCallback):
         ends = [*self.schedule.boundaries[1:], self.schedule.total_steps]
         starts = self.schedule.boundaries
         return sum(
-            max(0, end - max(start, step)) * cost for start, end, cost in zip(starts, ends, self.relative, strict=True)
+            max(0, end - max(start, step)) * self.relative(stage)
+            for start, end, stage in zip(starts, ends, self.schedule.stages, strict=True)
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,7 +58,8 @@ class ProgressReporter(TrainerCallback):
         stage = self.schedule.index_at(state.global_step)
         if stage != self._stage:
             now = self.schedule.stages[stage]
-            part = "the full model" if now.is_full(self.full) else f"{now} of {self.full}"
+            whole = now.is_full(self.full) and now.batch is None and now.length is None
+            part = "the full model" if whole else f"{now} of {self.full}"
             verb = "tuning on" if self._stage is None else "growing to"
             self.console.print(f"  step {state.global_step}: {verb} {part}", highlight=False)
             self._stage = stage
@@ -62,7 +67,7 @@ class ProgressReporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seconds += time.perf_counter() - self._start
-        self._work += self.relative[self.schedule.index_at(state.global_step - 1)]
+        self._work += self.relative(self.schedule.stage_at(state.global_step - 1))
         if self.bar is not None:
             numbers = "  ".join(filter(None, (self._numbers(state), self.metric)))
             self.bar.update(self.task, completed=state.global_step, numbers=numbers)
@@ -71,7 +76,7 @@ class ProgressReporter(TrainerCallback):
         last = self.schedule.index_at(max(state.global_step - 1, 0))
         per_work = self._seconds / self._work if self._work else 0.0
         left = per_work * self._work_left(state.global_step)
-        rate = 1 / (per_work * self.relative[last]) if per_work else 0.0
+        rate = 1 / (per_work * self.relative(self.schedule.stages[last])) if per_work else 0.0
         parts = [f"stage {last + 1}/{len(self.schedule.stages)}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")

@@ -19,16 +19,18 @@ from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import fingerprint, metrics, tasks
-from .callback import ProgressiveCallback
+from .callback import AutoCallback, ProgressiveCallback
 from .config import RunConfig
-from .data import Collator, encode, examples_fingerprint, train_calibration
+from .data import Collator, encode, examples_fingerprint, train_calibration, train_split
 from .errors import ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
+from .growth import AutoSchedule
 from .models import load_plm, load_tokenizer, locate
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
@@ -42,6 +44,9 @@ from .trainer import PromptTrainer, StepGuard, batch_shape, make_collator, make_
 logger = logging.getLogger(__name__)
 
 OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors")
+PROBE_EXAMPLES = 16
+"""Training examples held out to measure when to grow: one small batch, the same one every time."""
+
 OUR_FOLDERS = ("prompt", "best", "model", "checkpoints")
 
 
@@ -432,6 +437,10 @@ def train(
     full_tuning = config.method == "full"
     model, trained = _trainable(session)
     schedule, needed = _schedule(session, model)
+    rows, spare = session.encoded["train"], 0
+    if isinstance(schedule, AutoSchedule):
+        spare = schedule.window
+        held_out, rows = train_split(rows, min(PROBE_EXAMPLES, len(rows) // 4), config.train.seed)
     # All that can be refused has been: only now is an earlier run replaced, or a folder made.
     folder = prepare_folder(config, overwrite=overwrite, resume=resume)
     checkpoint = None
@@ -449,7 +458,8 @@ def train(
     history = read_log(folder / "log.jsonl", until=reached) if checkpoint else []
     write_atomic(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in history))
     past = history[-1] if history else {}
-    ledger.add("eval", past.get("flops_eval", 0.0))
+    for what in ("probe", "eval"):
+        ledger.add(what, past.get(f"flops_{what}", 0.0))
     guard = StepGuard(trained, remember=not full_tuning)
     guard.seconds = past.get("train_seconds", 0.0)
     past_total = past.get("total_seconds", 0.0)
@@ -470,8 +480,8 @@ def train(
 
     trainer = PromptTrainer(
         model=model,
-        args=training_arguments(config, str(folder / "checkpoints"), session.plm.device),
-        train_dataset=session.encoded["train"],
+        args=training_arguments(config, str(folder / "checkpoints"), session.plm.device, spare_steps=spare),
+        train_dataset=rows,
         eval_dataset=session.encoded["validation"],
         data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None),
         optimizers=make_optimizer(trained, config.optim),
@@ -483,16 +493,22 @@ def train(
         ledger=ledger,
         full_tuning=full_tuning,
     )
-    if partial is not None:
+    if isinstance(schedule, AutoSchedule) and partial is not None:
+        probe = make_collator(session.tokenizer, session.plm)(list(held_out))
+        cost = forward_flops(session.cost, None, batch_shape(probe, config.prompt.tokens, session.cost))
+        trainer.add_callback(AutoCallback(partial, schedule, probe, on_probe=lambda: ledger.add("probe", cost)))
+        if checkpoint is not None:
+            schedule.replay(TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history)
+    elif partial is not None:
         trainer.add_callback(ProgressiveCallback(partial, schedule))
     status, reason = "finished", None
     with guard:
         try:
-            if checkpoint is not None and reached >= config.train.steps:
+            if checkpoint is not None and reached >= schedule.total_steps:
                 trainer.resume_finished(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=checkpoint)
-            if guard.signal is not None and trainer.state.global_step < config.train.steps:
+            if guard.signal is not None and trainer.state.global_step < schedule.total_steps:
                 status, reason = "interrupted", f"signal {guard.signal}"
         except TrainingStopped as error:
             status, reason = "stopped", str(error)
@@ -546,11 +562,12 @@ def _schedule(session: Session, model: nn.Module) -> tuple[Schedule, _Needed]:
     bare = PartialPLM(model, keep_neurons="first")
     full = bare.full_stage
     schedule = config.schedule(full, session.task.stacks)
-    for stage in schedule.stages:
+    tried = schedule.ladder if isinstance(schedule, AutoSchedule) else schedule.stages
+    for stage in tried:
         bare.check(stage)
     # A stage that only trains on part of each batch goes the same way as one of part of the model.
-    partial = not all(s.is_full(full) and s.batch is None and s.length is None for s in schedule.stages)
-    widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in schedule.stages for s in stage.stacks)
+    partial = not all(s.is_full(full) and s.batch is None and s.length is None for s in tried)
+    widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in tried for s in stage.stacks)
     scores = partial and widths and config.scoring.keep_neurons == "activation"
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
     if given is not None:

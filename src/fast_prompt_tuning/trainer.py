@@ -58,12 +58,14 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     return optimizer, get_constant_schedule_with_warmup(optimizer, config.warmup_steps)
 
 
-def training_arguments(config: RunConfig, folder: str, device: torch.device) -> TrainingArguments:
-    """The Trainer's arguments for a recipe."""
+def training_arguments(
+    config: RunConfig, folder: str, device: torch.device, *, spare_steps: int = 0
+) -> TrainingArguments:
+    """The Trainer's arguments for a recipe; `spare_steps` come on top where a stage may be given up."""
     every = config.train.eval_every or max(1, math.ceil(config.train.steps / 10))
     return TrainingArguments(
         output_dir=folder,
-        max_steps=config.train.steps,
+        max_steps=config.train.steps + spare_steps,
         per_device_train_batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.accumulate,
         max_grad_norm=config.optim.max_grad_norm,

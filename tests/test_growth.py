@@ -1,0 +1,218 @@
+"""`method: auto`: it grows when the full model's held-out loss says so, the same after a resume, at a bounded cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from settings import BY_NAME
+from test_callback import Rows, arguments
+from toy import toy
+from transformers import Trainer
+
+from fast_prompt_tuning import PartialPLM, Schedule, config, run, soft_prompt_config
+from fast_prompt_tuning.callback import AutoCallback
+from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
+from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, default_ladder
+from fast_prompt_tuning.schedule import Stage
+from fast_prompt_tuning.soft_prompt import prompt_parameter
+
+FULL = Stage(12, 64)
+LADDER = (dataclasses.replace(FULL, batch=4), dataclasses.replace(FULL, batch=8), FULL)
+
+
+def played(schedule: AutoSchedule, losses: Any) -> list[tuple[int, str]]:
+    """Run a schedule to its end on a stream of probe values; the steps at which it grew, and how."""
+    stream, decisions, step = iter(losses), [], 0
+    while True:
+        if schedule.wants_probe(step):
+            decision = schedule.tell(step, next(stream))
+            assert not schedule.wants_probe(step)
+            decisions += [(step, decision)] if decision else []
+        if step >= schedule.total_steps:
+            return decisions
+        step += 1
+
+
+def falling(rate: float, start: float = 8.0) -> Any:
+    return (start * rate**i for i in itertools.count())
+
+
+def test_a_stage_that_keeps_lowering_the_loss_lasts_to_the_papers_last_growth():
+    schedule = AutoSchedule(LADDER, 120)
+    assert played(schedule, falling(0.9)) == [(72, "grow")]
+    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 72), (None, 48)]
+
+
+def test_two_windows_without_progress_end_a_stage():
+    schedule = AutoSchedule(LADDER, 120)
+    assert schedule.window == 10
+    losses = [8, 4, 3, 2.99, 3.01, 2, 2.5, 2.5, 1]  # ends at 40; the next stage goes on from 3.01, ends at 70
+    assert played(schedule, losses) == [(40, "grow"), (70, "grow")]
+    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 40), (8, 30), (None, 50)]
+
+
+@pytest.mark.parametrize("second", [8.0, 9.0, 7.95, math.nan, math.inf])
+def test_a_first_window_that_teaches_nothing_is_given_up_and_given_back(second):
+    schedule = AutoSchedule(LADDER, 120)
+    assert played(schedule, [8.0, second]) == [(10, "abandon")]
+    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 10), (None, 120)]
+    assert schedule.total_steps == 130
+
+
+def test_a_later_stage_can_be_given_up_too():
+    schedule = AutoSchedule(LADDER, 120)
+    assert played(schedule, [8, 4, 4, 4, 5]) == [(30, "grow"), (40, "abandon")]
+    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 30), (8, 10), (None, 90)]
+
+
+def test_short_runs_and_one_rung_are_plain():
+    for schedule in (AutoSchedule(LADDER, WINDOWS - 1), AutoSchedule((FULL,), 100)):
+        assert not any(schedule.wants_probe(step) for step in range(101))
+        assert [s.batch for s in schedule.stages] == [None]
+        assert schedule.total_steps == schedule.asked
+
+
+@given(st.integers(1, 400), st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=20, max_size=20),
+       st.integers(1, 4))  # fmt: skip
+def test_whatever_the_probes_say(steps, losses, rungs):
+    """It is a schedule at every moment, costs at most a window more than asked, and a replay decides the same."""
+    ladder = (*(dataclasses.replace(FULL, batch=b) for b in range(1, rungs)), FULL)
+    schedule = AutoSchedule(ladder, steps)
+    log: list[dict[str, Any]] = []
+    stream = iter([*losses, *itertools.repeat(1.0, 100)])
+    step = 0
+    while step < schedule.total_steps:
+        if schedule.wants_probe(step):
+            value = next(stream)
+            schedule.tell(step, value)
+            log.append({"step": step, PROBE: value})
+        now = Schedule(schedule.stages)  # raises if a stage had no steps
+        assert now.total_steps == schedule.total_steps
+        assert now.stage_at(step) == schedule.stage_at(step)
+        assert now.boundaries == schedule.boundaries
+        step += 1
+    assert len(log) <= WINDOWS
+    assert schedule.stages[-1].batch is None
+    assert schedule.total_steps <= steps + schedule.window
+    again = AutoSchedule(ladder, steps)
+    again.replay([{"step": 0, "loss": 1.0}, *json.loads(json.dumps(log))])
+    assert again.to_dict() == schedule.to_dict()
+
+
+def test_the_default_ladder_and_what_is_refused():
+    assert default_ladder(FULL, 16) == (dataclasses.replace(FULL, batch=4), FULL)
+    assert default_ladder(FULL, 3) == (FULL,)
+    with pytest.raises(ScheduleError, match="ladder"):
+        AutoSchedule((), 10)
+    with pytest.raises(ScheduleError, match="total_steps"):
+        AutoSchedule(LADDER, 0)
+    base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "method": "auto", "train": {"steps": 24},
+            "output": "y"}  # fmt: skip
+    with pytest.raises(ConfigError, match=r"stages\[0\].steps=3 with method='auto'; leave it out"):
+        config.load({**base, "stages": [{"steps": 3, "batch": 2}]})
+    with pytest.raises(ConfigError, match=r"stages\[0\].steps=None with method='cr'; set it"):
+        config.load({**base, "method": "cr", "stages": [{"batch": 2}]})
+
+
+def recipe(folder: Path, kind: str = "llama", **train: Any) -> config.RunConfig:
+    made = toy()
+    return config.load(
+        {
+            "model": {"path": str(getattr(made, kind)), "dtype": "float32"},
+            "data": {"task": str(made.topics), "validation_limit": 8, "max_input_tokens": 20},
+            "prompt": {"tokens": 3},
+            "method": "auto",
+            "optim": {"lr": 0.05},
+            "train": {"steps": 24, "batch_size": 8, "log_every": 1, "eval_every": 8, **train},
+            "output": str(folder),
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_whole_run(kind, tmp_path):
+    found = run.train(recipe(tmp_path / "run", kind))
+    log = run.read_log(tmp_path / "run" / "log.jsonl")
+    probes = [r for r in log if PROBE in r]
+    assert probes[0]["step"] == 0
+    assert found.flops["probe"] > 0
+    assert found.flops["total"] == pytest.approx(sum(v for k, v in found.flops.items() if k != "total"))
+    assert sum(s["steps"] for s in found.schedule) == found.steps
+    assert found.schedule[0]["batch"] == 2
+    assert "batch" not in found.schedule[-1]
+    assert found.steps == 24 if "abandon" not in log else 26
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in run.read_log(folder / "log.jsonl") if "loss" in r}
+
+
+@pytest.mark.parametrize("lr", [0.05, 1e-6], ids=["grows", "abandons"])
+def test_resumed_anywhere_it_decides_as_it_did(lr, tmp_path):
+    """Before, at and after a growth; with a rate too low to teach anything the first window is given up."""
+    whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=40, eval_every=24)
+    whole = config.load(whole.model_dump(mode="json"), [f"optim.lr={lr}"])
+    first = run.train(whole)
+    assert first.steps == (26 if lr < 0.01 else 24)
+    for reached in (1, 2, 3, 15):
+        again = config.load(whole.model_dump(mode="json"), [f"output={tmp_path / f'cut-{reached}'}"])
+        shutil.copytree(tmp_path / "whole", again.output)
+        for checkpoint in (Path(again.output) / "checkpoints").glob("checkpoint-*"):
+            if int(checkpoint.name.split("-")[1]) > reached:
+                shutil.rmtree(checkpoint)
+        found = run.train(again, resume=True)
+        assert found.schedule == first.schedule
+        assert losses_of(Path(again.output)) == losses_of(tmp_path / "whole")
+        assert found.flops["train"] == first.flops["train"]
+        assert found.flops["probe"] == first.flops["probe"]
+
+
+def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(tmp_path):
+    plm = BY_NAME["llama"].plm()
+    model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
+    partial = PartialPLM(model, keep_neurons="first")
+    full = partial.full_stage
+    schedule = AutoSchedule((dataclasses.replace(full, layers=1), full), 24)
+    data = Rows(BY_NAME["llama"].batch(size=6))
+    start = prompt_parameter(model).detach().clone()
+    seen: dict[int, torch.Tensor] = {}
+    partial_steps = []
+
+    class OwnLoss(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            if not torch.is_grad_enabled():  # a probe: say that nothing has been learned
+                assert partial.stage.is_full(full)
+                return torch.tensor(5.0)
+            partial_steps.append((self.state.global_step, partial.stage.layers))
+            seen.setdefault(self.state.global_step, prompt_parameter(self.model).detach().clone())
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = OwnLoss(
+        model=model,
+        args=arguments(tmp_path, max_steps=26),
+        train_dataset=data,
+        callbacks=[AutoCallback(partial, schedule, data.batch)],
+    )
+    trainer.train()
+    assert [layers for _, layers in partial_steps] == [1, 1] + [full.layers] * 24
+    assert not torch.equal(seen[1], start)
+    assert torch.equal(seen[2], start)
+    assert trainer.state.global_step == 26
+
+
+def test_too_few_examples_to_hold_any_out(tmp_path):
+    settings = config.load(recipe(tmp_path / "run").model_dump(mode="json"), ["data.train_limit=3"])
+    with pytest.raises((ConfigError, DataError), match="held-out"):
+        run.train(settings)
+    assert not (tmp_path / "run").exists()
