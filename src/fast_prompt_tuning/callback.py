@@ -171,7 +171,8 @@ class AutoCallback(ProgressiveCallback):
             control.should_training_stop = True
 
     def _consider(self, state: TrainerState) -> None:
-        trainer, step = self._trainer, state.global_step
+        trainer: Any = self._trainer
+        step = state.global_step
         if trainer is None or not self.schedule.wants_probe(step):
             return
         loss = self._measure(trainer)
@@ -188,7 +189,7 @@ class AutoCallback(ProgressiveCallback):
         if decision == "grow" or step == 0:
             self._remember(trainer, start)
 
-    def _measure(self, trainer: Trainer) -> float:
+    def _measure(self, trainer: Any) -> float:
         """The loss of the full PLM on the probe."""
         model = trainer.model
         was = model.training
@@ -202,7 +203,7 @@ class AutoCallback(ProgressiveCallback):
         self.on_probe()
         return loss
 
-    def _remember(self, trainer: Trainer, path: Path) -> None:
+    def _remember(self, trainer: Any, path: Path) -> None:
         """Keep the prompt as it is where a stage begins, for a resumed run too."""
         if trainer.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ class AutoCallback(ProgressiveCallback):
             save_file({"prompt": prompt_parameter(self.partial.model).detach().cpu().contiguous()}, work)
             os.replace(work, path)
 
-    def _go_back(self, trainer: Trainer, path: Path) -> None:
+    def _go_back(self, trainer: Any, path: Path) -> None:
         prompt = prompt_parameter(self.partial.model)
         with torch.no_grad():
             prompt.copy_(load_file(path)["prompt"])

@@ -89,10 +89,9 @@ class StageConfig(_Section):
     def stage(self, full: Stage, stacks: tuple[str, ...]) -> Stage:
         """This stage of a model whose full size is `full`; `stacks` are cut where the stage names none."""
         stacks = tuple(self.stacks or stacks)
-        whole = lambda sizes: {s: sizes(s) for s in stacks}  # noqa: E731
-        layers = whole(full.layers_in) if self.layers is None else self.layers
-        ffn = whole(full.ffn_in) if self.ffn is None else self.ffn
-        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length)  # type: ignore[arg-type]
+        layers: Any = {s: full.layers_in(s) for s in stacks} if self.layers is None else self.layers
+        ffn: Any = {s: full.ffn_in(s) for s in stacks} if self.ffn is None else self.ffn
+        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length)
 
 
 class ScoringConfig(_Section):
@@ -198,7 +197,7 @@ class RunConfig(_Section):
         schedule: Schedule
         if self.method == "auto":
             own = [s.stage(full, stacks) for s in self.stages or ()]
-            plain = Stage({s: full.layers_in(s) for s in stacks}, {s: full.ffn_in(s) for s in stacks}, 0, stacks)
+            plain = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
             ladder = [*(s for s in own if s != plain), plain] if own else default_ladder(plain, self.train.batch_size)
             schedule = AutoSchedule(ladder, self.train.steps)
         elif self.stages is not None:
