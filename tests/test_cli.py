@@ -480,6 +480,7 @@ def test_demo(fpt, tmp_path, monkeypatch):
         assert {"value", "interval", "flops", "seconds", "flops_eval"} <= set(run)
     assert record["runs"]["plain"]["relative_flops"] == 1
     assert (tmp_path / "demo" / "quality.png").stat().st_size > 5000
+    assert "zero-shot" in (tmp_path / "demo" / "report.html").read_text()
     assert os.path.isdir(record["prompt_folder"])
     assert "--overwrite" in refused(fpt, "demo", "--output", tmp_path / "demo")
     out, _ = fpt("demo", "--output", tmp_path / "demo", "--overwrite", "--method", "ld", "--json")

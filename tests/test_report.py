@@ -9,7 +9,8 @@ from rich.progress import Progress
 
 from fast_prompt_tuning import progress
 from fast_prompt_tuning.errors import DataError
-from fast_prompt_tuning.report import comparison_table, draw_quality, human_flops, human_seconds, table_rows
+from fast_prompt_tuning.pictures import draw_quality
+from fast_prompt_tuning.report import comparison_table, human_flops, human_seconds, table_rows
 from fast_prompt_tuning.results import Point, RunResult, load_result, save_result, write_atomic
 from fast_prompt_tuning.schedule import Schedule, Stage
 

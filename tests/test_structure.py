@@ -35,6 +35,8 @@ ORDER = [  # a module imports only from modules before it
     "results",
     "run",
     "report",
+    "pictures",
+    "page",
     "hub",
     "progress",
     "reproduce",
@@ -42,6 +44,7 @@ ORDER = [  # a module imports only from modules before it
     "demo",
     "console",
     "cli_cost",
+    "cli_report",
     "cli",
 ]
 FILES = {p.stem: p for p in sorted(SOURCE.glob("*.py"))}

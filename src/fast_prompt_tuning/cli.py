@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_cost
+from . import cli_cost, cli_report
 from .console import emit, people, plain, quiet_libraries, state
 from .errors import ConfigError, DataError, FptError, TrainingStopped
 
@@ -503,6 +503,7 @@ def _line(error: Exception) -> str:
 
 
 cli_cost.register(app)
+cli_report.register(app)
 
 if __name__ == "__main__":
     main()

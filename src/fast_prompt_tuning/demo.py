@@ -16,9 +16,11 @@ from . import run
 from .config import RunConfig, load
 from .errors import ConfigError
 from .flops import BatchShape, step_flops
+from .page import find_runs, render
+from .pictures import draw_quality
 from .progress import ProgressReporter
-from .report import comparison_table, draw_quality, table_rows
-from .results import RunResult, write_atomic
+from .report import comparison_table, table_rows
+from .results import RunResult, save_result, write_atomic
 from .schedule import Schedule, Stage
 
 RECIPE = "bbc_topics_smollm2"
@@ -55,7 +57,7 @@ def demo(
     overwrite: bool = False,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run the comparison and write `result.json`, `quality.png` and both runs into `output`.
+    """Run the comparison and write `result.json`, `quality.png`, `report.html` and the runs into `output`.
 
     Returns:
         The content of `result.json`: accuracy, FLOPs and seconds of zero-shot, plain and FPT.
@@ -114,6 +116,10 @@ def demo(
         "picture": str(picture),
     }
     write_atomic(folder / "result.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    save_result(results[0], folder / "zero-shot")
+    runs = find_runs([folder / "zero-shot", *(Path(r.config["output"]) for r in results[1:])])
+    write_atomic(folder / "report.html", render(runs))
+    console.print(f"report    {escape(str(folder / 'report.html'))}", highlight=False, soft_wrap=True)
     console.print(f"picture   {escape(str(picture))}", highlight=False, soft_wrap=True)
     console.print(f"result    {escape(str(folder / 'result.json'))}", highlight=False, soft_wrap=True)
     saved = f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)"

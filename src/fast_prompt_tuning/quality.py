@@ -15,6 +15,7 @@ from . import run
 from .config import RunConfig, load
 from .errors import ConfigError
 from .plan import PAPER_TABLE2, PAPER_TASKS, paper_rows
+from .report import spent_flops, stopped_at
 from .results import RunResult, load_result, write_atomic
 
 PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
@@ -161,7 +162,7 @@ def _row(
     table: str,
 ) -> dict[str, Any]:
     mine, plain = results[row], results["pt"]
-    spent = sum(r.flops["train"] + r.flops["score"] for r in mine.values())
+    spent = sum(spent_flops(r) for r in mine.values())
     entry: dict[str, Any] = {"method": row, **values[row]}
     entry["average"] = sum(values[row].values()) / len(tasks)
     entry["flops"] = 100 * spent / sum(r.flops["train"] for r in plain.values())
@@ -169,16 +170,6 @@ def _row(
         100 * sum(r.train_seconds for r in mine.values()) / sum(r.train_seconds for r in plain.values())
     )
     if table == "table2":
-        gains = [values[row][t] - _stopped_at(plain[t], _spent(mine[t]), PAPER_METRICS[t]) for t in tasks]
+        gains = [values[row][t] - stopped_at(plain[t], spent_flops(mine[t]), PAPER_METRICS[t]) for t in tasks]
         entry["improve"] = None if row == "pt" else sum(gains) / len(gains)
     return entry
-
-
-def _spent(result: RunResult) -> float:
-    return result.flops["train"] + result.flops["score"]
-
-
-def _stopped_at(plain: RunResult, flops: float, metric: str) -> float:
-    """The best value plain prompt tuning had reached for at most `flops`; its first one if even that cost more."""
-    reached = [p.metrics[metric] for p in plain.curve if p.train_flops <= flops]
-    return max(reached) if reached else plain.curve[0].metrics[metric]

@@ -1,9 +1,9 @@
-"""What people look at: tables in the terminal and the picture of quality against training FLOPs."""
+"""How runs compare: their numbers beside each other, as records and as tables for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .results import Point, RunResult
-
-COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
-"""Paul Tol's bright scheme: told apart by colour-blind readers and in grey."""
+from .results import RunResult
 
 
 def human_flops(flops: float) -> str:
@@ -43,21 +40,60 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """One plain record per run; costs relative to the first run of method `pt`, where there is one.
+def task_of(result: RunResult) -> str:
+    """The task of a run as people call it: a built-in's name, or the stem of a file."""
+    task = result.config.get("data", {}).get("task")
+    return Path(task).stem if task else "own data"
 
-    `flops` is everything the method itself spent: training, scoring and probing. Evaluation is counted apart, since
-    it is the user's choice and the same for every method.
+
+def spent_flops(result: RunResult) -> float:
+    """What the method itself spent: training, scoring and probing.
+
+    Evaluation is counted apart, since it is the user's choice and the same for every method.
     """
-    plain = next((r for r in results if r.method == "pt"), None)
+    return result.flops["train"] + result.flops["score"] + result.flops["probe"]
+
+
+def stopped_at(plain: RunResult, flops: float, metric: str) -> float:
+    """The best value plain prompt tuning had reached for at most `flops`; its first one if even that cost more."""
+    reached = [p.metrics[metric] for p in plain.curve if p.train_flops <= flops]
+    return max(reached) if reached else plain.curve[0].metrics[metric]
+
+
+def improvement(result: RunResult, plain: RunResult | None) -> float | None:
+    """The paper's "Improve": points gained over plain prompt tuning stopped at the same FLOPs, on validation data.
+
+    None for plain prompt tuning itself, and where there is nothing to compare with.
+    """
+    if plain is None or result.method in ("pt", "none") or not (result.curve and plain.curve):
+        return None
+    metric = result.primary
+    end = next((p for p in result.curve if p.step == result.best_step), result.curve[-1])
+    if metric not in end.metrics or any(metric not in p.metrics for p in plain.curve):
+        return None
+    return end.metrics[metric] - stopped_at(plain, spent_flops(result), metric)
+
+
+def plain_runs(results: Sequence[RunResult]) -> dict[str, RunResult]:
+    """The first run of method `pt` of every task: what the others are compared with."""
+    return {task_of(r): r for r in reversed(results) if r.method == "pt"}
+
+
+def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """One plain record per run; costs relative to the first run of method `pt` on the same task, where there is one.
+
+    `flops` is `spent_flops`, `improve` is `improvement`.
+    """
+    plains = plain_runs(results)
     rows = []
     for result in results:
-        spent = result.flops["train"] + result.flops["score"] + result.flops["probe"]
+        plain, spent = plains.get(task_of(result)), spent_flops(result)
         base = plain.flops["train"] if plain else 0.0
         low, high = result.intervals[result.primary]
         rows.append(
             {
                 "name": result.name,
+                "task": task_of(result),
                 "method": result.method,
                 "metric": result.primary,
                 "value": result.metrics[result.primary],
@@ -69,111 +105,119 @@ def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
                 "relative_seconds": result.train_seconds / plain.train_seconds
                 if plain and plain.train_seconds and result.train_seconds
                 else None,
+                "improve": improvement(result, plain),
                 "status": result.status,
             }
         )
     return rows
 
 
-def comparison_table(results: Sequence[RunResult], title: str | None = None) -> Table:
-    """The comparison as a `rich` table that fits 80 columns."""
+def average_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """The paper's Table 2 of any runs: one record per method, averaged over tasks.
+
+    Runs are one row if they are called the same once the task's name is left out. Only rows that have every task are
+    averaged: a mean over other tasks would compare unlike numbers. Several runs in a cell (seeds) count as their mean.
+
+    Returns:
+        `name`, `values` (task -> metric), `average`, `relative_flops`, `relative_seconds` and `improve`; None where it
+        cannot be had.
+    """
+    records = table_rows(results)
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        name = record["name"].replace(record["task"], "").strip(" -_/.,:") or record["method"]
+        groups.setdefault(name, []).append(record)
+
+    def mean(runs: list[dict[str, Any]], what: str) -> float | None:
+        """Over tasks, of the means of each task's runs."""
+        cells = [[r[what] for r in runs if r["task"] == task] for task in tasks]
+        if any(not cell or None in cell for cell in cells):
+            return None
+        return statistics.fmean(statistics.fmean(cell) for cell in cells)
+
+    return [
+        {
+            "name": name,
+            "values": {
+                t: statistics.fmean(r["value"] for r in runs if r["task"] == t)
+                for t in tasks
+                if any(r["task"] == t for r in runs)
+            },
+            "average": mean(runs, "value"),
+            **{what: mean(runs, what) for what in ("relative_flops", "relative_seconds", "improve")},
+        }
+        for name, runs in groups.items()
+    ]
+
+
+def comparison_table(results: Sequence[RunResult], title: str | None = None, *, improve: bool = False) -> Table:
+    """The comparison of runs on one task as a `rich` table that fits 80 columns.
+
+    Args:
+        improve: with the paper's last column (`improvement`), and time relative to plain prompt tuning alone.
+    """
     rows = table_rows(results)
     scale, prefix = flops_unit(max(row["flops"] for row in rows))
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        f"{rows[0]['metric']} %": lambda row: number(row["value"]),
+        "95% range": lambda row: "–".join(map(number, row["interval"])),
+        f"{prefix}FLOPs": lambda row: f"{row['flops'] / scale:.3g}" if row["flops"] else "none",
+        "of plain": lambda row: percent(row["relative_flops"]),
+        "time": lambda row: human_seconds(row["seconds"]) if row["seconds"] else "none",
+        " of plain": lambda row: percent(row["relative_seconds"]),
+    }
+    if improve:
+        del columns["time"]
+        columns["time"] = columns.pop(" of plain")
+        columns["Improve"] = lambda row: signed(row["improve"])
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    names = (rows[0]["metric"] + " %", "95% range", f"{prefix}FLOPs", "of plain", "time", "of plain")
-    table.add_column("run", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.0f}%"
-
+    table.add_column("run", overflow="fold")  # the only one that gives way in a narrow terminal
+    for name in columns:
+        table.add_column(name.strip(), justify="right", no_wrap=True)
     for row in rows:
-        low, high = row["interval"]
+        status = "" if row["status"] in ("finished", "evaluated") else f" ({row['status']})"
+        table.add_row(escape(row["name"] + status), *(text(row) for text in columns.values()))
+    return table
+
+
+def average_table(results: Sequence[RunResult]) -> Table:
+    """`average_rows` as a `rich` table."""
+    rows = average_rows(results)
+    tasks = list(dict.fromkeys(task_of(r) for r in results))
+    table = Table(
+        title="Averages over tasks", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("runs")
+    for name in (*tasks, "average", "FLOPs", "time", "Improve"):
+        table.add_column(escape(name), justify="right")
+    for row in rows:
         table.add_row(
-            escape(row["name"] if row["status"] in ("finished", "evaluated") else f"{row['name']} ({row['status']})"),
-            f"{row['value']:.1f}",
-            f"{low:.1f}–{high:.1f}",
-            f"{row['flops'] / scale:.3g}" if row["flops"] else "none",
+            escape(row["name"]),
+            *(number(row["values"].get(task)) for task in tasks),
+            number(row["average"]),
             percent(row["relative_flops"]),
-            human_seconds(row["seconds"]) if row["seconds"] else "none",
             percent(row["relative_seconds"]),
+            signed(row["improve"]),
         )
     return table
 
 
-def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str = "flops") -> Path:
-    """Draw the first metric on the full PLM against training cost for every run; stages shaded, growths marked.
+def number(value: float | None) -> str:
+    """One decimal; a dash where there is none."""
+    return "–" if value is None else f"{value:.1f}"
 
-    Args:
-        path: a `.png` or `.svg` file.
-        against: `flops` or `seconds`.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    by_flops = against == "flops"
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, whatever the user's default backend
-    axes = figure.add_subplot()
-    scale = 1e12 if by_flops else 1.0
-    primary = results[0].primary
-    curves = [r for r in results if len(r.curve) > 1 or (r.curve and r.steps)]
-    for result, colour in zip(curves, COLOURS * (1 + len(curves) // len(COLOURS)), strict=False):
-        points = [(_spent(result, p, by_flops) / scale, p.metrics[primary]) for p in result.curve]
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, marker="o", markersize=4, color=colour, label=result.name, zorder=3)
-        for start, stage in list(zip(result.boundaries, result.schedule, strict=True))[1:]:
-            at = _cost_at(result, start, by_flops) / scale
-            axes.axvline(at, color=colour, linestyle=":", linewidth=1, alpha=0.8)
-            axes.annotate(
-                f"grows to {_size(stage)}",
-                (at, 0.02),
-                xycoords=("data", "axes fraction"),
-                rotation=90,
-                fontsize=7,
-                color=colour,
-                ha="right",
-                va="bottom",
-            )
-        if len(result.boundaries) > 1:
-            full_from = _cost_at(result, result.boundaries[-1], by_flops) / scale
-            axes.axvspan(min(xs[0], 0), full_from, color=colour, alpha=0.07, zorder=0)
-    for result in results:
-        if result not in curves:
-            value = (result.curve[0].metrics if result.curve else result.metrics)[primary]
-            axes.axhline(value, color="#777777", linestyle="--", linewidth=1, label=f"{result.name} ({value:.1f}%)")
-    axes.set_xlabel("training compute (TFLOPs)" if by_flops else "training time (s)")
-    axes.set_ylabel(f"{primary} of the full model on validation data (%)")
-    axes.set_title(f"Quality against training {'compute' if by_flops else 'time'}", loc="left")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", framealpha=0.9)
-    figure.savefig(path, dpi=150)
-    return Path(path)
+def percent(part: float | None) -> str:
+    """A part of one as whole percent; a dash where there is none."""
+    return "–" if part is None else f"{100 * part:.0f}%"
+
+
+def signed(points: float | None) -> str:
+    """A difference with its sign; a dash where there is none."""
+    return "–" if points is None else f"{points:+.1f}"
 
 
 def size_text(size: Any) -> str:
     """A stage's size as text: `6`, or `6/3` where the stacks differ."""
     return "/".join(map(str, size.values())) if isinstance(size, Mapping) else str(size)
-
-
-def _size(stage: dict[str, Any]) -> str:
-    return f"{size_text(stage['layers'])}×{size_text(stage['ffn'])}"
-
-
-def _overhead(result: RunResult, by_flops: bool) -> float:
-    """What the method spent before its first step: scoring and probing."""
-    return result.flops["score"] + result.flops["probe"] if by_flops else 0.0
-
-
-def _spent(result: RunResult, point: Point, by_flops: bool) -> float:
-    return _overhead(result, by_flops) + point.train_flops if by_flops else point.train_seconds
-
-
-def _cost_at(result: RunResult, step: int, by_flops: bool) -> float:
-    """Cost after `step` steps, between the two evaluations around it in proportion to steps."""
-    points = [(0, _overhead(result, by_flops)), *((p.step, _spent(result, p, by_flops)) for p in result.curve)]
-    for (s0, c0), (s1, c1) in pairwise(points):
-        if s0 <= step <= s1:
-            return c0 if s1 == s0 else c0 + (c1 - c0) * (step - s0) / (s1 - s0)
-    return points[-1][1]
