@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Idle threads sleep instead of spinning: costs nothing alone, saves minutes where the cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fpt demo --overwrite
@@ -22,6 +22,10 @@ lint: $(VENV)/.dev
 
 check: lint test
 
+# The site, into site/; every warning is an error.
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
@@ -34,7 +38,7 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -e ".[demo,dev]"
+	$(PIP) -e ".[demo,dev,docs]"
 	touch $@
 
 clean:
