@@ -225,6 +225,22 @@ def test_score_then_train_with_its_scores(fpt, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["flops"]["score"] == 0
 
 
+def test_score_layers_then_train_with_their_scores(fpt, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", scoring__layer_examples=4)
+    neurons, layers = tmp_path / "n.safetensors", tmp_path / "l.safetensors"
+    files = ("--output", neurons, "--layers", layers)
+    greedy = ("--set", "scoring.keep_layers=greedy")
+    assert "chosen by score" in refused(fpt, "score", "--config", recipe, *files)
+    assert "leaves out no layers" in refused(fpt, "score", "--config", recipe, *files, *greedy, "--set", "method=fr")
+    assert not neurons.exists()
+    out, _ = fpt("score", "--config", recipe, *files, *greedy)
+    assert "4 examples" in out
+    assert "l.safetensors' exists already" in refused(fpt, "score", "--config", recipe, "--output", "x", *files[2:])
+    given = [f"--set=scoring.path={neurons}", f"--set=scoring.layer_path={layers}"]
+    fpt("train", "--config", recipe, *greedy, *given)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["flops"]["score"] == 0
+
+
 def test_ls(fpt):
     out, _ = fpt("ls")
     for said in ("recipes", "bbc_topics_smollm2", "squad2", "llama", "compound reduction"):

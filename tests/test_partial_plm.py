@@ -385,7 +385,7 @@ def test_sizes_outside_the_model_are_refused_and_change_nothing():
     with pytest.raises(ScheduleError, match="keep_layers='odd'"):
         PartialPLM(model, keep_layers="odd")
     with pytest.raises(ScoreError, match="one score per layer"):
-        PartialPLM(model, keep_layers="score")
+        PartialPLM(model, keep_layers="score").check(BY_NAME["llama"].stage(3, FFN))
     with pytest.raises(ScoreError, match="needs"):
         PartialPLM(model, neuron_scores={"decoder": torch.rand(LAYERS, FFN + 1)})
 

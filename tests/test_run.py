@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCal
 from fast_prompt_tuning import run, trainer
 from fast_prompt_tuning.config import RunConfig, load
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
+from fast_prompt_tuning.layer_scores import LayerScores
 from fast_prompt_tuning.results import RunResult, load_result
 from fast_prompt_tuning.soft_prompt import load_prompt, prompt_parameter
 
@@ -85,6 +87,49 @@ def test_a_run_and_what_it_leaves(tmp_path, name, method):
     again = run.evaluate(session, prompt_parameter(model).detach())
     assert again.result.values == result.metrics
     assert [p.text for p in again.predictions] == [r["prediction"] for r in rows]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["influence", "greedy"])
+def test_layers_are_chosen_by_their_scores(tmp_path, name, kind):
+    changes = {**(ADAFACTOR if name == "t5" else {}), "model__path": str(toy().model(name)), "method": "ld"}
+    out = tmp_path / "run"
+    result = run.train(recipe(out, scoring__keep_layers=kind, scoring__layer_examples=6, **changes))
+    scores = LayerScores.load(out / "layers.safetensors")
+    assert (scores.metadata["kind"], scores.metadata["data"], scores.metadata["examples"]) == (kind, "topics", "6")
+    assert result.flops["score"] == pytest.approx(float(scores.metadata["flops"]))
+    for small, large in pairwise(result.kept_layers):
+        assert all(set(small[stack]) < set(large[stack]) for stack in small)
+    # made before: they cost nothing again, and the run is the same
+    given = recipe(
+        tmp_path / "b", scoring__keep_layers=kind, scoring__layer_path=str(out / "layers.safetensors"), **changes
+    )
+    again = run.train(given)
+    assert (again.flops["score"], again.kept_layers, again.losses) == (0, result.kept_layers, result.losses)
+    if name == "t5":
+        assert result.kept_layers[0] == {"encoder": [0], "decoder": [0]}
+    session = run.open_session(recipe(out, scoring__keep_layers=kind, **changes), ("validation",))
+    with run.partial_of(session, "3x24", out) as partial:
+        assert partial.kept_layers(partial.stage)["decoder"] == result.kept_layers[1]["decoder"]
+
+
+def test_a_resumed_run_keeps_the_layers_it_began_with(tmp_path):
+    changes = {"method": "ld", "scoring__keep_layers": "greedy", "scoring__layer_examples": 4}
+    whole = run.train(recipe(tmp_path / "whole", **changes))
+    with pytest.raises(Broken):
+        run.train(recipe(tmp_path / "cut", **changes), callbacks=[At(6, raises)])
+    before = (tmp_path / "cut" / "layers.safetensors").read_bytes()
+    resumed = run.train(recipe(tmp_path / "cut", **changes), resume=True)
+    assert (tmp_path / "cut" / "layers.safetensors").read_bytes() == before
+    assert (resumed.kept_layers, resumed.losses, resumed.flops["score"]) == (
+        *(whole.kept_layers, whole.losses, whole.flops["score"]),
+    )
+
+
+def test_scores_of_layers_are_made_only_where_layers_are_left_out(tmp_path):
+    result = run.train(recipe(tmp_path / "run", method="fr", scoring__keep_layers="greedy"))
+    assert not (tmp_path / "run" / "layers.safetensors").exists()
+    assert result.status == "finished"
 
 
 def test_growing_costs_less_and_batches_are_the_same(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ ORDER = [  # a module imports only from modules before it
     "soft_prompt",
     "scoring",
     "flops",
+    "layer_scores",
     "plan",
     "metrics",
     "tasks",

@@ -100,7 +100,10 @@ class ScoringConfig(_Section):
     examples: int = Field(256, ge=1, description="training examples the neurons are scored on (the paper: 1000)")
     kind: Literal["mean", "max", "integrated_gradients"] = Field("mean", description="activation score")
     path: str | None = Field(None, description="scores made before with fpt score, instead of scoring again")
-    keep_layers: Literal["evenly", "first"] = Field("evenly", description="which layers stay")
+    keep_layers: Literal["evenly", "first", "influence", "greedy"] = Field("evenly", description="which layers stay")
+    layer_examples: int = Field(16, ge=1, description="training examples layers are chosen on (influence, greedy)")
+    layer_candidates: int | None = Field(4, ge=1, description="layers greedy tries a round; null: all that are left")
+    layer_path: str | None = Field(None, description="layer scores made before with fpt score")
     keep_neurons: Literal["activation", "first"] = Field("activation", description="which neurons stay")
 
 

@@ -176,8 +176,8 @@ class PartialPLM:
             the live config.
         neuron_scores: FFN neuron scores by stack, `(L, F)` each (`activation_scores`); needed for stages with fewer
             neurons under `keep_neurons="activation"`.
-        layer_scores: one score per layer by stack, `(L,)` each, higher is kept longer; needed for
-            `keep_layers="score"`.
+        layer_scores: one score per layer by stack, `(L,)` each, higher is kept longer (`block_influence`,
+            `greedy_removal`, or your own); needed for stages with fewer layers under `keep_layers="score"`.
         keep_layers: `evenly` (the paper's), `first` or `score`.
         keep_neurons: `activation` (the paper's: the highest scores) or `first`.
 
@@ -192,7 +192,7 @@ class PartialPLM:
         model: nn.Module,
         *,
         neuron_scores: Any = None,
-        layer_scores: Mapping[str, Sequence[float]] | None = None,
+        layer_scores: Any = None,
         keep_layers: str = "evenly",
         keep_neurons: str = "activation",
     ):
@@ -240,6 +240,11 @@ class PartialPLM:
         if k is None or k == n:
             return list(range(n))
         if self._keep_layers == "score":
+            if stack.name not in self._layer_scores:
+                raise ScoreError(
+                    f"layer_scores lacks the {stack.name}, but a stage leaves out layers there; pass one score per "
+                    "layer: layer_scores=block_influence(model, calibration_batches), or greedy_removal(…)"
+                )
             return selection.top(k, self._layer_scores[stack.name], stack.spec.always_kept)
         return (selection.evenly if self._keep_layers == "evenly" else selection.first)(k, n)
 
@@ -256,14 +261,18 @@ class PartialPLM:
         order = torch.sort(self._neuron_scores[stack][layer], descending=True, stable=True).indices
         return order[:k].sort().values
 
-    def _check_neuron_scores(self, scores: Any) -> dict[str, torch.Tensor] | None:
-        if scores is None:
-            return None
+    def _own_scores(self, scores: Any) -> dict[str, Any]:
+        """Scores by stack, refused where they say that they are another model's."""
         if hasattr(scores, "check_model"):
             scores.check_model(self.plm)
             scores = scores.scores
+        return dict(scores)
+
+    def _check_neuron_scores(self, scores: Any) -> dict[str, torch.Tensor] | None:
+        if scores is None:
+            return None
         checked = {}
-        for name, value in dict(scores).items():
+        for name, value in self._own_scores(scores).items():
             if name not in self._stacks:
                 raise ScoreError(f"neuron_scores names the stack {name!r}; this model has {list(self._stacks)}")
             stack = self._stacks[name]
@@ -278,13 +287,11 @@ class PartialPLM:
             checked[name] = tensor
         return checked
 
-    def _check_layer_scores(self, scores: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
+    def _check_layer_scores(self, scores: Any) -> dict[str, list[float]]:
         if scores is None:
-            if self._keep_layers == "score":
-                raise ScoreError("layer_scores=None, but keep_layers='score' needs them: one score per layer")
             return {}
         checked = {}
-        for name, values in scores.items():
+        for name, values in self._own_scores(scores).items():
             if name not in self._stacks or len(values) != len(self._stacks[name].layers):
                 want = {n: len(s.layers) for n, s in self._stacks.items()}
                 raise ScoreError(f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {want}")
@@ -348,6 +355,36 @@ class PartialPLM:
         finally:
             self._apply(before)
 
+    @contextmanager
+    def keeping(self, layers: Mapping[str, Sequence[int]]) -> Iterator[PartialPLM]:
+        """Run a block on exactly these layers at full width, then give the model back the size it had.
+
+        Args:
+            layers: ascending indices by stack; a stack that is not named stays whole.
+
+        Raises:
+            ScheduleError: a stack or layer that the model lacks, no layer, or T5's first one left out.
+        """
+        kept = {name: list(range(len(stack.layers))) for name, stack in self._stacks.items()}
+        for name, indices in layers.items():
+            if name not in kept:
+                raise ScheduleError(f"layers name the stack {name!r}; this model has {list(kept)}")
+            must = set(self._stacks[name].spec.always_kept)
+            if not indices or sorted(set(indices) & set(kept[name])) != list(indices) or must - set(indices):
+                raise ScheduleError(
+                    f"layers[{name!r}]={list(indices)} must be ascending, of 0 to {len(kept[name]) - 1}"
+                    + (f", with {sorted(must)} among them" if must else "")
+                )
+            kept[name] = list(indices)
+        before = self._stage
+        widths = {name: stack.width for name, stack in self._stacks.items()}
+        stage = Stage({name: len(k) for name, k in kept.items()}, widths, stacks=tuple(kept))
+        try:
+            self._cut(stage, kept)
+            yield self
+        finally:
+            self._cut(before)
+
     def full(self) -> Any:
         """`with partial.full():` runs a block on the full PLM: evaluation, saving, generation."""
         return self.at(self.full_stage)
@@ -367,9 +404,9 @@ class PartialPLM:
             self._cut(self.full_stage)
             raise
 
-    def _cut(self, stage: Stage) -> None:
+    def _cut(self, stage: Stage, layers: Mapping[str, list[int]] | None = None) -> None:
         for name, stack in self._stacks.items():
-            kept = self._kept_layers(stack, stage.layers_in(name))
+            kept = self._kept_layers(stack, stage.layers_in(name)) if layers is None else layers[name]
             self._shadow_layers(stack, kept)
             self._set_counts(name, kept)
             for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):

@@ -31,6 +31,7 @@ from .errors import ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
 from .growth import AutoSchedule
+from .layer_scores import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from .models import load_plm, load_tokenizer, locate
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
@@ -43,7 +44,7 @@ from .trainer import PromptTrainer, StepGuard, batch_shape, make_collator, make_
 
 logger = logging.getLogger(__name__)
 
-OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors")
+OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
 PROBE_EXAMPLES = 16
 """Training examples held out to measure when to grow: one small batch, the same one every time."""
 
@@ -265,8 +266,13 @@ def full_size(config: RunConfig) -> Stage:
 
 def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
     """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
-    scores = folder / "scores.safetensors"
-    return _cut_by(session.config, session.plm, NeuronScores.load(scores) if scores.is_file() else None)
+    neurons, layers = folder / "scores.safetensors", folder / "layers.safetensors"
+    return _cut_by(
+        session.config,
+        session.plm,
+        NeuronScores.load(neurons) if neurons.is_file() else None,
+        LayerScores.load(layers) if layers.is_file() else None,
+    )
 
 
 def evaluate_partial(session: Session, folder: Path) -> Evaluation:
@@ -353,6 +359,7 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
         ("model.path", config.model.path),
         ("prompt.path", config.prompt.path),
         ("scoring.path", config.scoring.path),
+        ("scoring.layer_path", config.scoring.layer_path),
         *((f"data.files.{split}", file) for split, file in config.data.files.items()),
     ):
         path = Path(used).resolve() if used else None
@@ -549,11 +556,16 @@ def _trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
 
 @dataclass(frozen=True)
 class _Needed:
-    """What the schedule needs: a partial PLM at all, scores of its neurons, and those that were made before."""
+    """What the schedule needs: a partial PLM at all, scores of its neurons and layers, and those made before.
+
+    `down_to`: the fewest layers of each stack that needs layer scores.
+    """
 
     partial: bool
     scores: bool
     given: NeuronScores | None
+    down_to: dict[str, int]
+    given_layers: LayerScores | None
 
 
 def _schedule(session: Session, model: nn.Module) -> tuple[Schedule, _Needed]:
@@ -572,7 +584,22 @@ def _schedule(session: Session, model: nn.Module) -> tuple[Schedule, _Needed]:
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
     if given is not None:
         PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
-    return schedule, _Needed(partial, scores, given)
+    down_to = fewest_layers(schedule, full) if config.scoring.keep_layers in LAYER_KINDS else {}
+    given_layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
+    if given_layers is not None:
+        PartialPLM(model, keep_layers="score", layer_scores=given_layers)
+    return schedule, _Needed(partial, scores, given, down_to, given_layers)
+
+
+def fewest_layers(schedule: Schedule, full: Stage) -> dict[str, int]:
+    """For each stack that a stage leaves layers out of, the fewest it ever has."""
+    found: dict[str, int] = {}
+    for stage in schedule.stages:
+        for stack in stage.stacks:
+            layers = stage.layers_in(stack)
+            if layers is not None and layers != full.layers_in(stack):
+                found[stack] = min(layers, found.get(stack, layers))
+    return found
 
 
 def _partial_plm(
@@ -584,16 +611,24 @@ def _partial_plm(
     config, scores = session.config, needed.given
     if needed.scores and scores is None:
         scores = _neuron_scores(session, model, folder, ledger)
-    partial = _cut_by(config, model, scores)
+    layers = needed.given_layers
+    if needed.down_to and layers is None:
+        layers = _layer_scores(session, model, needed.down_to, folder, ledger)
+    partial = _cut_by(config, model, scores, layers)
     for stage in schedule.stages:
         partial.check(stage)
     return partial
 
 
-def _cut_by(config: RunConfig, model: nn.Module, scores: NeuronScores | None) -> PartialPLM:
+def _cut_by(
+    config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None
+) -> PartialPLM:
     """The partial PLM as a recipe's `scoring` chooses layers and neurons."""
     chosen = config.scoring
-    return PartialPLM(model, neuron_scores=scores, keep_layers=chosen.keep_layers, keep_neurons=chosen.keep_neurons)
+    by = "score" if chosen.keep_layers in LAYER_KINDS else chosen.keep_layers
+    return PartialPLM(
+        model, neuron_scores=neurons, layer_scores=layers, keep_layers=by, keep_neurons=chosen.keep_neurons
+    )
 
 
 def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
@@ -606,16 +641,37 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
-    return activation_scores(
-        model,
-        batches,
-        kind=session.config.scoring.kind,
-        metadata={
-            "data": session.task.name,
-            "data_fingerprint": examples_fingerprint(session.examples["train"]),
-            "seed": str(session.config.train.seed),
-        },
-    )
+    return activation_scores(model, batches, kind=session.config.scoring.kind, metadata=_provenance(session))
+
+
+def _provenance(session: Session) -> dict[str, str]:
+    return {
+        "data": session.task.name,
+        "data_fingerprint": examples_fingerprint(session.examples["train"]),
+        "seed": str(session.config.train.seed),
+    }
+
+
+def _layer_scores(
+    session: Session, model: nn.Module, down_to: dict[str, int], folder: Path, ledger: FlopsLedger
+) -> LayerScores:
+    file = folder / "layers.safetensors"
+    if not file.is_file():  # as with neurons: a resumed run keeps the layers it began with
+        score_layers(session, model, session.config.scoring.keep_layers, down_to).save(file)
+    scores = LayerScores.load(file)
+    ledger.add("score", float(scores.metadata["flops"]))
+    return scores
+
+
+def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[str, int]) -> LayerScores:
+    """Layer scores of a kind of `LAYER_KINDS` on a session's training data; `metadata["flops"]` is their cost."""
+    chosen = session.config.scoring
+    batches = calibration_batches(session, chosen.layer_examples)
+    metadata = _provenance(session)
+    if kind == "influence":
+        flops = sum(_forward_of(session, batch) for batch in batches)
+        return block_influence(model, batches, metadata={**metadata, "flops": flops})
+    return greedy_removal(model, batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata)
 
 
 def score_neurons(session: Session) -> NeuronScores:
@@ -624,11 +680,21 @@ def score_neurons(session: Session) -> NeuronScores:
     return _score(session, model, calibration_batches(session, session.config.scoring.examples))
 
 
+def score_layers_of_run(session: Session) -> LayerScores | None:
+    """The layer scores that a session's recipe needs, made likewise; None where it needs none."""
+    model, _ = _trainable(session)
+    _, needed = _schedule(session, model)
+    return score_layers(session, model, session.config.scoring.keep_layers, needed.down_to) if needed.down_to else None
+
+
 def score_flops(session: Session, batch: dict[str, Any]) -> float:
     """FLOPs of scoring one calibration batch: a forward pass, or one and several steps for integrated gradients."""
-    shape = batch_shape(batch, session.config.prompt.tokens, session.cost)
-    once = forward_flops(session.cost, None, shape)
+    once = _forward_of(session, batch)
     return once * (1 + 8 * 2) if session.config.scoring.kind == "integrated_gradients" else once
+
+
+def _forward_of(session: Session, batch: dict[str, Any]) -> float:
+    return forward_flops(session.cost, None, batch_shape(batch, session.config.prompt.tokens, session.cost))
 
 
 def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,14 +24,17 @@ from .errors import ScoreError
 from .objective import IGNORED, label_loss, selected_rows
 from .partial_plm import StackModules, find_stacks, get_plm
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 KINDS = ("mean", "max", "integrated_gradients")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NeuronScores:
-    """One score per FFN neuron: `scores[stack]` is `(L, F)`, float32. `metadata` says of what and how.
+class Scores:
+    """Scores by stack, float32. `metadata` says of what and how; see `NeuronScores`, `LayerScores`.
 
     Raises:
         ScoreError: from `check_model` and `load`.
@@ -40,13 +43,17 @@ class NeuronScores:
     scores: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    what: ClassVar[str]
+    maker: ClassVar[str]
+    dimensions: ClassVar[int]
+
     def check_model(self, plm: Any) -> None:
         """Raise `ScoreError` unless these are the scores of `plm`'s own weights."""
         mine, its = self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)
         if mine is not None and mine != its:
             raise ScoreError(
-                f"neuron_scores are of the model {self.metadata.get('model', '?')!r} (fingerprint {mine}), not of this "
-                f"one ({its}); score this model: activation_scores(model, calibration_batches)"
+                f"{self.what} are of the model {self.metadata.get('model', '?')!r} (fingerprint {mine}), not of this "
+                f"one ({its}); score this model: {self.maker}(model, calibration_batches)"
             )
 
     def save(self, path: str | Path) -> None:
@@ -64,7 +71,7 @@ class NeuronScores:
         os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
 
     @classmethod
-    def load(cls, path: str | Path) -> NeuronScores:
+    def load(cls, path: str | Path) -> Self:
         """Read a file written by `save`."""
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -72,9 +79,29 @@ class NeuronScores:
                 scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
             raise ScoreError(f"{str(path)!r} is not a readable score file: {error}") from error
-        if "model_fingerprint" not in metadata or any(t.ndim != 2 for t in scores.values()):
-            raise ScoreError(f"{str(path)!r} was not written by NeuronScores.save: no model fingerprint in it")
+        if "model_fingerprint" not in metadata or any(t.ndim != cls.dimensions for t in scores.values()):
+            raise ScoreError(
+                f"{str(path)!r} was not written by {cls.__name__}.save: no model fingerprint in it, or other scores"
+            )
         return cls(scores, metadata)
+
+
+class NeuronScores(Scores):
+    """One score per FFN neuron: `scores[stack]` is `(L, F)`; FFN reduction keeps the highest."""
+
+    what, maker, dimensions = "neuron_scores", "activation_scores", 2
+
+
+def describe(plm: Any, metadata: Mapping[str, Any] | None, **own: Any) -> dict[str, str]:
+    """Metadata of scores: which model, which version, and what the caller adds. safetensors keeps strings only."""
+    from . import __version__
+
+    common = {
+        "model": plm.config.name_or_path or plm.config.model_type,
+        "model_fingerprint": fingerprint.of_model(plm),
+        "version": __version__,
+    }
+    return {k: str(v) for k, v in {**own, **common, **(metadata or {})}.items()}
 
 
 def activation_scores(
@@ -112,14 +139,14 @@ def activation_scores(
     totals = {n: torch.zeros(len(s.layers), s.width, dtype=torch.float64) for n, s in stacks.items()}
     tokens = dict.fromkeys(stacks, 0)
     examples = 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
-            batch = _on_device(batch, plm)
-            masks = _masks(plm, batch, stacks)
+            batch = on_device(batch, plm)
+            masks = real_masks(plm, batch, stacks)
             values = _integrated(model, batch, stacks, gradient_steps) if kind == "integrated_gradients" else None
             seen: dict[str, int] = {}
             for name, layer, activation in values if values is not None else _activations(model, batch, stacks):
-                rows = _real_positions(activation, masks[name])
+                rows = real_rows(activation.float().abs(), masks[name])
                 if kind == "max":
                     totals[name][layer] = torch.maximum(totals[name][layer], rows.amax(0).cpu())
                 else:
@@ -136,24 +163,13 @@ def activation_scores(
             raise ScoreError(
                 f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)"
             )
-    from . import __version__
-
-    return NeuronScores(
-        scores,
-        {
-            "kind": kind,
-            "model": str(plm.config.name_or_path or plm.config.model_type),
-            "model_fingerprint": fingerprint.of_model(plm),
-            "examples": str(examples),
-            "tokens": str(sum(tokens.values())),
-            "version": __version__,
-            **{k: str(v) for k, v in (metadata or {}).items()},  # safetensors keeps strings only
-        },
-    )
+    counts = {"examples": examples, "tokens": sum(tokens.values())}
+    return NeuronScores(scores, describe(plm, metadata, kind=kind, **counts))
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in evaluation mode, then give every module its own mode back."""
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -163,11 +179,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def _on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:
+def on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:
+    """The batch on the PLM's device."""
     return {k: v.to(plm.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def _masks(plm: Any, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]) -> dict[str, Any]:
+def real_masks(plm: Any, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]) -> dict[str, Any]:
     """For each stack the mask `(B, T)` of its real tokens; None where all are."""
     text, labels = batch.get("attention_mask"), batch.get("labels")
     if not plm.config.is_encoder_decoder:
@@ -178,16 +195,16 @@ def _masks(plm: Any, batch: Mapping[str, Any], stacks: Mapping[str, StackModules
     return {"encoder": text, "decoder": target}
 
 
-def _real_positions(activation: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """|activation| `(N, F)` of the N real positions; those in front of the mask's (the soft prompt) are real."""
-    flat = activation.reshape(-1, activation.shape[-1]).float().abs()
+def real_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Values `(N, F)` of the N real positions; those in front of the mask's (the soft prompt) are real."""
+    flat = values.reshape(-1, values.shape[-1])
     if mask is None:
         return flat
     extra = flat.shape[0] // mask.shape[0] - mask.shape[1]
     return flat[nn.functional.pad(mask.bool(), (extra, 0), value=True).reshape(-1)]
 
 
-def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
+def run_stacks(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Run the stacks; the LM head, if any, on one position: its logits are not used."""
     plm = get_plm(model)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -226,7 +243,7 @@ def _activations(
 ) -> list[tuple[str, int, torch.Tensor]]:
     found: list[tuple[str, int, torch.Tensor]] = []
     with torch.no_grad(), _hook_outputs(stacks, lambda n, i, a: found.append((n, i, a))):
-        _forward(model, batch)
+        run_stacks(model, batch)
     return found
 
 

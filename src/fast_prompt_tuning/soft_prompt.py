@@ -79,6 +79,12 @@ def prompt_parameter(model: Any) -> nn.Parameter:
     return prompt.embedding.weight
 
 
+def prompt_length(model: Any) -> int:
+    """Virtual tokens in front of a model's inputs; 0 where it has no soft prompt."""
+    encoder = getattr(model, "prompt_encoder", None)
+    return len(prompt_parameter(model)) if isinstance(encoder, nn.ModuleDict) else 0
+
+
 def init_soft_prompt(
     model: nn.Module,
     init: str,
