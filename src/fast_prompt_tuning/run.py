@@ -584,17 +584,17 @@ def _schedule(session: Session, model: nn.Module) -> tuple[Schedule, _Needed]:
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
     if given is not None:
         PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
-    down_to = fewest_layers(schedule, full) if config.scoring.keep_layers in LAYER_KINDS else {}
+    down_to = fewest_layers(tried, full) if config.scoring.keep_layers in LAYER_KINDS else {}
     given_layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
     if given_layers is not None:
         PartialPLM(model, keep_layers="score", layer_scores=given_layers)
     return schedule, _Needed(partial, scores, given, down_to, given_layers)
 
 
-def fewest_layers(schedule: Schedule, full: Stage) -> dict[str, int]:
+def fewest_layers(stages: Iterable[Stage], full: Stage) -> dict[str, int]:
     """For each stack that a stage leaves layers out of, the fewest it ever has."""
     found: dict[str, int] = {}
-    for stage in schedule.stages:
+    for stage in stages:
         for stack in stage.stacks:
             layers = stage.layers_in(stack)
             if layers is not None and layers != full.layers_in(stack):
