@@ -284,7 +284,14 @@ def test_plan_needs_the_config_only(fpt, tmp_path):
     assert "Methods side by side" in fpt(*arguments, "--compare", "pt,cr")[0]
     out, _ = fpt(*arguments, "--stages", "2x12:40,5x24:60", "--json")
     assert [s["steps"] for s in only_json(out)["stages"]] == [40, 60]
-    assert "LAYERSxFFN:STEPS" in refused(fpt, *arguments, "--stages", "2:40")
+    batches = (*arguments, "--batch-size", "16")
+    out, _ = fpt(*batches, "--stages", "5x24@4:40,5x24@8x30:10,5x24:50", "--json")
+    parts = only_json(out)["stages"]
+    assert [(s.get("batch"), s.get("length")) for s in parts] == [(4, None), (8, 30), (None, None)]
+    assert parts[0]["relative_flops"] < parts[1]["relative_flops"] < parts[2]["relative_flops"] == 1
+    assert " 4 " in fpt(*batches, "--method", "auto")[0]
+    for wrong in ("2:40", "2x3@:4", "2x3@4x:4", "axb:3"):
+        assert "LAYERSxFFN[@BATCH[xTOKENS]]:STEPS" in refused(fpt, *arguments, "--stages", wrong)
     assert "9" in refused(fpt, *arguments, "--stages", "9x24:100")
     assert "--convention" in refused(fpt, *arguments, "--convention", "some")
     assert "--dtype" in refused(fpt, *arguments, "--dtype", "int8")

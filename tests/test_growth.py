@@ -23,7 +23,7 @@ from transformers import Trainer
 from fast_prompt_tuning import PartialPLM, Schedule, config, run, soft_prompt_config
 from fast_prompt_tuning.callback import AutoCallback
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
-from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, default_ladder
+from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder
 from fast_prompt_tuning.schedule import Stage
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 
@@ -123,6 +123,11 @@ def test_the_default_ladder_and_what_is_refused():
         config.load({**base, "stages": [{"steps": 3, "batch": 2}]})
     with pytest.raises(ConfigError, match=r"stages\[0\].steps=None with method='cr'; set it"):
         config.load({**base, "method": "cr", "stages": [{"batch": 2}]})
+
+
+def test_the_plan_of_auto_is_its_cheapest():
+    assert [(s.batch, s.steps) for s in best_case(LADDER, 120).stages] == [(4, 72), (None, 48)]
+    assert [(s.batch, s.steps) for s in best_case(LADDER, 5).stages] == [(None, 5)]
 
 
 def recipe(folder: Path, kind: str = "llama", **train: Any) -> config.RunConfig:

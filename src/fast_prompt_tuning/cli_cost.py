@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from .console import emit, people, quiet_libraries
 from .errors import ConfigError
+from .growth import best_case, default_ladder
 from .schedule import Schedule
 
 
@@ -28,7 +30,7 @@ def _percent(part: float | None) -> str:
 
 def plan(
     model: Annotated[str, typer.Option(help="Hub id, folder, or a config.json: weights are not needed.")],
-    method: Annotated[str, typer.Option(help="pt, ld, fr or cr.")] = "cr",
+    method: Annotated[str, typer.Option(help="pt, ld, fr, cr, or auto at its cheapest.")] = "cr",
     steps: Annotated[int, typer.Option(help="Optimizer steps of the whole run.")] = 30_000,
     input_tokens: Annotated[int, typer.Option(help="Text tokens of an input, without the prompt.")] = 492,
     prompt_tokens: Annotated[int, typer.Option(help="Virtual tokens of the soft prompt.")] = 20,
@@ -37,7 +39,10 @@ def plan(
     stacks: Annotated[str | None, typer.Option(help="Stacks to cut, e.g. encoder,decoder; default all.")] = None,
     task: Annotated[str | None, typer.Option(help="Take target length and stacks from this task.")] = None,
     stages: Annotated[
-        str | None, typer.Option(help="A schedule of your own: LAYERSxFFN:STEPS,…, e.g. 8x384:100,30x1536:200.")
+        str | None,
+        typer.Option(
+            help="A schedule of your own: LAYERSxFFN[@BATCH[xTOKENS]]:STEPS,…, e.g. 8x384:100,30x1536@4:50,30x1536:50"
+        ),
     ] = None,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr.")] = None,
@@ -86,6 +91,8 @@ def plan(
         return
     if stages:
         schedule = Schedule.from_dict(_parse_stages(stages, chosen or full.stacks))
+    elif method == "auto":
+        schedule = best_case(default_ladder(full, batch_size), steps)
     else:
         schedule = Schedule.preset(method, full, total_steps=steps, stacks=chosen)
     schedule.check_fits(full)
@@ -101,12 +108,11 @@ def plan(
 def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:
     stages = []
     for part in text.split(","):
-        size, _, steps = part.partition(":")
-        layers, _, ffn = size.partition("x")
-        try:
-            stages.append({"layers": int(layers), "ffn": int(ffn), "steps": int(steps), "stacks": list(stacks)})
-        except ValueError:
-            raise ConfigError(f"--stages {part!r} is not LAYERSxFFN:STEPS, for example 8x384:100") from None
+        found = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+)(?:x(\d+))?)?:(\d+)", part.strip())
+        if found is None:
+            raise ConfigError(f"--stages {part!r} is not LAYERSxFFN[@BATCH[xTOKENS]]:STEPS, for example 8x384:100")
+        numbers = dict(zip(("layers", "ffn", "batch", "length", "steps"), found.groups(), strict=True))
+        stages.append({"stacks": list(stacks), **{k: int(v) for k, v in numbers.items() if v is not None}})
     return stages
 
 
@@ -123,14 +129,16 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
     )
     timed = made.seconds is not None
     unit, prefix = flops_unit(max(s.flops_per_step for s in made.stages))
-    columns = ["stage", "layers", "width", "steps", f"{prefix}FLOPs/step", "of full", "memory"]
+    parts = [n for n in ("batch", "length") if any(getattr(s.stage, n) is not None for s in made.stages)]
+    columns = ["stage", "layers", "width", *parts, "steps", f"{prefix}FLOPs/step", "of full", "memory"]
     for name in (*columns, *(("s/step", "time") if timed else ())):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for i, stage in enumerate(made.stages, start=1):
         cells = [
-            str(i) if not stage.stage.is_full(full) else f"{i} (full)",
+            f"{i} (full)" if stage.relative_flops == 1 else str(i),
             size_text(stage.stage.layers),
             size_text(stage.stage.ffn),
+            *(str(getattr(stage.stage, n) or "all") for n in parts),
             str(stage.stage.steps),
             f"{stage.flops_per_step / unit:.4g}",
             _percent(stage.relative_flops),
@@ -141,7 +149,7 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
         table.add_row(*cells)
     table.add_section()
     peak = max(s.weight_bytes + s.activation_bytes for s in made.stages)
-    totals = ["run", "", "", str(made.total_steps), human_flops(made.flops)]
+    totals = ["run", "", "", *("" for _ in parts), str(made.total_steps), human_flops(made.flops)]
     totals += [_percent(made.relative_flops), _bytes(peak)]
     if timed:
         totals += [_percent(made.relative_seconds), human_seconds(made.seconds)]

@@ -154,3 +154,12 @@ def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
     """
     small = batch_size // 4
     return (replace(full, batch=small), full) if small else (full,)
+
+
+def best_case(ladder: Sequence[Stage], total_steps: int) -> Schedule:
+    """What `auto` costs at least: its first stage pays to the end of all the steps it may have. Probes come on top."""
+    schedule = AutoSchedule(ladder, total_steps)
+    if total_steps >= WINDOWS and len(ladder) > 1:
+        early = schedule.latest
+        return Schedule((replace(ladder[0], steps=early), replace(ladder[-1], steps=total_steps - early)))
+    return Schedule(schedule.stages)

@@ -452,8 +452,7 @@ def measure_stages(
             "measuring, or with a smaller batch_size or model"
         )
     model = tuned_model(random_plm(config, dtype=getattr(torch, dtype), device=device), shape.prompt_tokens)
-    batch = random_batch(config, shape, device=device)
-    samples = time_steps(model, [(stage, batch) for stage in sizes], seconds=seconds)
+    samples = time_steps(model, [(s, random_batch(config, shape.at(s), device=device)) for s in sizes], seconds=seconds)
     medians = [statistics.median(s) for s in samples]
     return Timing(stages=tuple(medians[:-1]), full=medians[-1], samples=tuple(tuple(s) for s in samples))
 

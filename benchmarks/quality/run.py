@@ -1,0 +1,466 @@
+"""What each way of starting small saves: quality against training FLOPs on real models and real tasks.
+
+    python benchmarks/quality/run.py --squad squad2-dev.json --reviews vaderSentiment-3.3.2.tar.gz
+    python benchmarks/quality/run.py --summary        # the tables, from the committed JSON alone
+    python benchmarks/quality/run.py --check          # exit 1 where a target is missed
+
+Every cell (model × task × method × seed) is one ordinary `fpt train` run and one JSON file under `results/`: what is
+there is not run again, so the command resumes, and `--models`, `--tasks`, `--methods`, `--seeds` and `--minutes` run
+any part of the grid. The learning rate of every placement of the prompt is tuned first, with plain prompt tuning and a
+seed of its own, in runs of half the steps, on examples that are neither trained nor tested on; every method then has
+that rate. Curves and tables are of the *test* split, on the full PLM, with the prompt of the last step.
+
+FLOPs count scoring and probing. Seconds are CPU seconds of training steps (user and system time of the process): wall
+clock would count whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from base_model import base_model
+
+from fast_prompt_tuning import config, run
+from fast_prompt_tuning.console import quiet_libraries
+from fast_prompt_tuning.results import write_atomic
+
+HERE = Path(__file__).parent
+RATES = (0.003, 0.01, 0.03)
+TUNE_SEED = 100
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run of a task reads and how long it is; sized for minutes on two CPU cores."""
+
+    task: str
+    input_tokens: int
+    target_tokens: int
+    batch: int
+    steps: int
+    examples: int = 100
+
+
+TASKS = {
+    "topics": Task("bbc_topics", 40, 8, 16, 96),
+    "headlines": Task("bbc_headlines", 64, 24, 16, 96),
+    "squad": Task("squad2", 144, 16, 8, 96),
+    "sentiment": Task("sentiment", 40, 8, 16, 96),
+}
+
+MODELS = {"smollm2": lambda: "smollm2-135m", "gemma": base_model}
+"""SmolLM2-135M-Instruct, and the base model Gemma 3 270M."""
+
+
+def small_batch(task: Task) -> list[dict[str, Any]]:
+    early = round(0.6 * task.steps)
+    return [{"batch": task.batch // 4, "steps": early}, {"steps": task.steps - early}]
+
+
+METHODS: dict[str, Any] = {
+    # name -> what the run sets, given the task
+    "pt": lambda task: {"method": "pt"},
+    "ld": lambda task: {"method": "ld"},
+    "fr": lambda task: {"method": "fr"},
+    "cr": lambda task: {"method": "cr"},
+    "batch": lambda task: {"stages": small_batch(task)},
+    "auto": lambda task: {"method": "auto"},
+}
+
+SENTIMENT = {
+    "name": "sentiment",
+    "version": 1,
+    "description": "Is a movie review snippet positive or negative?",
+    "source": {"format": "jsonl"},
+    "input_template": "{{ text }}",
+    "target_template": "<extra_id_0> {{ label }}",
+    "decoder": {"input_template": "{{ text }}\nSentiment:", "target_template": " {{ label }}"},
+    "truncate": "text",
+    "label_field": "label",
+    "labels": {"positive": "positive", "negative": "negative"},
+    "metric": "accuracy",
+    "primary": "accuracy",
+    "max_target_tokens": 10,
+}
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def squad_files(path: Path, folder: Path) -> dict[str, str]:
+    """Answerable questions of a SQuAD 2.0 file, split by article: 9 to train, 3 to tune on, the rest to test on."""
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            paragraph["qas"] = [q for q in paragraph["qas"] if not q["is_impossible"]]
+        article["paragraphs"] = [p for p in article["paragraphs"] if p["qas"]]
+    parts = {"train": articles[:9], "tune": articles[9:12], "test": articles[12:]}
+    return _written({k: json.dumps({"version": "v2.0", "data": v}) for k, v in parts.items()}, folder, "squad", "json")
+
+
+def review_files(path: Path, folder: Path) -> dict[str, str]:
+    """Movie-review snippets of vaderSentiment's source distribution, by their mean rating; ties are left out."""
+    inner = _member(path.read_bytes(), "hutto_ICWSM_2014.tar.gz")
+    text = _member(inner, "movieReviewSnippets_GroundTruth.txt").decode("utf-8", "replace")
+    rows = []
+    for line in io.StringIO(text):
+        number, rating, snippet = line.rstrip("\n").split("\t")
+        if abs(float(rating)) >= 0.5:
+            label = "positive" if float(rating) > 0 else "negative"
+            rows.append({"id": number, "text": snippet.strip(), "label": label})
+    order = np.random.default_rng(0).permutation(len(rows))
+    picked = {"test": order[:1000], "tune": order[1000:2000], "train": order[2000:]}
+    return _written(
+        {k: "".join(json.dumps(rows[i]) + "\n" for i in sorted(v)) for k, v in picked.items()},
+        folder,
+        "sentiment",
+        "jsonl",
+    )
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile(next(n for n in tar.getnames() if n.endswith(name)))
+        return file.read() if file else b""
+
+
+def _written(texts: dict[str, str], folder: Path, name: str, suffix: str) -> dict[str, str]:
+    found = {}
+    for part, text in texts.items():
+        path = folder / f"{name}-{part}.{suffix}"
+        path.write_text(text, encoding="utf-8")
+        found[part] = str(path)
+    return found
+
+
+def data_of(name: str, tuning: bool, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The `data` section of a task's runs: `validation` is the tuning split, or the test split."""
+    task, part = TASKS[name], "tune" if tuning else "test"
+    limits = {
+        "max_input_tokens": task.input_tokens,
+        "max_target_tokens": task.target_tokens,
+        "validation_limit": task.examples,
+    }
+    if name in ("squad", "sentiment"):
+        path, option = (args.squad, "--squad") if name == "squad" else (args.reviews, "--reviews")
+        if path is None:
+            sys.exit(f"error: the task {name} needs {option} FILE")
+        files = (squad_files if name == "squad" else review_files)(path, folder)
+        if name == "sentiment":
+            (folder / "sentiment.yaml").write_text(yaml.safe_dump(SENTIMENT), encoding="utf-8")
+            files = dict(files)
+        task_name = str(folder / "sentiment.yaml") if name == "sentiment" else task.task
+        return {"task": task_name, "files": {"train": files["train"], "validation": files[part]}, **limits}
+    spec = yaml.safe_load((resources.files("fast_prompt_tuning") / "tasks" / f"{task.task}.yaml").read_text("utf-8"))
+    spec["splits"] = {"train": "train", "validation": "validation" if tuning else "test"}
+    path = folder / f"{task.task}-{part}.yaml"
+    path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+    return {"task": str(path), **limits}
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `rate` is None in the grid: the tuned one."""
+
+    model: str
+    task: str
+    method: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def path(self) -> Path:
+        name = f"{self.method}-{self.seed}" if self.rate is None else f"{self.method}-lr{self.rate:g}"
+        return Path("grid" if self.rate is None else "tuning") / f"{self.model}-{self.task}-{name}.json"
+
+
+class CpuSeconds(TrainerCallback):
+    """CPU seconds of training steps, at every evaluation."""
+
+    def __init__(self) -> None:
+        self.total, self.start = 0.0, 0.0
+        self.at: dict[int, float] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.total += time.process_time() - self.start
+        self.at[state.global_step] = self.total
+
+
+def placement(method: str) -> str:
+    """The method whose tuned rate a method takes: every placement of the prompt has its own."""
+    return "suffix" if method.startswith("suffix") else "pt"
+
+
+def tuned_rate(results: Path, model: str, task: str, method: str) -> float | None:
+    """The rate of the best final metric on the tuning split; None where not every rate has been tried."""
+    cells = [Cell(model, task, placement(method), TUNE_SEED, rate) for rate in RATES]
+    if not all((results / c.path).is_file() for c in cells):
+        return None
+    found = [json.loads((results / c.path).read_text()) for c in cells]
+    return max(zip((settled(f["curve"]) for f in found), RATES, strict=True))[1]
+
+
+def settled(curve: list[dict[str, float]]) -> float:
+    """The quality a run ends with: the mean of its last two evaluations, which are noisy one by one."""
+    return statistics.fmean(p["metric"] for p in curve[-2:])
+
+
+def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[Any, run.Session]) -> dict[str, Any]:
+    task = TASKS[cell.task]
+    steps = task.steps if cell.rate is None else task.steps // 2
+    with tempfile.TemporaryDirectory(prefix="fpt-quality-") as work:
+        settings: dict[str, Any] = {
+            "model": {"path": MODELS[cell.model](), "dtype": args.dtype},
+            "data": data_of(cell.task, cell.rate is not None, args, Path(work)),
+            "prompt": {"tokens": 20, "init": "vocab"},
+            "optim": {"optimizer": "adam", "lr": rate},
+            "scoring": {"examples": 64},
+            "train": {
+                "steps": steps,
+                "batch_size": task.batch,
+                "eval_every": task.steps // 8,
+                "save_every": steps,
+                "keep": "last",
+                "seed": cell.seed,
+            },
+            "eval": {"batch_size": 32},
+            "output": f"{work}/run",
+        }
+        for section, values in METHODS[cell.method](task).items():
+            settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
+        recipe = config.load(settings)
+        key = (cell.model, cell.task, cell.rate is None, cell.seed)
+        if key not in sessions:
+            sessions.clear()  # one model in memory at a time
+            sessions[key] = run.open_session(recipe, ("train", "validation"))
+        clock = CpuSeconds()
+        started = time.time()
+        result = run.train(recipe, session=sessions[key], callbacks=[clock])
+    flops = result.flops
+    overhead = flops["score"] + flops["probe"]
+    return {
+        **{k: v for k, v in asdict(cell).items() if k != "rate"},
+        "rate": rate,
+        "sizes": asdict(task),
+        "metric": result.primary,
+        "curve": [
+            {
+                "step": p.step,
+                "metric": p.metrics[result.primary],
+                "flops": p.train_flops + overhead * min(1.0, p.step / max(result.steps, 1) if flops["probe"] else 1.0),
+                "cpu_seconds": clock.at.get(p.step, clock.total),
+            }
+            for p in result.curve
+        ],
+        "flops": {k: flops[k] for k in ("train", "score", "probe")},
+        "steps": result.steps,
+        "schedule": result.schedule,
+        "kept_layers": result.kept_layers,
+        "minutes": (time.time() - started) / 60,
+        "environment": result.environment,
+    }
+
+
+def cells_of(args: argparse.Namespace) -> Iterator[Cell]:
+    """Tuning first, then whole comparisons, one seed after the other."""
+    for model in args.models:
+        for task in args.tasks:
+            for method in sorted({placement(m) for m in args.methods}):
+                for rate in RATES:
+                    yield Cell(model, task, method, TUNE_SEED, rate)
+    for seed in args.seeds:
+        for model in args.models:
+            for task in args.tasks:
+                for method in args.methods:
+                    yield Cell(model, task, method, seed)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def load_grid(results: Path) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Finished cells by (model, task, method), seeds in order."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for path in sorted((results / "grid").glob("*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault((cell["model"], cell["task"], cell["method"]), []).append(cell)
+    return found
+
+
+def mean_curve(cells: list[dict[str, Any]], axis: str = "flops") -> list[tuple[float, float]]:
+    """`(mean cost, mean metric)` at every evaluation that all seeds have."""
+    n = min(len(c["curve"]) for c in cells)
+    return [
+        (
+            statistics.fmean(c["curve"][i][axis] for c in cells),
+            statistics.fmean(c["curve"][i]["metric"] for c in cells),
+        )
+        for i in range(n)
+    ]
+
+
+def cost_to_reach(curve: list[tuple[float, float]], target: float) -> float | None:
+    """Cost at which a curve first reaches a quality, between evaluations by a straight line; None if it never does."""
+    before: tuple[float, float] | None = None
+    for cost, value in curve:
+        if value >= target:
+            if before is None or value == before[1]:
+                return cost
+            return before[0] + (cost - before[0]) * (target - before[1]) / (value - before[1])
+        before = (cost, value)
+    return None
+
+
+def quality_at(curve: list[tuple[float, float]], cost: float) -> float:
+    """Quality of a curve at a cost, between evaluations by a straight line."""
+    costs, values = zip(*curve, strict=True)
+    return float(np.interp(cost, costs, values))
+
+
+def summary(results: Path) -> list[dict[str, Any]]:
+    """One row per model × task × method with finished seeds, beside plain prompt tuning on the same seeds."""
+    grid, rows = load_grid(results), []
+    for (model, task, method), cells in grid.items():
+        seeds = {c["seed"] for c in cells}
+        plain = [c for c in grid.get((model, task, "pt"), []) if c["seed"] in seeds]
+        if len(plain) != len(cells):
+            continue
+        base, curve = mean_curve(plain), mean_curve(cells)
+        final = [settled(c["curve"]) for c in cells]
+        target = statistics.fmean(settled(c["curve"]) for c in plain)
+        whole = base[-1][0]
+        seconds = (mean_curve(plain, "cpu_seconds"), mean_curve(cells, "cpu_seconds"))
+        reached = cost_to_reach(curve, target)
+        own = cost_to_reach(base, target)
+        reached_seconds = cost_to_reach(seconds[1], target)
+        rows.append(
+            {
+                "model": model,
+                "task": task,
+                "method": method,
+                "seeds": len(cells),
+                "rate": cells[0]["rate"],
+                "metric": cells[0]["metric"],
+                "final": statistics.fmean(final),
+                "spread": statistics.stdev(final) if len(final) > 1 else None,
+                "plain_final": target,
+                "flops": curve[-1][0] / whole,
+                "seconds": seconds[1][-1][0] / seconds[0][-1][0],
+                "flops_to_plain": None if reached is None else reached / whole,
+                "seconds_to_plain": None if reached_seconds is None else reached_seconds / seconds[0][-1][0],
+                "plain_flops_to_plain": None if own is None else own / whole,
+                "improve": statistics.fmean(final) - quality_at(base, curve[-1][0]),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    share = lambda x: "never" if x is None else f"{100 * x:.0f}%"  # noqa: E731
+    lines = [
+        "| model | task | method | seeds | final | spread | FLOPs | FLOPs to plain's final | CPU seconds | Improve |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = list(METHODS)
+    for r in sorted(rows, key=lambda r: (r["model"], r["task"], order.index(r["method"]))):
+        spread = "–" if r["spread"] is None else f"{r['spread']:.1f}"
+        improve = "–" if r["method"] == "pt" else f"{r['improve']:+.1f}"
+        lines.append(
+            f"| {r['model']} | {r['task']} | {r['method']} | {r['seeds']} | {r['final']:.1f} | {spread} | "
+            f"{share(r['flops'])} | {share(r['flops_to_plain'])} | {share(r['seconds'])} | {improve} |"
+        )
+    return "\n".join(lines)
+
+
+def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
+    """Targets that the committed results miss, or cannot show yet."""
+    by = {(r["model"], r["task"], r["method"]): r for r in rows if r["seeds"] >= 3}
+    missed = []
+    for task in ("topics", "headlines", "squad"):
+        best = [by[k] for m in METHODS if m not in ("pt", "auto") and (k := ("gemma", task, m)) in by]
+        good = [r for r in best if (r["flops_to_plain"] or 9) <= 0.6 and r["improve"] >= 1]
+        if not good:
+            missed.append(f"gemma {task}: no method reaches plain's quality for 60% of its FLOPs with Improve of +1")
+        for model in MODELS:
+            auto = by.get((model, task, "auto"))
+            if auto is None or (auto["flops_to_plain"] or 9) > 1.05:
+                missed.append(f"{model} {task}: auto at most 105%: {'no 3 seeds yet' if auto is None else 'missed'}")
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    several = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--models", type=several, default=list(MODELS))
+    parser.add_argument("--tasks", type=several, default=["topics", "headlines", "squad"])
+    parser.add_argument("--methods", type=several, default=list(METHODS))
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--squad", type=Path, help="SQuAD 2.0 in the official JSON format")
+    parser.add_argument("--reviews", type=Path, help="source distribution of vaderSentiment 3.3.2")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--minutes", type=float, help="begin no cell after this many minutes")
+    parser.add_argument("--summary", action="store_true", help="print the tables of the results and end")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    args = parser.parse_args()
+    for name, chosen, known in (("models", args.models, MODELS), ("tasks", args.tasks, TASKS),
+                                ("methods", args.methods, METHODS)):  # fmt: skip
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--{name} {','.join(sorted(unknown))}: choose of {','.join(known)}")
+    if not (args.summary or args.check):
+        quiet_libraries()
+        logging.getLogger("fast_prompt_tuning").setLevel(logging.WARNING)
+        started, sessions = time.time(), {}
+        for cell in cells_of(args):
+            path = args.results / cell.path
+            if path.is_file():
+                continue
+            if args.minutes is not None and time.time() - started > 60 * args.minutes:
+                print("out of time: the same command goes on")
+                break
+            rate = cell.rate if cell.rate is not None else tuned_rate(args.results, cell.model, cell.task, cell.method)
+            if rate is None:
+                sys.exit(f"error: {cell} before its learning rate is tuned")
+            record = run_cell(cell, rate, args, sessions)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(record, indent=1) + "\n")
+            values = " ".join(f"{p['metric']:.1f}" for p in record["curve"])
+            print(f"{cell.path} lr {rate:g}: {values} ({record['minutes']:.1f} min)", flush=True)
+    rows = summary(args.results)
+    print(table(rows))
+    if args.check:
+        missed = shortfalls(rows)
+        if missed:
+            print("missed: " + "; ".join(missed))
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    main()

@@ -1,0 +1,108 @@
+"""The tables of the quality harness, on made-up results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "quality" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def quality() -> Any:
+    spec = importlib.util.spec_from_file_location("quality_run", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quality_run"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["quality_run"]
+
+
+def cell(model: str, task: str, method: str, seed: int, points: list[tuple[float, float]]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "task": task,
+        "method": method,
+        "seed": seed,
+        "rate": 0.01,
+        "metric": "accuracy",
+        "curve": [
+            {"step": i, "metric": m, "flops": f, "cpu_seconds": 2 * f} for i, (f, m) in enumerate(points, start=1)
+        ],
+    }
+
+
+def write(folder: Path, cells: list[dict[str, Any]]) -> None:
+    (folder / "grid").mkdir()
+    for c in cells:
+        path = folder / "grid" / f"{c['model']}-{c['task']}-{c['method']}-{c['seed']}.json"
+        path.write_text(json.dumps(c))
+
+
+PLAIN = [(25.0, 50.0), (50.0, 70.0), (75.0, 80.0), (100.0, 82.0)]  # settled: 81
+FAST = [(10.0, 40.0), (20.0, 80.0), (30.0, 84.0), (55.0, 84.0)]
+
+
+def test_what_a_method_saves(quality, tmp_path):
+    cells = [cell("gemma", "topics", m, s, p) for s in (0, 1, 2) for m, p in (("pt", PLAIN), ("batch", FAST))]
+    write(tmp_path, cells)
+    rows = {r["method"]: r for r in quality.summary(tmp_path)}
+    fast = rows["batch"]
+    assert fast["final"] == 84
+    assert fast["plain_final"] == 81
+    assert fast["flops"] == 0.55
+    assert fast["flops_to_plain"] == pytest.approx(0.225)
+    assert fast["improve"] == pytest.approx(84 - 72)  # plain at 55: between 70 and 80
+    assert fast["seconds"] == 0.55
+    assert rows["pt"]["flops_to_plain"] == pytest.approx(0.875)
+    text = quality.table(list(rows.values()))
+    assert "| gemma | topics | batch | 3 | 84.0 | 0.0 | 55% | 22% | 55% | +12.0 |" in text
+
+
+def test_a_method_that_never_gets_there_and_unequal_seeds(quality, tmp_path):
+    cells = [cell("gemma", "topics", "pt", s, PLAIN) for s in (0, 1)]
+    cells += [cell("gemma", "topics", "cr", 0, [(20.0, 30.0), (60.0, 40.0)])]
+    cells += [cell("gemma", "topics", "auto", s, FAST) for s in (0, 7)]  # plain has no seed 7: not comparable
+    write(tmp_path, cells)
+    rows = {r["method"]: r for r in quality.summary(tmp_path)}
+    assert rows["cr"]["seeds"] == 1
+    assert rows["cr"]["flops_to_plain"] is None
+    assert "auto" not in rows
+    assert "never" in quality.table(list(rows.values()))
+
+
+def test_targets_are_missed_until_they_are_shown(quality, tmp_path):
+    tasks = ("topics", "headlines", "squad")
+    write(tmp_path, [cell("gemma", t, m, s, p) for t in tasks for s in (0, 1, 2)
+                     for m, p in (("pt", PLAIN), ("batch", FAST), ("auto", FAST))])  # fmt: skip
+    missed = quality.shortfalls(quality.summary(tmp_path))
+    assert missed == [f"smollm2 {t}: auto at most 105%: no 3 seeds yet" for t in tasks]
+    for t in tasks:
+        (tmp_path / "grid" / f"gemma-{t}-batch-2.json").unlink()
+    assert any("gemma topics: no method" in m for m in quality.shortfalls(quality.summary(tmp_path)))
+
+
+def test_the_learning_rate_is_the_best_of_all_that_were_tried(quality, tmp_path):
+    (tmp_path / "tuning").mkdir()
+    for rate, final in zip(quality.RATES, (70.0, 90.0, 80.0), strict=True):
+        assert quality.tuned_rate(tmp_path, "gemma", "topics", "batch") is None
+        made = quality.Cell("gemma", "topics", "pt", quality.TUNE_SEED, rate)
+        found = cell("gemma", "topics", "pt", quality.TUNE_SEED, [(1.0, final), (2.0, final)])
+        (tmp_path / made.path).write_text(json.dumps(found))
+    assert quality.tuned_rate(tmp_path, "gemma", "topics", "batch") == quality.RATES[1]
+    assert quality.tuned_rate(tmp_path, "gemma", "headlines", "batch") is None
+
+
+def test_every_method_is_a_valid_recipe(quality):
+    from fast_prompt_tuning import config
+
+    for name, settings in quality.METHODS.items():
+        task = quality.TASKS["topics"]
+        base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "output": "y",
+                "train": {"steps": task.steps, "batch_size": task.batch}, **settings(task)}  # fmt: skip
+        assert config.load(base).train.steps == task.steps, name
