@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,11 +26,15 @@ from fast_prompt_tuning.flops import (
     schedule_flops,
     stage_params,
     step_flops,
+    text_bytes,
+    text_flops,
     weight_bytes,
 )
 from fast_prompt_tuning.objective import IGNORED, label_loss
 from fast_prompt_tuning.partial_plm import PartialPLM
+from fast_prompt_tuning.placement import SuffixPromptModel, suffix_loss, text_states
 from fast_prompt_tuning.schedule import Schedule, Stage
+from fast_prompt_tuning.text_cache import TextCache
 
 # PEFT asks a model for an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -179,6 +184,66 @@ def test_equals_pytorch_count_at_every_stage(model_type, more, sizes, shape):
         assert step_flops(cost, stage, shape) == pytest.approx(both, rel=0.01)
     assert CostModel.from_model(model) == cost  # also while the model is shrunk
     partial.restore()
+
+
+SUFFIX_CASES = [c for c in CASES if c[0] not in ("bert", "roberta")]
+
+
+@pytest.mark.parametrize(("model_type", "more"), SUFFIX_CASES)
+def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more):
+    config = tiny_config(model_type, heads=4, head_dim=32, ffn=160, **more)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    cost, plm = CostModel.from_config(config), auto.from_config(config, attn_implementation="eager")
+    shape = BatchShape(batch=2, input_tokens=19, prompt_tokens=PROMPT, target_tokens=4, placement="suffix")
+    ids = torch.randint(4, VOCAB, (2, 23))
+    labels = ids.clone()
+    labels[:, :19] = IGNORED
+    if config.is_encoder_decoder:
+        ids, labels = ids[:, :19], ids[:, 19:]
+    cache = TextCache(plm)
+    model = SuffixPromptModel(plm, PROMPT, cache=cache)
+    partial = PartialPLM(model, keep_neurons="first")
+    for stage in (None, partial_stages(cost)[2]):
+        partial.resize(stage or partial.full_stage)
+        for examples in (2, 0):
+            with FlopCounterMode(display=False) as counter:
+                loss = suffix_loss(model, {"input_ids": ids, "labels": labels})
+            forward = counter.get_total_flops()
+            with counter:
+                loss.backward()
+            now = replace(shape, text_examples=examples)
+            assert forward_flops(cost, stage, now) == pytest.approx(forward, rel=0.01)
+            assert step_flops(cost, stage, now) == pytest.approx(forward + counter.get_total_flops(), rel=0.01)
+    partial.restore()
+    kept = text_states(plm, [[5] * 19], cache).states
+    assert kept.numel() * 2 == text_bytes(cost, None, 19, dtype_bytes=2)
+    texts, new = [[5] * 19, [6] * 19], 6
+    with FlopCounterMode(display=False) as counter:
+        model.generate(torch.tensor(texts), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None)
+    # The first new token comes out of reading the prompt: one step fewer than is counted.
+    wanted = generation_flops(cost, replace(shape, target_tokens=new, text_examples=counter_texts(cache)))
+    assert wanted == pytest.approx(counter.get_total_flops(), rel=0.35)
+    assert wanted < generation_flops(cost, replace(shape, target_tokens=new, placement="prefix"))
+
+
+def counter_texts(cache):
+    """Texts that the last use of the cache had to run."""
+    return cache.ran[-1][0]
+
+
+def test_a_prompt_after_the_text_saves_with_the_length_of_the_text():
+    cost = CostModel.from_config(tiny_config("llama", layers=4, heads=4, head_dim=32))
+    ratios = []
+    for tokens in (16, 64, 256):
+        plain = BatchShape(batch=4, input_tokens=tokens, target_tokens=2)
+        fresh, warm = (replace(plain, placement="suffix", text_examples=n) for n in (None, 0))
+        ratios.append(step_flops(cost, None, warm) / step_flops(cost, None, plain))
+        assert step_flops(cost, None, warm) < step_flops(cost, None, fresh) < step_flops(cost, None, plain)
+        assert activation_bytes(cost, None, warm) < activation_bytes(cost, None, plain)
+        assert step_flops(cost, None, fresh) - step_flops(cost, None, warm) == text_flops(cost, None, 4, tokens)
+    assert ratios == sorted(ratios, reverse=True)
+    with pytest.raises(ConfigError, match="prompt_tokens=0 with placement='suffix'"):
+        BatchShape(prompt_tokens=0, placement="suffix")
 
 
 @pytest.mark.parametrize("model_type", ["t5", "llama"])

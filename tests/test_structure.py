@@ -21,6 +21,8 @@ ORDER = [  # a module imports only from modules before it
     "objective",
     "trimming",
     "soft_prompt",
+    "text_cache",
+    "placement",
     "scoring",
     "flops",
     "layer_scores",

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from .errors import FptError
     from .objective import label_loss
     from .partial_plm import PartialPLM
+    from .placement import SuffixPromptModel, load_soft_prompt, suffix_loss
     from .schedule import Schedule, Stage
     from .scoring import NeuronScores, activation_scores
     from .soft_prompt import init_soft_prompt, soft_prompt_config
+    from .text_cache import TextCache
 
 try:
     __version__ = version("fast-prompt-tuning")
@@ -34,10 +36,14 @@ _EXPORTS = {
     "ProgressiveCallback": "callback",
     "Schedule": "schedule",
     "Stage": "schedule",
+    "SuffixPromptModel": "placement",
+    "TextCache": "text_cache",
     "activation_scores": "scoring",
     "init_soft_prompt": "soft_prompt",
     "label_loss": "objective",
+    "load_soft_prompt": "placement",
     "soft_prompt_config": "soft_prompt",
+    "suffix_loss": "placement",
 }
 
 __all__ = [
@@ -47,10 +53,14 @@ __all__ = [
     "ProgressiveCallback",
     "Schedule",
     "Stage",
+    "SuffixPromptModel",
+    "TextCache",
     "activation_scores",
     "init_soft_prompt",
     "label_loss",
+    "load_soft_prompt",
     "soft_prompt_config",
+    "suffix_loss",
 ]
 
 

@@ -67,6 +67,9 @@ class PromptConfig(_Section):
     init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
     text: str | None = Field(None, description="the text of init: text")
     path: str | None = Field(None, description="the saved prompt of init: prompt")
+    placement: Literal["prefix", "suffix"] = Field(
+        "prefix", description="before the text (the paper's), or after it; an encoder-decoder's: before the target"
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> PromptConfig:
@@ -74,6 +77,14 @@ class PromptConfig(_Section):
             if self.init == {"text": "text", "path": "prompt"}[init] and not getattr(self, init):
                 raise ValueError(f"init={self.init!r} needs prompt.{init}; set it")
         return self
+
+
+class CacheConfig(_Section):
+    """What texts leave behind, kept between steps where the prompt stands after them (prompt.placement=suffix)."""
+
+    tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
+    budget_mib: float = Field(1024, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
+    folder: str | None = Field(None, description="of tier disk, shared by runs; default in the user's cache")
 
 
 class StageConfig(_Section):
@@ -157,6 +168,7 @@ class RunConfig(_Section):
     )
     stacks: list[Literal["encoder", "decoder"]] | None = Field(None, description="stacks to cut; default the task's")
     prompt: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
+    cache: CacheConfig = Field(default_factory=CacheConfig)  # type: ignore[arg-type]
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
     optim: OptimConfig = Field(default_factory=OptimConfig)  # type: ignore[arg-type]
     train: TrainConfig
@@ -165,6 +177,14 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if self.prompt.placement == "suffix":
+            if self.method == "full":
+                raise ValueError("prompt.placement='suffix' has no prompt with method='full'; leave one of them out")
+            if self.train.gradient_checkpointing:
+                raise ValueError(
+                    "train.gradient_checkpointing cannot be used with prompt.placement='suffix', whose text keeps no "
+                    "activations anyway; leave it out"
+                )
         if self.stages is not None:
             if self.method in ("pt", "full"):
                 raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")

@@ -2,7 +2,8 @@
 
 Everything here works on the bare PLM and the prompt's vectors, so that a trained prompt, an untrained one and none at
 all are predicted by the same code. Decoder-only inputs are padded on the left *of the prompt* and positions follow
-the attention mask: a batch of many gives the predictions of a batch of one.
+the attention mask: a batch of many gives the predictions of a batch of one. With `placement="suffix"` the prompt stands
+after the text (see `placement.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 from .errors import DataError
 from .objective import IGNORED, labelled_logits, selected_rows
+from .placement import generation_inputs, suffix_logits, text_states
+from .text_cache import TextCache
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def score_labels(
     *,
     batch_size: int = 16,
     length_normalize: bool = False,
+    placement: str = "prefix",
+    cache: TextCache | None = None,
 ) -> list[Prediction]:
     """Rank classification: the label whose tokens the model finds most probable, exactly and without generating.
 
@@ -112,6 +117,8 @@ def score_labels(
         labels: label word -> its target token ids, as in training but without the end-of-sequence token for
             decoder-only models.
         length_normalize: divide each label's log-probability by its number of tokens.
+        placement: `prefix` or `suffix`: where the prompt stands.
+        cache: kept states of the texts, for `suffix`.
 
     Raises:
         DataError: no labels, or a label without tokens.
@@ -120,12 +127,16 @@ def score_labels(
         raise DataError(f"labels={dict(labels)!r} must name at least one label, each with at least one token")
     score = _score_encoder_decoder if plm.config.is_encoder_decoder else _score_decoder
     words = list(labels)
+    ids_of = [list(labels[w]) for w in words]
     lengths = torch.tensor([len(labels[w]) for w in words], dtype=torch.float32)
     found: dict[int, Prediction] = {}
     with inference(plm):
         for picked in batches_of(by_length(inputs), batch_size):
             fronts, tokens = prompts_of(prompt, picked), [inputs[i] for i in picked]
-            table = score(plm, fronts, tokens, [list(labels[w]) for w in words]).float().cpu()
+            if fronts is not None and placement == "suffix":
+                table = _score_suffix(plm, fronts, tokens, ids_of, cache).float().cpu()
+            else:
+                table = score(plm, fronts, tokens, ids_of).float().cpu()
             if length_normalize:
                 table = table / lengths
             for i, row in zip(picked, table, strict=True):
@@ -176,6 +187,22 @@ def _score_encoder_decoder(
     return torch.stack(columns, 1)
 
 
+def _score_suffix(
+    plm: Any, prompt: torch.Tensor, inputs: list[Sequence[int]], labels: list[list[int]], cache: TextCache | None
+) -> torch.Tensor:
+    """`(B, number of labels)`; the text is run once for all labels, or not at all if its states are kept."""
+    text = text_states(plm, inputs, cache)
+    if not plm.config.is_encoder_decoder and all(len(ids) == 1 for ids in labels):
+        first = torch.full((len(inputs), 1), labels[0][0])
+        logits, _, _ = suffix_logits(plm, prompt, text, first, first)
+        return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]]
+    columns = []
+    for ids in labels:
+        targets = torch.tensor([ids] * len(inputs))
+        columns.append(_log_probability(*suffix_logits(plm, prompt, text, targets, targets), len(inputs)))
+    return torch.stack(columns, 1)
+
+
 def generate(
     plm: Any,
     tokenizer: Any,
@@ -187,12 +214,16 @@ def generate(
     batch_size: int = 16,
     stop_at_newline: bool = False,
     use_cache: bool = True,
+    placement: str = "prefix",
+    cache: TextCache | None = None,
 ) -> list[Prediction]:
     """Greedy (`num_beams=1`) or beam-search answers, in the order of `inputs`.
 
     Args:
         plm: the bare PLM. BERT-like models do not generate from embeddings and are refused by `transformers`.
         stop_at_newline: keep the first line only, for decoders whose targets are one line.
+        placement: `prefix` or `suffix`: where the prompt stands.
+        cache: kept states of the texts, for `suffix`.
 
     Returns:
         Texts without special tokens, stripped; `score` is the mean log-probability per generated token.
@@ -202,10 +233,14 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     with inference(plm), _no_leftover_options(plm):
         for picked in batches_of(by_length(inputs), batch_size):
-            padded = prompted_inputs(plm, prompts_of(prompt, picked), [inputs[i] for i in picked], left=left)
+            fronts, tokens = prompts_of(prompt, picked), [inputs[i] for i in picked]
+            if fronts is not None and placement == "suffix":
+                given = generation_inputs(plm, fronts, tokens, copies=num_beams, cache=cache)
+            else:
+                padded = prompted_inputs(plm, fronts, tokens, left=left)
+                given = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask}
             out = plm.generate(
-                inputs_embeds=padded.embeds,
-                attention_mask=padded.mask,
+                **given,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,

@@ -55,9 +55,12 @@ class BatchShape:
         label_tokens: positions of one example (its mean over the batch) the LM head runs on; None is every target
             token. Fewer if targets are padded: padding carries no label.
         full_logits: the LM head runs on every position (a plain `model(**batch).loss`), whatever `label_tokens`.
+        placement: `prefix`, or `suffix`: the prompt after the text (in front of the decoder's input). The text then
+            runs forward only, and prompt and target run over its keys and values (`placement.py`).
+        text_examples: with `suffix`, examples whose text runs at all; None is every one, 0 a warm cache.
 
     Raises:
-        ConfigError: a size below its least value, or more labels than target tokens.
+        ConfigError: a size below its least value, more labels than target tokens, or a prompt of none after the text.
     """
 
     batch: int = 32
@@ -66,6 +69,8 @@ class BatchShape:
     target_tokens: int = 10
     label_tokens: float | None = None
     full_logits: bool = False
+    placement: Literal["prefix", "suffix"] = "prefix"
+    text_examples: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("input_tokens", 0), ("prompt_tokens", 0), ("target_tokens", 1)):
@@ -78,6 +83,9 @@ class BatchShape:
             raise ConfigError(
                 f"label_tokens={self.label_tokens!r} must be between 0 and target_tokens={self.target_tokens}"
             )
+
+        if self.placement == "suffix" and self.prompt_tokens < 1:
+            raise ConfigError("prompt_tokens=0 with placement='suffix' has no prompt; give at least one token")
 
     @property
     def source_tokens(self) -> int:
@@ -92,6 +100,7 @@ class BatchShape:
             self,
             batch=self.batch if stage.batch is None else min(self.batch, stage.batch),
             input_tokens=self.input_tokens if stage.length is None else min(self.input_tokens, stage.length),
+            text_examples=None if self.text_examples is None else min(self.text_examples, stage.batch or self.batch),
         )
 
 
@@ -353,6 +362,8 @@ def _pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convent
     """FLOPs of `(forward, backward)` of one batch, as far as `stage` trains on it."""
     _check_convention(convention)
     shape = shape.at(stage)
+    if shape.placement == "suffix":
+        return _suffix_pass_flops(cost, stage, shape, convention)
     sizes = cost.sizes(stage)
     products = 1 if convention == "all" else 0
     full_logits = shape.full_logits or convention == "linear"
@@ -386,6 +397,58 @@ def _pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convent
         labels = shape.target_tokens if seq2seq else source
     logits = shape.batch * labels * cost.head
     return 2 * (forward + logits), 2 * (backward + logits)
+
+
+def text_flops(
+    cost: CostModel, stage: Stage | None, examples: int, tokens: int, *, convention: Convention = "all"
+) -> float:
+    """FLOPs of running texts alone, forward, as a prompt after the text lets one do: no LM head, no prompt.
+
+    Args:
+        examples, tokens: how many texts, and their padded length.
+
+    Raises:
+        ScheduleError: the stage does not fit the model. ConfigError: unknown convention.
+    """
+    _check_convention(convention)
+    name = "encoder" if len(cost.stacks) > 1 else next(iter(cost.stacks))
+    stack, (layers, ffn) = cost.stacks[name], cost.sizes(stage)[name]
+    scores = tokens * stack.attention_width if convention == "all" else 0
+    return (
+        2
+        * examples
+        * tokens
+        * (stack.outside + layers * (stack.attention + 2 * scores + stack.neuron * ffn + stack.other))
+    )
+
+
+def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
+    """As `_pass_flops`, with the prompt after the text: a gradient passes through prompt and target only."""
+    products = 1 if convention == "all" else 0
+    seq2seq = len(cost.stacks) > 1
+    name = "decoder" if seq2seq else next(iter(cost.stacks))
+    stack, (layers, ffn) = cost.stacks[name], cost.sizes(stage)[name]
+    # A decoder-only model is not run on the last target token, from which nothing is predicted.
+    length = shape.prompt_tokens + shape.target_tokens - (0 if seq2seq else 1)
+    tokens = shape.batch * length
+    linear = stack.attention + stack.neuron * ffn + stack.other
+    scores = products * tokens * (length + (0 if seq2seq else shape.input_tokens)) * stack.attention_width
+    forward = tokens * stack.outside + layers * (tokens * linear + 2 * scores)
+    # The text's keys and values have no gradient of their own, but stand in one tensor with those that have.
+    backward = tokens * stack.outside + layers * (tokens * linear + 4 * scores)
+    if seq2seq:
+        projections = tokens * (stack.cross_query + stack.cross_out)
+        cross_scores = products * tokens * shape.input_tokens * stack.cross_width
+        kv = shape.batch * shape.input_tokens * stack.cross_kv
+        forward += layers * (projections + kv + 2 * cross_scores)
+        backward += layers * (projections + 2 * cross_scores)  # the encoder's states have no gradient
+    labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
+    if shape.full_logits or convention == "linear":
+        labels = length
+    logits = shape.batch * labels * cost.head
+    examples = shape.batch if shape.text_examples is None else shape.text_examples
+    text = text_flops(cost, stage, examples, shape.input_tokens, convention=convention)  # type: ignore[arg-type]
+    return text + 2 * (forward + logits), 2 * (backward + logits)
 
 
 def forward_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, *, convention: Convention = "all") -> float:
@@ -435,21 +498,28 @@ def generation_flops(cost: CostModel, shape: BatchShape, *, stage: Stage | None 
     sizes = cost.sizes(stage)
     seq2seq = len(cost.stacks) > 1
     source, new = shape.source_tokens, shape.target_tokens
+    text = 0.0
+    if suffix := shape.placement == "suffix":
+        examples = shape.batch if shape.text_examples is None else shape.text_examples
+        text = text_flops(cost, stage, examples, shape.input_tokens)
+        source = shape.input_tokens
     macs = 0.0
     for name, stack in cost.stacks.items():
         layers, ffn = sizes[name]
         linear = stack.attention + stack.neuron * ffn + stack.other
         cross = stack.cross_width > 0
-        if not cross:
+        if not cross and not suffix:
             macs += source * (stack.outside + layers * (linear + 2 * source * stack.attention_width))
         if cross or not seq2seq:
-            before = 0 if cross else source
-            keys = new * before + new * (new + 1) / 2  # summed over the new tokens
+            seen = 0 if cross else source
+            read = shape.prompt_tokens if suffix else 0  # in one pass, after what was seen
+            macs += read * (stack.outside + layers * (linear + 2 * (seen + read) * stack.attention_width))
+            keys = new * (seen + read) + new * (new + 1) / 2  # summed over the new tokens
             macs += new * stack.outside + layers * (new * linear + 2 * keys * stack.attention_width)
-        if cross:
-            macs += layers * (source * stack.cross_kv + new * (stack.cross_query + stack.cross_out))
-            macs += layers * 2 * new * source * stack.cross_width
-    return 2 * shape.batch * (macs + new * cost.head)
+            if cross:
+                macs += layers * (source * stack.cross_kv + (read + new) * (stack.cross_query + stack.cross_out))
+                macs += layers * 2 * (read + new) * source * stack.cross_width
+    return text + 2 * shape.batch * (macs + new * cost.head)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -474,6 +544,17 @@ def weight_bytes(cost: CostModel, stage: Stage | None, *, dtype_bytes: float = 2
     return int(dtype_bytes * (cost.params + copies))
 
 
+def text_bytes(cost: CostModel, stage: Stage | None, tokens: int, *, dtype_bytes: float = 2) -> int:
+    """Bytes that a text of `tokens` leaves behind where the prompt stands after it: what a text cache keeps of it.
+
+    Keys and values of every layer; of an encoder-decoder the encoder's output.
+    """
+    if len(cost.stacks) > 1:
+        return int(dtype_bytes * tokens * cost.stacks["encoder"].d_model)
+    name = next(iter(cost.stacks))
+    return int(dtype_bytes * tokens * cost.sizes(stage)[name][0] * cost.stacks[name].kv_width)
+
+
 def activation_bytes(
     cost: CostModel, stage: Stage | None, shape: BatchShape, *, dtype_bytes: float = 2, keep_scores: bool = False
 ) -> int:
@@ -492,15 +573,25 @@ def activation_bytes(
     """
     sizes, shape = cost.sizes(stage), shape.at(stage)
     seq2seq = len(cost.stacks) > 1
+    suffix = shape.placement == "suffix"
     source = shape.source_tokens if seq2seq else shape.source_tokens + shape.target_tokens
+    if suffix:
+        source = shape.input_tokens
     total = 0.0
     for name, stack in cost.stacks.items():
         layers, ffn = sizes[name]
         cross = stack.cross_width > 0
         length = shape.target_tokens if cross else source
+        cross_source: float = 0
+        seen = 0  # text tokens among the keys
+        if suffix:
+            if seq2seq and not cross:
+                continue  # the encoder runs without a gradient
+            length = shape.prompt_tokens + shape.target_tokens
+            seen = 0 if cross else shape.input_tokens
+            cross_source = seen * stack.kv_width
         per_token = 2 * stack.attention_width + stack.kv_width + (3 if stack.ffn_in > 1 else 1) * ffn
-        scores = stack.heads * length * length
-        cross_source = 0
+        scores = stack.heads * length * (length + seen)
         if cross:
             per_token += 2 * stack.cross_width
             cross_source = 2 * stack.cross_width * source
@@ -510,7 +601,7 @@ def activation_bytes(
         total += shape.batch * layers * (dtype_bytes * kept + norms)
     labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
     if shape.full_logits:
-        labels = shape.target_tokens if seq2seq else source
+        labels = length if suffix else shape.target_tokens if seq2seq else source
     return int(total + shape.batch * labels * cost.vocab * (dtype_bytes + 8))
 
 

@@ -8,6 +8,7 @@ reads a contiguous copy of the kept rows or columns.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ class _NarrowProjection:
     def __init__(self, module: Any, kept: torch.Tensor, dim: int, keep_bias: bool):
         self.module, self.kept, self.dim, self.keep_bias = module, kept, dim, keep_bias
         self.transposed = isinstance(module, Conv1D)  # stores (in, out), the reverse of nn.Linear
+        self.kept_key = hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()[:16]
         self.refresh()
 
     def _select(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -163,6 +165,22 @@ def _check_projection(module: nn.Module | None, shape: tuple[int, int], where: s
     got = tuple(reversed(weight.shape)) if isinstance(module, Conv1D) else tuple(weight.shape)
     if (shape[0] and got[0] != shape[0]) or (shape[1] and got[1] != shape[1]):
         raise ModelError(f"{where} has shape {got}, expected {shape} (out, in; 0 is any); its family's paths are wrong")
+
+
+def cut_key(plm: Any, stack: str) -> str:
+    """What of a stack the PLM runs now, as a short text: kept layers and neurons, and the dtype it computes in.
+
+    Two equal keys of one PLM mean the same computation; at its full size and in one dtype the key is always the same.
+    """
+    spec = families.of(plm.config).stacks[stack]
+    parent_path, _, attribute = spec.layers.rpartition(".")
+    parent = resolve(plm.base_model, parent_path) if parent_path else plm.base_model
+    order = {module: i for i, module in enumerate(parent._modules[attribute])}
+    digest = hashlib.sha256(str(plm.dtype).encode())
+    for layer in getattr(parent, attribute):
+        narrow = getattr(resolve(layer, spec.ffn_out), "__dict__", {}).get("forward")
+        digest.update(f"{order[layer]}:{narrow.kept_key if isinstance(narrow, _NarrowProjection) else ''},".encode())
+    return digest.hexdigest()[:16]
 
 
 class PartialPLM:

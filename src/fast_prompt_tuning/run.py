@@ -25,21 +25,23 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import fingerprint, metrics, tasks
 from .callback import AutoCallback, ProgressiveCallback
-from .config import RunConfig
+from .config import CacheConfig, RunConfig
 from .data import Collator, encode, examples_fingerprint, train_calibration, train_split
 from .errors import ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
-from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops
+from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops, text_flops
 from .growth import AutoSchedule
 from .layer_scores import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from .models import load_plm, load_tokenizer, locate
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
+from .placement import SuffixPromptModel, check_suffix
 from .plan import full_stage, load_config
 from .results import Point, RunResult, environment, save_result, write_atomic
 from .schedule import Schedule, Stage
 from .scoring import NeuronScores, activation_scores
 from .soft_prompt import context_length, init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
+from .text_cache import TextCache
 from .trainer import PromptTrainer, StepGuard, batch_shape, make_collator, make_optimizer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,15 @@ class Session:
     examples: dict[str, Dataset] = field(default_factory=dict)
     encoded: dict[str, Dataset] = field(default_factory=dict)
     choices: dict[str, list[int]] = field(default_factory=dict)
+    _texts: tuple[CacheConfig, TextCache] | None = None
+
+    @property
+    def texts(self) -> TextCache:
+        """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
+        chosen = self.config.cache
+        if self._texts is None or self._texts[0] != chosen:
+            self._texts = chosen, TextCache(self.plm, budget_mib=0 if chosen.tier == "none" else chosen.budget_mib)
+        return self._texts[1]
 
     @property
     def decoder(self) -> bool:
@@ -112,6 +123,8 @@ def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     plm = load_plm(config.model.path, dtype=dtype, device=config.model.device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
+    if config.prompt.placement == "suffix":
+        check_suffix(plm)
     limit = context_length(plm)
     longest = config.prompt.tokens + config.data.max_input_tokens
     longest += session.max_target_tokens if session.decoder else 0
@@ -162,13 +175,19 @@ def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
 
 
 def predict(
-    session: Session, prompt: torch.Tensor | None, inputs: Sequence[list[int]], *, voting: str = "probabilities"
+    session: Session,
+    prompt: torch.Tensor | None,
+    inputs: Sequence[list[int]],
+    *,
+    voting: str = "probabilities",
+    placement: str | None = None,
 ) -> tuple[list[Prediction], list[str], float]:
     """Answers to tokenized inputs: predictions, their texts, FLOPs spent.
 
     Args:
         prompt: `(P, H)`, None for zero-shot, or several `(K, P, H)`: an ensemble, all prompts in the same batches.
         voting: how an ensemble agrees, see `evaluation.combine`.
+        placement: where the prompt stands; default as the recipe says.
     """
     settings, task = session.config.eval, session.task
     width = session.plm.get_input_embeddings().weight.shape[-1]
@@ -180,6 +199,11 @@ def predict(
     several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
     asked, inputs = len(inputs), [ids for ids in inputs for _ in range(several)]
     longest_label = max((len(ids) for ids in session.choices.values()), default=0)
+    placed = "prefix" if prompt is None else placement or session.config.prompt.placement
+    where: dict[str, Any] = {}
+    if placed == "suffix":
+        where = {"placement": placed, "cache": session.texts}
+        session.texts.ran.clear()
     if session.choices:
         found = score_labels(
             session.plm,
@@ -188,6 +212,7 @@ def predict(
             session.choices,
             batch_size=settings.batch_size,
             length_normalize=settings.length_normalize,
+            **where,
         )
     else:
         found = generate(
@@ -199,17 +224,20 @@ def predict(
             num_beams=settings.num_beams,
             batch_size=settings.batch_size,
             stop_at_newline=session.decoder,
+            **where,
         )
     if several > 1:
         found = [combine(found[i * several : (i + 1) * several], voting) for i in range(asked)]
     answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
-    spent = 0.0
+    spent = sum(text_flops(session.cost, None, *ran) for ran in session.texts.ran) if where else 0.0
     for picked in batches_of(by_length(inputs), settings.batch_size):
         shape = BatchShape(
             batch=len(picked),
             input_tokens=max(len(inputs[i]) for i in picked),
             prompt_tokens=0 if prompt is None else prompt.shape[-2],
             target_tokens=longest_label or session.max_target_tokens,
+            placement="suffix" if where else "prefix",
+            text_examples=0 if where else None,
         )
         if session.choices:
             passes = 1 if session.decoder and longest_label == 1 else len(session.choices)
@@ -220,14 +248,20 @@ def predict(
 
 
 def evaluate(
-    session: Session, prompt: torch.Tensor | None, split: str = "validation", *, voting: str = "probabilities"
+    session: Session,
+    prompt: torch.Tensor | None,
+    split: str = "validation",
+    *,
+    voting: str = "probabilities",
+    placement: str | None = None,
 ) -> Evaluation:
     """Score a prompt, or an ensemble of them, on a split, with the PLM at the size it has: full, outside a step."""
     rows = session.examples[split]
     if 0 in session.encoded[split]["n_target"]:
         raise DataError(f"the split {split!r} has examples without a label, so it cannot be scored; use --submission")
     start = time.perf_counter()
-    found, answers, flops = predict(session, prompt, input_ids_of(session, session.encoded[split]), voting=voting)
+    inputs = input_ids_of(session, session.encoded[split])
+    found, answers, flops = predict(session, prompt, inputs, voting=voting, placement=placement)
     result = metrics.evaluate(
         session.task.metric,
         answers,
@@ -542,7 +576,11 @@ def _trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
         session.plm.requires_grad_(True)
         return session.plm, [p for p in session.plm.parameters() if p.requires_grad]
     session.plm.requires_grad_(False)
-    model = get_peft_model(session.plm, soft_prompt_config(session.plm, num_virtual_tokens=config.prompt.tokens))
+    model: Any
+    if config.prompt.placement == "suffix":
+        model = SuffixPromptModel(session.plm, config.prompt.tokens, cache=session.texts)
+    else:
+        model = get_peft_model(session.plm, soft_prompt_config(session.plm, num_virtual_tokens=config.prompt.tokens))
     init_soft_prompt(
         model,
         config.prompt.init,
@@ -641,7 +679,12 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
-    return activation_scores(model, batches, kind=session.config.scoring.kind, metadata=_provenance(session))
+    return activation_scores(_scored(model), batches, kind=session.config.scoring.kind, metadata=_provenance(session))
+
+
+def _scored(model: nn.Module) -> nn.Module:
+    """What neurons and layers are scored on: a prompt after the text leaves the text as it is without one."""
+    return get_plm(model) if isinstance(model, SuffixPromptModel) else model
 
 
 def _provenance(session: Session) -> dict[str, str]:
@@ -670,12 +713,14 @@ def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[st
     metadata = _provenance(session)
     if kind == "influence":
         flops = sum(_forward_of(session, batch) for batch in batches)
-        return block_influence(model, batches, metadata={**metadata, "flops": flops})
-    return greedy_removal(model, batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata)
+        return block_influence(_scored(model), batches, metadata={**metadata, "flops": flops})
+    return greedy_removal(
+        _scored(model), batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata
+    )
 
 
 def score_neurons(session: Session) -> NeuronScores:
-    """Activation scores on a session's training data, with its prompt as it is initialised."""
+    """Activation scores on a session's training data, with its prompt as it is initialised where it is in front."""
     model, _ = _trainable(session)
     return _score(session, model, calibration_batches(session, session.config.scoring.examples))
 
@@ -737,7 +782,7 @@ class _Best:
         if self.full_tuning:
             for file in sorted(self.folder.glob("*.safetensors")):
                 model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
-        elif not self.full_tuning and (self.folder / "adapter_model.safetensors").is_file():
+        elif self.folder.is_dir():
             with torch.no_grad():
                 prompt_parameter(model).copy_(load_prompt(self.folder))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,8 @@ def context_length(plm: Any) -> int | None:
     return getattr(plm.config, "max_position_embeddings", None)
 
 
-def soft_prompt_config(plm: Any, num_virtual_tokens: int = 20) -> PromptTuningConfig:
-    """A stock `PromptTuningConfig` for any supported PLM: P virtual tokens in front of the (encoder) input.
-
-    Encoder-decoders get one prompt, in front of the encoder only (paper, Section 4.1): with PEFT's own default of two
-    submodules, half of the prompt would never be used. The initialisation is a sample of the vocabulary's embeddings
-    (Lester et al. 2021); PEFT's own random one is N(0, 1), far off the scale of embeddings. `init_soft_prompt` gives
-    others.
+def check_prompt_tokens(plm: Any, num_virtual_tokens: Any) -> None:
+    """Raise unless a prompt can have this length.
 
     Raises:
         ConfigError: fewer than one virtual token, or at least as many as the model has positions.
@@ -49,6 +45,20 @@ def soft_prompt_config(plm: Any, num_virtual_tokens: int = 20) -> PromptTuningCo
         raise ConfigError(
             f"num_virtual_tokens={num_virtual_tokens} leaves no room for text: this model has {limit} positions"
         )
+
+
+def soft_prompt_config(plm: Any, num_virtual_tokens: int = 20) -> PromptTuningConfig:
+    """A stock `PromptTuningConfig` for any supported PLM: P virtual tokens in front of the (encoder) input.
+
+    Encoder-decoders get one prompt, in front of the encoder only (paper, Section 4.1): with PEFT's own default of two
+    submodules, half of the prompt would never be used. The initialisation is a sample of the vocabulary's embeddings
+    (Lester et al. 2021); PEFT's own random one is N(0, 1), far off the scale of embeddings. `init_soft_prompt` gives
+    others.
+
+    Raises:
+        ConfigError: fewer than one virtual token, or at least as many as the model has positions.
+    """
+    check_prompt_tokens(plm, num_virtual_tokens)
     name = type(plm).__name__
     task_type = next((t for ending, t in _TASK_TYPES if name.endswith(ending)), None)
     if task_type is None:
@@ -65,11 +75,13 @@ def soft_prompt_config(plm: Any, num_virtual_tokens: int = 20) -> PromptTuningCo
 
 
 def prompt_parameter(model: Any) -> nn.Parameter:
-    """The soft prompt `(P, H)` of a PEFT model: the one trained `Parameter`.
+    """The soft prompt `(P, H)` of a PEFT model, or of a `SuffixPromptModel`: the one trained `Parameter`.
 
     Raises:
         ModelError: the model has no soft prompt.
     """
+    if isinstance(own := getattr(model, "soft_prompt", None), nn.Parameter):  # a prompt after the text
+        return own
     encoder = getattr(model, "prompt_encoder", None)
     if not isinstance(encoder, nn.ModuleDict) or model.active_adapter not in encoder:
         raise ModelError(
@@ -139,13 +151,88 @@ def init_soft_prompt(
         weight.copy_(values)
 
 
+SUFFIX_FILES = ("adapter_config.json", "soft_prompt.json", "soft_prompt.safetensors")
+"""What a saved prompt after the text consists of; the first one is only there to tell PEFT's users what it is."""
+
+_FOR_PEFT = (
+    "SOFT PROMPT AFTER THE TEXT: PEFT cannot place it; load it with fast_prompt_tuning.load_soft_prompt(model, folder)"
+)
+
+
+def save_suffix_prompt(folder: str | Path, values: torch.Tensor, *, base_model: str, model_fingerprint: str) -> None:
+    """Save a prompt `(P, H)` that stands after the text: safetensors, a JSON file that says so, and a note to PEFT.
+
+    A stock adapter could not say where the prompt stands, and PEFT would put it in front: its `from_pretrained` fails
+    on this folder with a message that names `load_soft_prompt`.
+
+    Raises:
+        ConfigError: the folder holds a stock adapter, which would be overwritten.
+    """
+    place = Path(folder)
+    if (place / "adapter_model.safetensors").exists():
+        raise ConfigError(f"{str(place)!r} holds a PEFT adapter already; choose another folder")
+    place.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format": 1,
+        "placement": "suffix",
+        "prompt_tokens": values.shape[0],
+        "width": values.shape[1],
+        "base_model": base_model,
+        "model_fingerprint": model_fingerprint,
+    }
+    tensors = {"prompt_embeddings": values.detach().cpu().contiguous()}
+    save_file(tensors, place / ".new", metadata={"placement": "suffix"})
+    os.replace(place / ".new", place / SUFFIX_FILES[2])
+    for name, content in ((SUFFIX_FILES[0], {"peft_type": _FOR_PEFT}), (SUFFIX_FILES[1], record)):
+        (place / ".new").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(place / ".new", place / name)
+
+
+def suffix_record(path: str | Path) -> dict[str, Any] | None:
+    """What is recorded of a saved prompt after the text; None where the folder holds none.
+
+    Raises:
+        ConfigError: the record cannot be read, or is of a later version.
+    """
+    file = Path(path) / SUFFIX_FILES[1]
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        known = record["format"] == 1 and record["placement"] == "suffix"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); save the prompt again"
+        ) from error
+    if not known:
+        raise ConfigError(
+            f"{str(file)!r} has format={record['format']!r}, placement={record['placement']!r}; this version knows "
+            "format 1 and placement 'suffix'"
+        )
+    return dict(record)
+
+
+def placement_of(path: str | Path) -> str:
+    """`prefix` or `suffix`: where the prompt saved in a folder stands."""
+    return "prefix" if suffix_record(path) is None else "suffix"
+
+
 def load_prompt(path: str | Path) -> torch.Tensor:
-    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`.
+    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands.
 
     Raises:
         ConfigError: no readable prompt there.
     """
     folder = Path(path)
+    if suffix_record(folder) is not None:
+        try:
+            found = load_file(folder / SUFFIX_FILES[2])["prompt_embeddings"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ConfigError(
+                f"{str(folder)!r} lacks the vectors of its prompt ({type(error).__name__}: {error}); it needs "
+                f"{SUFFIX_FILES[2]} with prompt_embeddings"
+            ) from error
+        return found
     file = folder / "adapter_model.safetensors"
     try:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
@@ -160,10 +247,13 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     return values
 
 
+PLACES = {"prefix": "in front of the input", "suffix": "after the input (encoder-decoder: in front of the target)"}
+
+
 def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     """Write a saved prompt's vectors as the tensor `prompt_embeds` `(P, H)` of a new safetensors file.
 
-    They stand in front of the (encoder) input's embeddings; the file's metadata says so.
+    The file's metadata says where they stand: in front of the (encoder) input's embeddings, or after them.
 
     Returns:
         Their shape.
@@ -174,7 +264,7 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     values, path = load_prompt(folder), Path(output)
     if path.exists():
         raise ConfigError(f"output={str(path)!r} exists already; choose another name")
-    metadata = {"place": "in front of the input"}
+    metadata = {"place": PLACES[placement_of(folder)]}
     save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
     return values.shape[0], values.shape[1]
 

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -31,8 +32,9 @@ from transformers.trainer_utils import speed_metrics
 from .config import OptimConfig, RunConfig
 from .data import Collator, LengthBatchSampler, input_lengths
 from .errors import TrainingStopped
-from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops
+from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops, text_flops
 from .objective import IGNORED, label_loss
+from .placement import SuffixPromptModel, suffix_loss
 from .schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -123,7 +125,8 @@ class PromptTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = label_loss(model, inputs, num_items=num_items_in_batch)
+        loss_of = suffix_loss if isinstance(self.model, SuffixPromptModel) else label_loss
+        loss = loss_of(model, inputs, num_items=num_items_in_batch)
         if not torch.isfinite(loss):
             raise TrainingStopped(
                 f"the loss is {loss.item()} at step {self.state.global_step}; the prompt before it is kept. Try a "
@@ -158,7 +161,12 @@ class PromptTrainer(Trainer):
         shape = batch_shape(inputs, self.prompt_tokens, self.cost)
         if self.full_tuning:
             return 3 * forward_flops(self.cost, None, shape)  # weight gradients cost one more forward pass
-        return step_flops(self.cost, self.schedule.stage_at(self.state.global_step), shape)
+        stage = self.schedule.stage_at(self.state.global_step)
+        if isinstance(self.model, SuffixPromptModel):
+            tokens = self.model.text_tokens
+            after = replace(shape, placement="suffix", input_tokens=tokens, text_examples=0)
+            return step_flops(self.cost, stage, after) + text_flops(self.cost, stage, *self.model.text_ran)
+        return step_flops(self.cost, stage, shape)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         self._memory_tracker.start()

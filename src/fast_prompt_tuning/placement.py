@@ -1,0 +1,525 @@
+"""Prompts after the text: the text is run once, without a gradient, and its states can be kept.
+
+In a causal decoder a soft prompt that stands *after* the input text leaves the text's hidden states as they are without
+it. The text's keys and values then follow from its tokens alone: they need no backward pass, and one forward pass
+serves every epoch, seed and trial. A training step computes the prompt and the target only:
+
+    [text] no gradient, kept  →  [prompt][target] with gradient over the text's keys and values
+
+In an encoder-decoder the prompt stands in front of the decoder's input, and what is kept is the encoder's output.
+
+The model's own forward does all computing: it is handed a `transformers` cache that holds the text and never grows.
+Sizes: B batch, T text tokens, P prompt length, D target tokens, H `d_model`, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from . import families, fingerprint
+from .errors import ConfigError, ModelError
+from .objective import IGNORED, selected_rows
+from .partial_plm import cut_key
+from .soft_prompt import check_prompt_tokens, init_soft_prompt, load_prompt, save_suffix_prompt, suffix_record
+from .text_cache import TextCache
+
+logger = logging.getLogger(__name__)
+
+
+def check_suffix(plm: Any) -> None:
+    """Raise unless a prompt can stand after this PLM's text.
+
+    Raises:
+        UnknownFamilyError: the architecture is not registered.
+        ModelError: its attention is not causal, or gradient checkpointing is on, under which `transformers` drops the
+            cache that holds the text.
+    """
+    if not plm.config.is_encoder_decoder and "decoder" not in families.of(plm.config).stacks:
+        raise ModelError(
+            f"placement='suffix' needs a decoder-only model or an encoder-decoder, which {type(plm).__name__} is not; "
+            "use placement='prefix'"
+        )
+    if plm.training and any(module.__dict__.get("gradient_checkpointing") for module in plm.modules()):
+        raise ModelError(
+            "placement='suffix' cannot be trained with gradient checkpointing, which drops the text's states; turn it "
+            "off (plm.gradient_checkpointing_disable()): the text keeps no activations here anyway"
+        )
+
+
+# -- the text ---------------------------------------------------------------------------------------------------------
+
+
+class _TextLayer(DynamicLayer):
+    """One layer's keys and values of the text `(B, heads, T, D)`: seen by whatever comes after, changed by nothing."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """What a batch of texts leaves behind.
+
+    Args:
+        states: keys and values `(L, 2, B, heads, T, D)` padded on the left, so that prompt and target follow at once;
+            of an encoder-decoder the encoder's output `(B, T, H)`, padded on the right.
+        mask: 1 at real tokens `(B, T)`.
+        ran: `(texts, tokens)` of the forward pass that was needed; `(0, 0)` where all were kept from before.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor
+    ran: tuple[int, int]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Real tokens of each text `(B,)`."""
+        return self.mask.sum(1)
+
+    def cache(self) -> Cache:
+        """The text as a cache for a decoder-only model's forward; forwards never change it."""
+        return Cache(layers=[_TextLayer(keys, values) for keys, values in self.states])
+
+
+def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | None = None) -> TextStates:
+    """Run texts without a gradient and without dropout, or take their states from a cache.
+
+    Args:
+        plm: the bare PLM, at any stage: each partial PLM has text states of its own.
+        texts: token ids of each text, unpadded.
+        cache: where states are kept; None computes them every time.
+
+    Raises:
+        ModelError: as `check_suffix`; the cache is another model's.
+    """
+    check_suffix(plm)
+    if cache is not None and cache.plm is not plm:
+        raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
+    stack = "encoder" if plm.config.is_encoder_decoder else "decoder"
+    keys = [TextCache.key(cut_key(plm, stack), ids) for ids in texts] if cache is not None else []
+    rows: list[torch.Tensor | None] = [cache.get(key) for key in keys] if cache is not None else [None] * len(texts)
+    # The same text twice in a batch (several prompts asked about it) is run once.
+    missing: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row is None:
+            missing.setdefault(tuple(texts[i]), []).append(i)
+    if missing:
+        made = _run_texts(plm, list(missing))
+        for places, row in zip(missing.values(), made, strict=True):
+            for i in places:
+                rows[i] = row
+            if cache is not None:
+                cache.put(keys[places[0]], row)
+    found = [row for row in rows if row is not None]
+    mask = torch.zeros(len(texts), max(len(ids) for ids in texts), dtype=torch.long)
+    left = not plm.config.is_encoder_decoder
+    for i, ids in enumerate(texts):
+        mask[i, slice(mask.shape[1] - len(ids), None) if left else slice(len(ids))] = 1
+    states = (_joined(found, mask.shape[1]) if left else nn.utils.rnn.pad_sequence(found, batch_first=True)).to(
+        plm.device
+    )
+    ran = (len(missing), max((len(ids) for ids in missing), default=0))
+    if cache is not None and missing:
+        cache.ran.append(ran)
+    return TextStates(states, mask.to(plm.device), ran)
+
+
+def _run_texts(plm: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Each text's own states: `(L, 2, heads, T, D)`, or `(T, H)` of an encoder-decoder.
+
+    Padded on the right, where causal attention, or the encoder's mask, keeps padding from being seen.
+    """
+    longest = max(1, *(len(ids) for ids in texts))
+    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)] = torch.as_tensor(text, dtype=torch.long)
+        mask[i, : len(text)] = 1
+    ids, mask = ids.to(plm.device), mask.to(plm.device)
+    with _undisturbed(plm):
+        if plm.config.is_encoder_decoder:
+            hidden = plm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            return [hidden[i, : len(text)].clone() for i, text in enumerate(texts)]
+        past = DynamicCache()  # without a config, so that no layer crops: the window is the mask's matter
+        plm.base_model(input_ids=ids, attention_mask=torch.ones_like(mask), past_key_values=past, use_cache=True)
+        layers: Any = past.layers
+        states = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])
+        return [states[:, :, i, :, : len(text)].clone() for i, text in enumerate(texts)]
+
+
+@contextlib.contextmanager
+def _undisturbed(plm: Any) -> Iterator[None]:
+    """No gradient and no dropout, and every module's mode as it was afterwards."""
+    training = [module for module in plm.modules() if module.training]
+    plm.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _joined(rows: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+    """Rows `(L, 2, heads, T, D)` as one batch `(L, 2, B, heads, T, D)`, padded with zeros on the left."""
+    layers, two, heads, _, width = rows[0].shape
+    out = rows[0].new_empty(layers, two, len(rows), heads, length, width)
+    for i, row in enumerate(rows):
+        pad = length - row.shape[3]
+        out[:, :, i, :, :pad] = 0
+        out[:, :, i, :, pad:] = row
+    return out
+
+
+# -- prompt and target ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A batch taken apart: `texts` (token ids of each), `targets (B, D)` and their `labels (B, D)`, right-padded."""
+
+    texts: list[list[int]]
+    targets: torch.Tensor
+    labels: torch.Tensor
+
+
+def split_batch(plm: Any, batch: Mapping[str, Any]) -> Parts:
+    """The texts and targets of a batch as the model's forward takes it, padded on either side.
+
+    In a decoder-only model's batch a row's text ends where its first label begins; a row without labels is all text.
+
+    Raises:
+        ModelError: no `input_ids`, or no `labels`.
+    """
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if ids is None or labels is None:
+        lacking = "input_ids" if ids is None else "labels"
+        raise ModelError(f"batch[{lacking!r}] is missing: a prompt after the text needs token ids and labels")
+    mask = batch.get("attention_mask")
+    keep = [[True] * ids.shape[1]] * len(ids) if mask is None else mask.bool().tolist()
+    rows = [list(itertools.compress(row, kept)) for row, kept in zip(ids.tolist(), keep, strict=True)]
+    if plm.config.is_encoder_decoder:
+        return Parts(rows, labels, labels)
+    marks = [list(itertools.compress(row, kept)) for row, kept in zip(labels.tolist(), keep, strict=True)]
+    ends = [next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in marks]
+
+    def padded(tails: list[list[int]], value: int) -> torch.Tensor:
+        width = max(1, *(len(tail) for tail in tails))
+        return torch.tensor([tail + [value] * (width - len(tail)) for tail in tails], device=ids.device)
+
+    return Parts(
+        [row[:end] for row, end in zip(rows, ends, strict=True)],
+        padded([row[end:] for row, end in zip(rows, ends, strict=True)], 0),
+        padded([row[end:] for row, end in zip(marks, ends, strict=True)], IGNORED),
+    )
+
+
+def suffix_logits(
+    plm: Any, prompt: torch.Tensor, text: TextStates, targets: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits at the labelled positions of targets that follow a text and a prompt.
+
+    The first target token is predicted from the last prompt vector; in an encoder-decoder from the start token, which
+    stands between the prompt and the target.
+
+    Args:
+        prompt: one for all rows `(P, H)`, or one each `(B, P, H)`.
+        text: what the texts left behind.
+        targets: token ids `(B, D)`, right-padded with any valid id.
+        labels: `(B, D)`; `IGNORED` where there is none.
+
+    Returns:
+        `(logits (N, V), targets (N,), row of the batch (N,))`, as `objective.labelled_logits`.
+    """
+    check_suffix(plm)
+    labels = labels.to(plm.device)
+    rows, size = labels.shape[0], prompt.shape[-2]
+    causal = not plm.config.is_encoder_decoder
+    # Nothing is predicted from the last target token of a decoder, so it is not run.
+    ids = targets[:, :-1] if causal else plm.prepare_decoder_input_ids_from_labels(labels=labels)
+    embeds = plm.get_input_embeddings()(ids.to(plm.device))
+    embeds = torch.cat([prompt.to(embeds).expand(rows, *prompt.shape[-2:]), embeds], dim=1)
+    inputs: dict[str, Any]
+    if causal:
+        after = torch.arange(embeds.shape[1], device=plm.device)
+        inputs = {
+            "inputs_embeds": embeds,
+            # What is padded on the right no labelled position can see: it needs no mask.
+            "attention_mask": torch.cat([text.mask, text.mask.new_ones(embeds.shape[:2])], dim=1),
+            "position_ids": text.lengths[:, None] + after,
+            "past_key_values": text.cache(),
+            "use_cache": True,
+        }
+        aligned = F.pad(labels, (size - 1, 0), value=IGNORED)
+    else:
+        inputs = {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=text.states),
+            "attention_mask": text.mask,
+            "decoder_inputs_embeds": embeds,
+            "use_cache": False,
+        }
+        aligned = F.pad(labels, (size, 0), value=IGNORED)
+    index = (aligned.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
+    with selected_rows(plm, lambda _: index):
+        logits = plm(**inputs).logits
+    found = aligned.reshape(-1).index_select(0, index)
+    return logits, found, torch.div(index, aligned.shape[1], rounding_mode="floor")
+
+
+def generation_inputs(
+    plm: Any, prompt: torch.Tensor, texts: Sequence[Sequence[int]], *, copies: int = 1, cache: TextCache | None = None
+) -> dict[str, Any]:
+    """What `plm.generate` takes to answer texts with a prompt after them (in front of the decoder's input).
+
+    A decoder-only model gets the embeddings `[padding][text][prompt]` and the text's keys and values, so that it reads
+    the prompt alone. An encoder-decoder's decoder has read the prompt already: P placeholder ids stand for it in
+    `decoder_input_ids`, and in the sequences that come out.
+
+    Args:
+        prompt: one for all texts `(P, H)`, or one each `(B, P, H)`.
+        copies: sequences that run for each text: beams, or samples.
+        cache: kept states of the texts.
+    """
+    text = text_states(plm, texts, cache)
+    rows, size = len(texts), prompt.shape[-2]
+    embed = plm.get_input_embeddings()
+    front = prompt.to(embed.weight).expand(rows, *prompt.shape[-2:])
+    if not plm.config.is_encoder_decoder:
+        read = front.new_zeros(rows, text.mask.shape[1], front.shape[-1])  # never looked at: it is in the cache
+        past: Cache = DynamicCache()
+        for layer, (keys, values) in enumerate(text.states):
+            past.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), layer)
+        return {
+            "inputs_embeds": torch.cat([read, front], dim=1),
+            "attention_mask": F.pad(text.mask, (0, size), value=1),
+            "past_key_values": past,
+        }
+    encoded = BaseModelOutput(last_hidden_state=text.states)
+    past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with _undisturbed(plm), selected_rows(plm, lambda _: torch.zeros(1, dtype=torch.long)):
+        plm(
+            encoder_outputs=encoded,
+            attention_mask=text.mask,
+            decoder_inputs_embeds=front,
+            past_key_values=past,
+            use_cache=True,
+        )
+    past.batch_repeat_interleave(copies)
+    chosen = plm.generation_config.decoder_start_token_id
+    start = plm.config.decoder_start_token_id if chosen is None else chosen
+    ids = torch.full((rows, size + 1), start, device=plm.device)
+    return {
+        "encoder_outputs": encoded,
+        "attention_mask": text.mask,
+        "decoder_input_ids": ids,
+        "decoder_attention_mask": torch.ones_like(ids),  # as long as the ids: says that some are in the cache
+        "past_key_values": past,
+    }
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+class SuffixPromptModel(nn.Module):
+    """A frozen PLM with a soft prompt after the text: trains in a stock `transformers.Trainer`, generates, saves.
+
+    Only the prompt is trained, and only it stands in the state dict.
+
+    Args:
+        plm: a bare `transformers` model, decoder-only or encoder-decoder; its weights are frozen here.
+        num_virtual_tokens: prompt length P.
+        cache: where the texts' states are kept between steps; None computes them at every step, forward only.
+        init: how the prompt starts, see `init_soft_prompt`; `vocab` needs nothing else.
+        seed: of the initialisation.
+
+    Raises:
+        ConfigError: a prompt length the model has no room for.
+        UnknownFamilyError, ModelError: as `check_suffix`; the cache is another model's.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
+
+    def __init__(
+        self,
+        plm: Any,
+        num_virtual_tokens: int = 20,
+        *,
+        cache: TextCache | None = None,
+        init: str = "vocab",
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_suffix(plm)
+        check_prompt_tokens(plm, num_virtual_tokens)
+        if cache is not None and cache.plm is not plm:
+            raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
+        self.plm = plm.requires_grad_(False)
+        self.cache = cache
+        width = plm.get_input_embeddings().weight.shape[-1]
+        self.soft_prompt = nn.Parameter(torch.zeros(num_virtual_tokens, width, device=plm.device))
+        self.text_ran, self.text_tokens = (0, 0), 0  # of the last forward, for who counts its cost
+        self._cut = ""
+        init_soft_prompt(self, init, seed=seed)
+        self.register_state_dict_post_hook(_prompt_only)
+        self.register_load_state_dict_post_hook(_plm_is_not_missing)
+
+    @property
+    def config(self) -> Any:
+        """The PLM's."""
+        return self.plm.config
+
+    @property
+    def device(self) -> torch.device:
+        """The PLM's."""
+        return self.plm.device
+
+    def get_base_model(self) -> Any:
+        """The PLM, as of a PEFT model."""
+        return self.plm
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """The loss of a batch as the PLM's own forward takes it: `input_ids (B, T)`, text and target together for a
+        decoder-only model. Logits exist at labelled positions only and are not returned.
+
+        Raises:
+            ModelError: no labels.
+        """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        parts = split_batch(self.plm, batch)
+        if self.training and self.cache is not None:
+            self._forget_last_stage()
+        text = text_states(self.plm, parts.texts, self.cache)
+        self.text_ran, self.text_tokens = text.ran, text.mask.shape[1]
+        logits, targets, _ = suffix_logits(self.plm, self.soft_prompt, text, parts.targets, parts.labels)
+        if targets.numel() == 0:
+            raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
+        total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")
+        loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutput(loss=loss)  # type: ignore[arg-type]
+
+    def _forget_last_stage(self) -> None:
+        """Training never goes back to an earlier stage: its texts' states only take room."""
+        cut = cut_key(self.plm, "encoder" if self.plm.config.is_encoder_decoder else "decoder")
+        if self._cut and cut != self._cut:
+            self.cache.forget(self._cut)  # type: ignore[union-attr]
+        self._cut = cut
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the prompt, and where it stands; `load_soft_prompt(plm, folder)` reads it.
+
+        Raises:
+            ConfigError: the folder holds a stock adapter.
+        """
+        name = str(self.config.name_or_path or self.config.model_type)
+        found = fingerprint.of_model(self.plm)
+        save_suffix_prompt(folder, self.soft_prompt, base_model=name, model_fingerprint=found)
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
+        """`plm.generate` with the prompt after the text; takes and gives what the PLM's own `generate` does."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        texts = [row[keep].tolist() for row, keep in zip(input_ids, mask.bool(), strict=True)]
+        own = self.plm.generation_config
+        copies = max(options.get(n) or getattr(own, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+        inputs = generation_inputs(self.plm, self.soft_prompt.detach(), texts, copies=copies, cache=self.cache)
+        found = self.plm.generate(**inputs, **options)
+        sequences = found if isinstance(found, torch.Tensor) else found.sequences
+        if self.plm.config.is_encoder_decoder:
+            sequences = sequences[:, len(self.soft_prompt) :]
+        else:
+            text = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
+            sequences = torch.cat([text, sequences], dim=1)
+        if isinstance(found, torch.Tensor):
+            return sequences
+        found.sequences = sequences
+        return found
+
+
+def _prompt_only(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in [n for n in state if n.startswith(f"{prefix}plm.")]:
+        del state[name]
+
+
+def _plm_is_not_missing(_module: nn.Module, result: Any) -> None:
+    result.missing_keys[:] = [n for n in result.missing_keys if "plm." not in n]
+
+
+def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = None) -> Any:
+    """A PLM with the soft prompt saved in a folder, wherever it stands: its `generate` and `forward` just work.
+
+    Args:
+        plm: the bare PLM the prompt was tuned on.
+        folder: where `save_pretrained` has put it, or `prompt/` of a run.
+        cache: where the texts' states are kept, of a prompt after the text.
+
+    Returns:
+        A `SuffixPromptModel`, or the `PeftModel` of a stock prompt in front of the text.
+
+    Raises:
+        ConfigError: no prompt there, or one of another width.
+        ModelError: as `SuffixPromptModel`.
+    """
+    values = load_prompt(folder)
+    record = suffix_record(folder)
+    width = plm.get_input_embeddings().weight.shape[-1]
+    if values.shape[-1] != width:
+        raise ConfigError(
+            f"{str(folder)!r} holds a prompt of vectors of {values.shape[-1]} numbers, this model's embeddings have "
+            f"{width}: it is another model's prompt"
+        )
+    if record is None:
+        return PeftModel.from_pretrained(plm, str(folder))
+    if record["model_fingerprint"] != fingerprint.of_model(plm):
+        logger.warning("%s was tuned on %s, whose weights are not this model's", folder, record["base_model"])
+    model = SuffixPromptModel(plm, len(values), cache=cache)
+    with torch.no_grad():
+        model.soft_prompt.copy_(values)
+    return model.eval()
+
+
+def suffix_loss(
+    model: nn.Module, batch: Mapping[str, Any], *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of a batch with the prompt after its text; as `label_loss`, for a `SuffixPromptModel`.
+
+    Args:
+        model: a `SuffixPromptModel`, possibly wrapped for data parallelism.
+        num_items: divisor of the summed loss; default the labelled positions of this batch.
+
+    Raises:
+        ModelError: another kind of model, or a batch without labels.
+    """
+    if not isinstance(getattr(model, "module", model), SuffixPromptModel):
+        raise ModelError(f"{type(model).__name__} is not a SuffixPromptModel: its prompt is not after the text")
+    inputs = {k: batch.get(k) for k in ("input_ids", "attention_mask", "labels")}
+    loss: torch.Tensor = model(**inputs, num_items_in_batch=num_items).loss
+    return loss

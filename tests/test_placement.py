@@ -1,0 +1,318 @@
+"""Prompts after the text: cached and uncached computations of the same placement are one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from settings import BY_NAME, FAMILIES, FFN, HIDDEN, LAYERS, VOCAB, Settings
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from fast_prompt_tuning.errors import ConfigError, ModelError
+from fast_prompt_tuning.evaluation import score_labels
+from fast_prompt_tuning.partial_plm import PartialPLM
+from fast_prompt_tuning.placement import SuffixPromptModel, load_soft_prompt, suffix_loss, text_states
+from fast_prompt_tuning.soft_prompt import export_prompt, placement_of
+from fast_prompt_tuning.text_cache import TextCache
+
+EXACT = {"atol": 1e-9, "rtol": 1e-9}
+# Root-mean-square norms and rotary angles are float32 whatever the model's dtype.
+SINGLE = {"atol": 1e-5, "rtol": 1e-3, "check_dtype": False}
+SUFFIX = [s for s in FAMILIES if s.stacks != ("encoder",)]
+PROMPT = 3
+
+
+@pytest.fixture(params=SUFFIX, ids=lambda s: s.name)
+def placed(request) -> Settings:
+    return request.param
+
+
+def ids_and_labels(family: Settings, side: str = "right") -> dict[str, torch.Tensor]:
+    """Texts of 9, 6, 4 and 1 tokens and targets of 3, 1, 2 and 4 in one padded batch."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (9, 6, 4, 1)]
+    targets = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (3, 1, 2, 4)]
+
+    def pad(rows, value):
+        width = max(map(len, rows))
+        fill = [[value] * (width - len(r)) for r in rows]
+        return torch.tensor([r + f if side == "right" else f + r for r, f in zip(rows, fill, strict=True)])
+
+    if family.encoder_decoder:
+        labels = torch.full((4, 4), -100)
+        for row, target in enumerate(targets):
+            labels[row, : len(target)] = torch.tensor(target)
+        rows = texts
+    else:
+        rows = [a + b for a, b in zip(texts, targets, strict=True)]
+        labels = pad([[-100] * len(a) + b for a, b in zip(texts, targets, strict=True)], -100)
+    return {
+        "input_ids": pad(rows, 1),
+        "attention_mask": pad([[1] * len(r) for r in rows], 0),
+        "labels": labels,
+        "texts": texts,
+        "targets": targets,
+    }
+
+
+def uncached_loss(plm, prompt: torch.Tensor, batch) -> torch.Tensor:
+    """Mean cross-entropy, each row in one pass of the PLM alone: no cache, no padding, no second part."""
+    embed = plm.get_input_embeddings()
+    losses = []
+    for text, target in zip(batch["texts"], batch["targets"], strict=True):
+        labels = torch.tensor(target)
+        if plm.config.is_encoder_decoder:
+            start = plm.prepare_decoder_input_ids_from_labels(labels=labels[None])
+            inputs = torch.cat([prompt, embed(start)[0]])[None]
+            logits = plm(input_ids=torch.tensor([text]), decoder_inputs_embeds=inputs, use_cache=False).logits[0]
+            logits = logits[len(prompt) :]
+        else:
+            inputs = torch.cat([embed(torch.tensor(text)), prompt, embed(labels)])[None]
+            logits = plm(inputs_embeds=inputs, use_cache=False).logits[0, len(text) + len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def suffix_model(family: Settings, cached: bool = True, **changes) -> SuffixPromptModel:
+    plm = family.plm(**changes).double()
+    model = SuffixPromptModel(plm, PROMPT, cache=TextCache(plm) if cached else None).eval()
+    model.soft_prompt.data = model.soft_prompt.data.double()
+    return model
+
+
+def tensors(batch):
+    return {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize(("attention", "side"), [("eager", "right"), ("eager", "left"), ("sdpa", "right")])
+def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, side):
+    model, batch = suffix_model(placed), ids_and_labels(placed, side)
+    try:
+        model.plm.set_attn_implementation(attention)
+    except ValueError:
+        pytest.skip(f"{placed.name} has no {attention} attention")
+    partial = PartialPLM(model, keep_neurons="first")
+    for layers, ffn in [(LAYERS, FFN), (3, 10), (LAYERS, FFN)]:
+        partial.resize(placed.stage(layers, ffn))
+        wanted = uncached_loss(model.plm, model.soft_prompt, batch)
+        (gradient,) = torch.autograd.grad(wanted, model.soft_prompt)
+        for filled in (False, True):
+            loss = suffix_loss(model, tensors(batch))
+            (got,) = torch.autograd.grad(loss, model.soft_prompt)
+            torch.testing.assert_close(loss, wanted, **EXACT)
+            torch.testing.assert_close(got, gradient, **SINGLE)
+            assert gradient.abs().sum() > 1e-3
+            if filled:
+                assert model.text_ran == (0, 0)
+
+
+def test_a_prompt_of_token_embeddings_is_those_tokens(placed):
+    model, batch = suffix_model(placed), ids_and_labels(placed)
+    words = [5, 17, 40]
+    with torch.no_grad():
+        model.soft_prompt.copy_(model.plm.get_input_embeddings()(torch.tensor(words)))
+    got = suffix_loss(model, tensors(batch))
+    losses = []
+    for text, target in zip(batch["texts"], batch["targets"], strict=True):
+        labels = torch.tensor([target])
+        if placed.encoder_decoder:
+            start = model.plm.prepare_decoder_input_ids_from_labels(labels=labels)
+            ids = torch.cat([torch.tensor([words]), start], 1)
+            logits = model.plm(input_ids=torch.tensor([text]), decoder_input_ids=ids).logits[0, PROMPT:]
+        else:
+            ids = torch.tensor([[*text, *words, *target]])
+            logits = model.plm(input_ids=ids).logits[0, len(text) + PROMPT - 1 : -1]
+        losses.append(F.cross_entropy(logits, labels[0], reduction="none"))
+    torch.testing.assert_close(got, torch.cat(losses).mean(), **EXACT)
+
+
+def test_evaluation_and_generation_agree_with_the_uncached_model(placed):
+    """Label scores of one and of two tokens, greedy and beam answers: a batch of many as one text alone, uncached."""
+    model, batch = suffix_model(placed), ids_and_labels(placed)
+    plm, prompt = model.plm, model.soft_prompt.detach()
+    texts = batch["texts"]
+    for labels in ({"a": [7], "b": [9], "c": [30]}, {"a": [7, 8], "b": [9, 4]}):
+        found = score_labels(plm, prompt, texts, labels, batch_size=3, placement="suffix", cache=model.cache)
+        for text, answer in zip(texts, found, strict=True):
+            for word, ids in labels.items():
+                alone = uncached_loss(plm, prompt, {"texts": [text], "targets": [ids]}) * len(ids)
+                assert answer.label_scores[word] == pytest.approx(-alone.item(), rel=1e-5)
+    several = torch.stack([prompt, prompt.flip(0)])
+    mixed = score_labels(plm, several, [texts[0], texts[0]], labels, placement="suffix", cache=model.cache)
+    flipped = score_labels(plm, prompt.flip(0), [texts[0]], labels, placement="suffix")
+    assert mixed[0] == found[0]
+    assert mixed[1].label_scores == pytest.approx(flipped[0].label_scores, rel=1e-9)
+
+    model.float()  # in float64 the masks of Gemma 2 overflow its float32 softmax, with padding on the left
+    prompt, new = model.soft_prompt.detach(), 5
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if not placed.encoder_decoder:
+        rows = [F.pad(torch.tensor(t), (ids.shape[1] - len(t), 0), value=1) for t in texts]
+        ids = torch.stack(rows)
+        mask = torch.stack([F.pad(torch.ones(len(t), dtype=torch.long), (ids.shape[1] - len(t), 0)) for t in texts])
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    out = model.generate(ids, mask, **options)
+    kept = 1 if placed.encoder_decoder else ids.shape[1]
+    assert out.shape == (4, kept + new)
+    if not placed.encoder_decoder:
+        assert torch.equal(out[:, :kept], ids)
+    for text, answer in zip(texts, out[:, kept:].tolist(), strict=True):
+        assert answer == greedy_alone(plm, prompt, text, new)
+    beams = model.generate(ids, mask, num_beams=3, num_return_sequences=2, return_dict_in_generate=True, **options)
+    assert beams.sequences.shape == (8, kept + new)
+    single = model.generate(ids[:1], mask[:1], num_beams=3, num_return_sequences=2, **options)
+    assert torch.equal(beams.sequences[:2], single)
+
+
+def greedy_alone(plm, prompt: torch.Tensor, text: list[int], new: int) -> list[int]:
+    """The most probable next tokens, one full pass of the PLM for each."""
+    embed, answer = plm.get_input_embeddings(), []
+    start = torch.tensor([plm.config.decoder_start_token_id]) if plm.config.is_encoder_decoder else torch.tensor(text)
+    with torch.no_grad():
+        for _ in range(new):
+            said = embed(torch.tensor(answer, dtype=torch.long))
+            if plm.config.is_encoder_decoder:
+                inputs = torch.cat([prompt, embed(start), said])[None]
+                logits = plm(input_ids=torch.tensor([text]), decoder_inputs_embeds=inputs, use_cache=False).logits
+            else:
+                logits = plm(inputs_embeds=torch.cat([embed(start), prompt, said])[None], use_cache=False).logits
+            answer.append(int(logits[0, -1].argmax()))
+    return answer
+
+
+def test_training_needs_nothing_but_a_trainer(tmp_path):
+    """Two runs of a stock Trainer, one broken off and resumed, end with the same prompt; the PLM is untouched."""
+    family = BY_NAME["llama"]
+    rows = [family.batch(seed=seed, size=1) for seed in range(8)]
+    rows = [{k: v[0] for k, v in row.items()} for row in rows]
+
+    def trained(folder, steps, resume=False):
+        plm = family.plm()
+        model = SuffixPromptModel(plm, PROMPT, cache=TextCache(plm))
+        before = {k: v.clone() for k, v in plm.state_dict().items()}
+        arguments = TrainingArguments(
+            str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+            lr_scheduler_type="constant", learning_rate=0.05, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
+        trainer.train(resume_from_checkpoint=resume)
+        assert all(torch.equal(v, before[k]) for k, v in plm.state_dict().items())
+        assert trainer.evaluate()["eval_loss"] > 0
+        return model
+
+    whole = trained(tmp_path / "a", 6)
+    trained(tmp_path / "b", 4)
+    resumed = trained(tmp_path / "b", 6, resume=True)
+    assert torch.equal(whole.soft_prompt, resumed.soft_prompt)
+    assert not torch.equal(whole.soft_prompt, SuffixPromptModel(family.plm(), PROMPT).soft_prompt)
+    assert whole.text_ran == (0, 0)
+    assert set(whole.state_dict()) == {"soft_prompt"}
+    assert (tmp_path / "a" / "checkpoint-6" / "model.safetensors").stat().st_size < 1000
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
+    family = BY_NAME[name]
+    model, batch = SuffixPromptModel(family.plm(), PROMPT, seed=3).eval(), tensors(ids_and_labels(family))
+    model.save_pretrained(tmp_path / "after")
+    again = load_soft_prompt(family.plm(), tmp_path / "after")
+    assert torch.equal(suffix_loss(again, batch), suffix_loss(model, batch))
+    inputs = {k: batch[k][:1] for k in ("input_ids", "attention_mask")}
+    assert torch.equal(again.generate(**inputs, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4))
+    assert placement_of(tmp_path / "after") == "suffix"
+    assert export_prompt(tmp_path / "after", tmp_path / "export.safetensors") == (PROMPT, HIDDEN)
+    with safe_open(tmp_path / "export.safetensors", "pt") as file:
+        assert "after the input" in file.metadata()["place"]
+        assert torch.equal(file.get_tensor("prompt_embeds"), model.soft_prompt)
+
+    stock = family.peft()
+    stock.save_pretrained(str(tmp_path / "before"))
+    loaded = load_soft_prompt(family.plm(), tmp_path / "before")
+    assert torch.equal(loaded(**batch).loss, stock(**batch).loss)
+    assert placement_of(tmp_path / "before") == "prefix"
+
+    with pytest.raises(Exception, match=r"AFTER THE TEXT: PEFT cannot place it; load it with .*load_soft_prompt"):
+        PeftModel.from_pretrained(family.plm(), str(tmp_path / "after"))
+    with pytest.raises(ConfigError, match="holds a PEFT adapter already"):
+        model.save_pretrained(tmp_path / "before")
+    caplog.clear()
+    load_soft_prompt(family.plm(seed=5), tmp_path / "after")
+    assert "whose weights are not this model's" in caplog.text
+    other = BY_NAME["gpt2"].plm(n_embd=32, n_head=4)
+    with pytest.raises(ConfigError, match="vectors of 16 numbers, this model's embeddings have 32"):
+        load_soft_prompt(other, tmp_path / "after")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"format": 2, "placement": "suffix"}', "knows format 1"), ("{", "cannot be read"), ("[]", "cannot be read")],
+)
+def test_broken_records_are_refused(tmp_path, content, message):
+    SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT).save_pretrained(tmp_path)
+    (tmp_path / "soft_prompt.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_soft_prompt(BY_NAME["llama"].plm(), tmp_path)
+
+
+def test_what_cannot_work_is_refused_before_any_step():
+    llama, bert = BY_NAME["llama"].plm(), BY_NAME["bert"].plm()
+    batch = BY_NAME["llama"].batch()
+    with pytest.raises(ModelError, match="BertLMHeadModel is not; use placement='prefix'"):
+        SuffixPromptModel(bert)
+    with pytest.raises(ConfigError, match="must be a whole number of at least 1"):
+        SuffixPromptModel(llama, 0)
+    with pytest.raises(ConfigError, match="leaves no room for text"):
+        SuffixPromptModel(llama, 64)
+    with pytest.raises(ModelError, match="another model's"):
+        SuffixPromptModel(llama, cache=TextCache(BY_NAME["llama"].plm()))
+    with pytest.raises(ModelError, match="another model's"):
+        text_states(llama, [[3, 4]], TextCache(bert))
+    model = SuffixPromptModel(llama, PROMPT)
+    with pytest.raises(ModelError, match=r"'labels'.* is missing"):
+        model(batch["input_ids"])
+    with pytest.raises(ModelError, match="marks no position"):
+        suffix_loss(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    with pytest.raises(ModelError, match="not a SuffixPromptModel"):
+        suffix_loss(BY_NAME["llama"].peft(), batch)
+    llama.gradient_checkpointing_enable()
+    with pytest.raises(ModelError, match="gradient checkpointing"):
+        suffix_loss(model.train(), batch)
+
+
+def test_the_text_sees_no_dropout_and_modes_come_back():
+    plm = BY_NAME["gpt2"].plm(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    plm.train()
+    plm.transformer.h[1].eval()
+    before = [m.training for m in plm.modules()]
+    one, two = (text_states(plm, [[5, 6, 7]]).states for _ in range(2))
+    assert torch.equal(one, two)
+    assert [m.training for m in plm.modules()] == before
+
+
+def test_the_cache_keeps_to_its_budget_and_forgets_stages():
+    model = SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT)
+    plm, texts = model.plm, [[i, 5, 6, 7] for i in range(3, 9)]
+    size = text_states(plm, texts[:1]).states.numel() * 4
+    cache = TextCache(plm, budget_mib=2.5 * size / 2**20)
+    text_states(plm, texts, cache)
+    assert (len(cache), cache.bytes) == (2, 2 * size)
+    assert text_states(plm, texts[:2], cache).ran == (0, 0)
+    assert text_states(plm, texts[:3] + texts[2:3], cache).ran == (1, 4)
+    assert cache.ran == [(6, 4), (1, 4)]
+    roomy = TextCache(plm)
+    model.cache = roomy
+    batch = BY_NAME["llama"].batch()
+    partial = PartialPLM(model, keep_neurons="first")
+    suffix_loss(model.eval(), batch)
+    full = len(roomy)
+    assert full == 3
+    model.train()
+    for stage in (BY_NAME["llama"].stage(2, 10), BY_NAME["llama"].stage(3, 10)):
+        partial.resize(stage)
+        suffix_loss(model, batch)
+        assert model.text_ran[0] == 3
+        assert len(roomy) == 2 * full  # the full model's, for evaluation, and this stage's
+    with pytest.raises(ConfigError, match="budget_mib=-1"):
+        TextCache(plm, budget_mib=-1)

@@ -1,0 +1,89 @@
+"""Whole runs with the prompt after the text: what they save, cost, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from toy import toy
+
+from fast_prompt_tuning import run
+from fast_prompt_tuning.config import load
+from fast_prompt_tuning.errors import ConfigError
+from fast_prompt_tuning.soft_prompt import load_prompt, placement_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def suffix_run(folder, model="llama", **changes):
+    here = toy()
+    return load(here.recipe(folder, prompt__placement="suffix", model__path=str(here.model(model)), **changes))
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+@pytest.mark.parametrize(("method", "task"), [("pt", "topics"), ("cr", "topics"), ("pt", "words")])
+def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, method, task):
+    config = suffix_run(tmp_path / "run", model, method=method, data__task=str(getattr(toy(), task)))
+    result = run.train(config)
+    assert result.status == "finished"
+    assert placement_of(tmp_path / "run" / "prompt") == "suffix"
+    session = run.open_session(config, ("validation",))
+    found = run.evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
+    assert found.result.values == pytest.approx(result.metrics)
+    again = run.evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
+    assert again.flops < found.flops  # the texts are kept
+    assert [a.text for a in again.predictions] == [a.text for a in found.predictions]
+
+
+def test_the_cache_changes_the_cost_and_nothing_else(tmp_path):
+    losses, flops = [], []
+    for tier in ("memory", "none"):
+        result = run.train(suffix_run(tmp_path / tier, method="pt", cache__tier=tier, train__steps=20))
+        losses.append(result.losses)
+        flops.append(result.flops["train"])
+    assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-5)
+    assert flops[0] < 0.9 * flops[1]
+    plain = run.train(load(toy().recipe(tmp_path / "plain", method="pt", train__steps=20)))
+    assert flops[0] < flops[1] < plain.flops["train"]
+
+
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path):
+    whole = run.train(suffix_run(tmp_path / "whole"))
+
+    class Stop(run.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 7
+            control.should_save = control.should_training_stop
+
+    run.train(suffix_run(tmp_path / "parts"), callbacks=[Stop()])
+    resumed = run.train(suffix_run(tmp_path / "parts"), resume=True)
+    assert resumed.steps == whole.steps
+    prompts = [load_prompt(tmp_path / name / "prompt") for name in ("whole", "parts")]
+    torch.testing.assert_close(*prompts)
+    assert resumed.metrics == pytest.approx(whole.metrics)
+
+
+def test_a_prompt_is_the_start_of_the_next_one(tmp_path):
+    run.train(suffix_run(tmp_path / "first", method="pt"))
+    start = str(tmp_path / "first" / "prompt")
+    second = run.train(suffix_run(tmp_path / "second", method="pt", prompt__init="prompt", prompt__path=start))
+    assert second.config["prompt"]["placement"] == "suffix"
+    assert json.loads((tmp_path / "second" / "prompt" / "soft_prompt.json").read_text())["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "full"}, "has no prompt with method='full'"),
+        ({"train__gradient_checkpointing": True}, "gradient_checkpointing cannot be used"),
+        ({"prompt__placement": "suffx"}, "prompt.placement='suffx'"),
+        ({"cache__tier": "ram"}, "cache.tier='ram'"),
+        ({"cache__budget_mib": -1}, "cache.budget_mib=-1"),
+        ({"cache__budget": 3}, "did you mean 'budget_mib'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message):
+    recipe = {**{"prompt__placement": "suffix"}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        load(toy().recipe(tmp_path, **recipe))
