@@ -65,13 +65,13 @@ def check_suffix(plm: Any) -> None:
 class _TextLayer(DynamicLayer):
     """One layer's keys and values of the text `(B, heads, T, D)`: seen by whatever comes after, changed by nothing."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    keys: torch.Tensor
-    values: torch.Tensor
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
