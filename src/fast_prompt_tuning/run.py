@@ -536,8 +536,8 @@ def train(
     )
     if isinstance(schedule, AutoSchedule) and partial is not None:
         probe = make_collator(session.tokenizer, session.plm)(list(held_out))
-        cost = forward_flops(session.cost, None, batch_shape(probe, config.prompt.tokens, session.cost))
-        trainer.add_callback(AutoCallback(partial, schedule, probe, on_probe=lambda: ledger.add("probe", cost)))
+        counted = lambda: ledger.add("probe", trainer.probe_flops(probe))  # noqa: E731
+        trainer.add_callback(AutoCallback(partial, schedule, probe, on_probe=counted))
         if checkpoint is not None:
             schedule.replay(TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history)
     elif partial is not None:

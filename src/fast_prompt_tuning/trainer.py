@@ -35,7 +35,7 @@ from .errors import TrainingStopped
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops, text_flops
 from .objective import IGNORED, label_loss
 from .placement import SuffixPromptModel, suffix_loss
-from .schedule import Schedule
+from .schedule import Schedule, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -158,15 +158,24 @@ class PromptTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> float:  # type: ignore[override]
         """FLOPs of the training step on `inputs`, at the stage it ran on (`flops.py`, convention `all`)."""
-        shape = batch_shape(inputs, self.prompt_tokens, self.cost)
+        shape, stage = self._shape(inputs), self.schedule.stage_at(self.state.global_step)
         if self.full_tuning:
             return 3 * forward_flops(self.cost, None, shape)  # weight gradients cost one more forward pass
-        stage = self.schedule.stage_at(self.state.global_step)
-        if isinstance(self.model, SuffixPromptModel):
-            tokens = self.model.text_tokens
-            after = replace(shape, placement="suffix", input_tokens=tokens, text_examples=0)
-            return step_flops(self.cost, stage, after) + text_flops(self.cost, stage, *self.model.text_ran)
-        return step_flops(self.cost, stage, shape)
+        return step_flops(self.cost, stage, shape) + self._text_flops(stage)
+
+    def probe_flops(self, inputs: Any) -> float:
+        """FLOPs of the last forward pass, if it was of `inputs` on the full PLM."""
+        return forward_flops(self.cost, None, self._shape(inputs)) + self._text_flops(None)
+
+    def _shape(self, inputs: Any) -> BatchShape:
+        shape = batch_shape(inputs, self.prompt_tokens, self.cost)
+        if not isinstance(self.model, SuffixPromptModel):
+            return shape
+        return replace(shape, placement="suffix", input_tokens=self.model.text_tokens, text_examples=0)
+
+    def _text_flops(self, stage: Stage | None) -> float:
+        """What running texts has cost the last forward pass, where the prompt stands after them."""
+        return text_flops(self.cost, stage, *self.model.text_ran) if isinstance(self.model, SuffixPromptModel) else 0.0
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         self._memory_tracker.start()
