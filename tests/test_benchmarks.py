@@ -95,7 +95,7 @@ def test_the_learning_rate_is_the_best_of_all_that_were_tried(quality, tmp_path)
         found = cell("gemma", "topics", "pt", quality.TUNE_SEED, [(1.0, final), (2.0, final)])
         (tmp_path / made.path).write_text(json.dumps(found))
     assert quality.tuned_rate(tmp_path, "gemma", "topics", "batch") == quality.RATES[1]
-    assert quality.tuned_rate(tmp_path, "gemma", "headlines", "batch") is None
+    assert quality.tuned_rate(tmp_path, "gemma", "topics", "suffix") is None
 
 
 def test_every_method_is_a_valid_recipe(quality):

@@ -82,8 +82,11 @@ METHODS: dict[str, Any] = {
     "ld": lambda task: {"method": "ld"},
     "fr": lambda task: {"method": "fr"},
     "cr": lambda task: {"method": "cr"},
+    "ld-greedy": lambda task: {"method": "ld", "scoring": {"keep_layers": "greedy", "examples": 64}},
     "batch": lambda task: {"stages": small_batch(task)},
     "auto": lambda task: {"method": "auto"},
+    "suffix": lambda task: {"method": "pt", "prompt": {"placement": "suffix"}},
+    "suffix-batch": lambda task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
 }
 
 SENTIMENT = {
@@ -261,6 +264,8 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         clock = CpuSeconds()
         started = time.time()
         result = run.train(recipe, session=sessions[key], callbacks=[clock])
+    if result.status != "finished":
+        sys.exit(f"{result.status} ({result.reason}): the same command begins this cell again")
     flops = result.flops
     overhead = flops["score"] + flops["probe"]
     return {
