@@ -51,7 +51,7 @@ def _options(
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "runs/demo",
-    method: Annotated[str, typer.Option(help="Which FPT to compare with plain prompt tuning: ld, fr or cr.")] = "cr",
+    method: Annotated[str, typer.Option(help="What to compare with plain prompt tuning: ld, fr, cr or auto.")] = "cr",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
     sets: Sets = [],  # noqa: B006 (typer reads it, nothing changes it)
     as_json: Json = False,
