@@ -225,6 +225,50 @@ def test_score_then_train_with_its_scores(fpt, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["flops"]["score"] == 0
 
 
+def test_fidelity(fpt, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", scoring__layer_examples=4)
+    picture = tmp_path / "fidelity.png"
+    common = ("score", "--config", recipe, "--examples", 8, "--sizes", "60,20")
+    out, _ = fpt(*common, "--fidelity", "evenly,greedy+activation", "--picture", picture, "--json")
+    made = json.loads(out)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = made["fidelity"]["rows"]
+    assert [(r["selection"], r["stage"]["layers"], r["stage"]["ffn"]) for r in rows] == [
+        ("evenly", 3, 24),
+        ("evenly", 1, 24),
+        ("greedy+activation", 3, 14),
+        ("greedy+activation", 1, 5),
+    ]
+    assert made["fidelity"]["score_flops"].keys() == {"greedy"}
+    shown, _ = fpt(*common, "--fidelity", "influence")
+    assert "influence" in shown
+    assert "nothing to make" in refused(fpt, "score", "--config", recipe)
+    assert "selection 'best' is unknown" in refused(fpt, *common, "--fidelity", "best")
+    assert "is unknown" in refused(fpt, *common, "--fidelity", "evenly+greedy")
+    assert "must be percentages" in refused(fpt, *common[:-1], "0", "--fidelity", "evenly")
+    assert "exists already" in refused(fpt, *common, "--fidelity", "evenly", "--picture", picture)
+    assert "must end in" in refused(fpt, *common, "--fidelity", "evenly", "--picture", tmp_path / "x.jpg")
+    assert "add --fidelity" in refused(fpt, *common, "--picture", tmp_path / "x.png")
+
+
+def test_similarity(fpt, made, tmp_path):
+    picture = tmp_path / "alike.png"
+    runs = (made / "topics", made / "topics" / "prompt", made / "words")
+    out, _ = fpt("similarity", *runs, "--picture", picture, "--json")
+    record = json.loads(out)
+    matrix = record["similarity"]
+    assert matrix[0][1] == pytest.approx(1)
+    assert -1 <= matrix[0][2] == matrix[2][0] < 0.999
+    assert len(record["by_token"][0][2]) == 3
+    assert sum(record["by_token"][0][2]) / 3 == pytest.approx(matrix[0][2])
+    assert [run["metric"] for run in record["runs"]] == ["accuracy", None, "rougeL"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "accuracy" in fpt("similarity", *runs)[0]
+    assert "at least two" in refused(fpt, "similarity", runs[0])
+    assert "exists already" in refused(fpt, "similarity", *runs, "--picture", picture)
+    assert "not a saved soft prompt" in refused(fpt, "similarity", runs[0], tmp_path)
+
+
 def test_score_layers_then_train_with_their_scores(fpt, tmp_path):
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", scoring__layer_examples=4)
     neurons, layers = tmp_path / "n.safetensors", tmp_path / "l.safetensors"

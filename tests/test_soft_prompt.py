@@ -12,7 +12,14 @@ from settings import BY_NAME, HIDDEN, VOCAB
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
 
 from fast_prompt_tuning.errors import ConfigError, ModelError
-from fast_prompt_tuning.soft_prompt import init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
+from fast_prompt_tuning.soft_prompt import (
+    init_soft_prompt,
+    load_prompt,
+    prompt_parameter,
+    prompt_similarity,
+    similarity_matrix,
+    soft_prompt_config,
+)
 
 
 def logits(model, batch):
@@ -277,3 +284,24 @@ def test_files_that_are_no_soft_prompt_are_refused(tmp_path):
         load_prompt(good)
     config.write_text(settings)
     assert load_prompt(good).shape == (3, HIDDEN)
+
+
+def test_similarity_is_cosine_token_by_token():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 5, generator=generator).unbind()
+    by_token = prompt_similarity(a, b)
+    for i in range(3):
+        dot = sum(float(x) * float(y) for x, y in zip(a[i], b[i], strict=True))
+        assert float(by_token[i]) == pytest.approx(dot / float(a[i].norm() * b[i].norm()), rel=1e-5)
+    torch.testing.assert_close(prompt_similarity(a, 3 * a), torch.ones(3).double())
+    torch.testing.assert_close(prompt_similarity(a, -a), -torch.ones(3).double())
+    matrix = similarity_matrix([a, b, a.bfloat16()])
+    assert matrix.shape == (3, 3)
+    torch.testing.assert_close(matrix, matrix.T)
+    torch.testing.assert_close(matrix.diagonal(), torch.ones(3).double())
+    assert float(matrix[0, 1]) == pytest.approx(float(by_token.mean()))
+    for wrong in (a[:2], torch.randn(3, 4)):
+        with pytest.raises(ConfigError, match="must have one shape"):
+            prompt_similarity(a, wrong)
+        with pytest.raises(ConfigError, match="must have one shape"):
+            similarity_matrix([a, wrong])

@@ -37,6 +37,7 @@ ORDER = [  # a module imports only from modules before it
     "trainer",
     "results",
     "run",
+    "fidelity",
     "report",
     "pictures",
     "page",
@@ -47,6 +48,7 @@ ORDER = [  # a module imports only from modules before it
     "demo",
     "console",
     "cli_cost",
+    "cli_study",
     "cli_report",
     "cli",
 ]

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import cli_cost, cli_report
+from . import cli_cost, cli_report, cli_study
 from .console import emit, people, plain, quiet_libraries, state
 from .errors import ConfigError, DataError, FptError, TrainingStopped
 
@@ -411,41 +411,6 @@ def _shortened(text: str, head: int = 400, tail: int = 200) -> str:
 
 
 @app.command()
-def score(
-    config: Config,
-    output: Annotated[Path, typer.Option(help="New safetensors file for the neurons' scores (scoring.path uses it).")],
-    layers: Annotated[
-        Path | None,
-        typer.Option(help="New file for the scores of layers (scoring.layer_path uses it)."),
-    ] = None,
-    sets: Sets = [],  # noqa: B006
-) -> None:
-    """Score FFN neurons, and layers, once for several runs. Next: `fpt train --set scoring.path=FILE`."""
-    from .config import load
-
-    settings = load(config, sets)
-    for path in (output, layers):
-        if path is not None and path.exists():
-            raise ConfigError(f"{str(path)!r} exists already; choose another name")
-    if layers is not None and settings.scoring.keep_layers not in ("influence", "greedy"):
-        raise ConfigError("--layers needs layers that are chosen by score: --set scoring.keep_layers=greedy")
-    from . import run
-
-    quiet_libraries()
-    session = run.open_session(settings, ("train",))
-    if layers is not None:
-        found = run.score_layers_of_run(session)
-        if found is None:
-            raise ConfigError(f"--layers: method={settings.method!r} leaves out no layers; use ld, cr or stages")
-        found.save(layers)
-        people().print(plain(f"{found.metadata['examples']} examples → {layers}"), highlight=False, soft_wrap=True)
-    scores = run.score_neurons(session)
-    scores.save(output)
-    made = f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}"
-    people().print(plain(made), highlight=False, soft_wrap=True)
-
-
-@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a saved prompt.")],
     output: Annotated[Path, typer.Argument(help="New safetensors file.")],
@@ -517,6 +482,7 @@ def _line(error: Exception) -> str:
 
 cli_cost.register(app)
 cli_report.register(app)
+cli_study.register(app)
 
 if __name__ == "__main__":
     main()

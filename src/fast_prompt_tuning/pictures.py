@@ -300,6 +300,58 @@ def _cost_at(result: RunResult, step: int, by_flops: bool) -> float:
     return points[-1][1]
 
 
+# -- partial models and prompts ---------------------------------------------------------------------------------------
+
+
+def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
+    """Loss and agreement of partial PLMs (`fidelity.report`) against the FLOPs of a step, a line per selection."""
+    names = list(dict.fromkeys(row["selection"] for row in rows))
+    with _style():
+        figure = _figure(4.8)
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for i, name in enumerate(names):
+            mine = sorted((r for r in rows if r["selection"] == name), key=lambda r: r["relative_flops"])
+            for axes, key, full in ((upper, "agreement", 1.0), (lower, "loss", full_loss)):
+                scale = 100 if key == "agreement" else 1
+                xs = [100 * r["relative_flops"] for r in mine] + [100.0]
+                axes.plot(
+                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **_look(i)
+                )
+        lower.axhline(full_loss, color=GREY, linewidth=0.8, linestyle=":")
+        upper.set_ylabel("says what the full\nmodel says (%)")
+        lower.set_ylabel("loss (nats/token)")
+        lower.set_xlabel("FLOPs of a training step (% of the full model's)")
+        _legend(figure, [(name, {**_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
+    return figure
+
+
+def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str) -> Figure:
+    """A matrix of similarities, each cell with its number. Colours are those of −1 to 1."""
+    size = max(3.0, 0.55 * len(names) + 1.8)
+    with _style(**{"axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        drawn = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if abs(value) > 0.6 else INK,
+                )
+        shown = [_name(name, 20) for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), shown)
+        axes.tick_params(length=0)
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
+    return figure
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

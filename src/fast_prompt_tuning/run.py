@@ -476,7 +476,7 @@ def train(
     session = session or open_session(config, ("train", "validation"))
     session.config = config
     full_tuning = config.method == "full"
-    model, trained = _trainable(session)
+    model, trained = trainable(session)
     schedule, needed = _schedule(session, model)
     rows, spare = session.encoded["train"], 0
     if isinstance(schedule, AutoSchedule):
@@ -569,7 +569,7 @@ def train(
     return result
 
 
-def _trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
+def trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
     """The model to train and its trained parameters: the soft prompt, or all weights for `full`."""
     config = session.config
     if config.method == "full":
@@ -679,10 +679,10 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
-    return activation_scores(_scored(model), batches, kind=session.config.scoring.kind, metadata=_provenance(session))
+    return activation_scores(scored(model), batches, kind=session.config.scoring.kind, metadata=_provenance(session))
 
 
-def _scored(model: nn.Module) -> nn.Module:
+def scored(model: nn.Module) -> nn.Module:
     """What neurons and layers are scored on: a prompt after the text leaves the text as it is without one."""
     return get_plm(model) if isinstance(model, SuffixPromptModel) else model
 
@@ -713,21 +713,21 @@ def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[st
     metadata = _provenance(session)
     if kind == "influence":
         flops = sum(_forward_of(session, batch) for batch in batches)
-        return block_influence(_scored(model), batches, metadata={**metadata, "flops": flops})
+        return block_influence(scored(model), batches, metadata={**metadata, "flops": flops})
     return greedy_removal(
-        _scored(model), batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata
+        scored(model), batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata
     )
 
 
-def score_neurons(session: Session) -> NeuronScores:
+def score_neurons(session: Session, model: nn.Module | None = None) -> NeuronScores:
     """Activation scores on a session's training data, with its prompt as it is initialised where it is in front."""
-    model, _ = _trainable(session)
+    model = trainable(session)[0] if model is None else model
     return _score(session, model, calibration_batches(session, session.config.scoring.examples))
 
 
 def score_layers_of_run(session: Session) -> LayerScores | None:
     """The layer scores that a session's recipe needs, made likewise; None where it needs none."""
-    model, _ = _trainable(session)
+    model, _ = trainable(session)
     _, needed = _schedule(session, model)
     return score_layers(session, model, session.config.scoring.keep_layers, needed.down_to) if needed.down_to else None
 

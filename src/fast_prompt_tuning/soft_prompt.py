@@ -277,5 +277,27 @@ def stack_prompts(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     shapes = {tuple(p.shape) for p in prompts}
     if len(shapes) != 1:
-        raise ConfigError(f"prompts of an ensemble must have one shape, got {sorted(shapes)}")
+        raise ConfigError(f"prompts of an ensemble or a comparison must have one shape, got {sorted(shapes)}")
     return torch.stack(list(prompts))
+
+
+def prompt_similarity(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity `(P,)` of two prompts `(P, H)`, token by token; its mean is the similarity of the prompts.
+
+    Source: Huang et al. 2022 compare prompts learned on partial PLMs with those of the full PLM this way.
+
+    Raises:
+        ConfigError: they differ in shape.
+    """
+    stack_prompts([one, other])
+    return nn.functional.cosine_similarity(one.double(), other.double(), dim=-1)
+
+
+def similarity_matrix(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean token-by-token cosine similarity `(K, K)` of every two of K prompts `(P, H)`.
+
+    Raises:
+        ConfigError: they differ in shape.
+    """
+    stacked = nn.functional.normalize(stack_prompts([p.double() for p in prompts]), dim=-1)
+    return torch.einsum("aph,bph->ab", stacked, stacked) / stacked.shape[1]
