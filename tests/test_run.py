@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 from itertools import pairwise
@@ -73,7 +75,7 @@ def test_a_run_and_what_it_leaves(tmp_path, name, method):
     assert result.boundaries == ([0] if method == "pt" else [0, 2, 4, 6])
     assert sum(s["steps"] for s in result.schedule) == 10
     assert 0 < result.train_seconds < result.total_seconds
-    assert set(result.fingerprints) == {"model", "train", "validation"}
+    assert set(result.fingerprints) == {"model", "train", "validation", "tokens"}
     assert {"torch", "transformers", "peft", "device", "fast-prompt-tuning"} <= set(result.environment)
     assert load(out / "config.yaml") == config
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
@@ -474,22 +476,11 @@ class Prompts(TrainerCallback):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("step", [0, 4])
-def test_not_finite(tmp_path, monkeypatch, where, step):
-    inner, calls = trainer.label_loss, []
-
-    def bad(*args, **kwargs):
-        loss = inner(*args, **kwargs)
-        calls.append(1)
-        if len(calls) != step + 1:
-            return loss
-        if where == "loss":
-            return loss * float("nan")
-        loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
-
-    monkeypatch.setattr(trainer, "label_loss", bad)
+def test_a_run_of_steps_that_are_not_finite(tmp_path, monkeypatch, where, step):
+    bad_loss(monkeypatch, where, range(step, 99))
     prompts = Prompts()
-    with pytest.raises(TrainingStopped, match=rf"not finite at step {step}|is nan at step {step}"):
+    last = step + trainer.MAX_SKIPPED - 1
+    with pytest.raises(TrainingStopped, match=rf"{where} is not finite at step {last}, for 5 steps in a row"):
         run.train(recipe(tmp_path / "run"), callbacks=[prompts])
     kept = load_prompt(tmp_path / "run" / "prompt")
     # the last one that a finite loss and gradient were seen with; at the start, the one it began with
@@ -497,7 +488,44 @@ def test_not_finite(tmp_path, monkeypatch, where, step):
     result = load_result(tmp_path / "run")
     assert result.status == "stopped"
     assert "optim.lr" in result.reason
-    assert (result.flops["train"] > 0) == (step > 0 or where == "gradient")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, where, accumulate, caplog):
+    options = {"train__log_every": 3, "train__accumulate": accumulate, "method": "pt"}
+    plain = run.train(recipe(tmp_path / "plain", **{**options, "train__log_every": 1}))
+    bad_loss(monkeypatch, where, [4 * accumulate])  # the first batch of the fifth step
+    prompts = Prompts()
+    result = run.train(recipe(tmp_path / "run", **options), callbacks=[prompts])
+    assert (result.status, result.steps, result.skipped_steps) == ("finished", 10, 1)
+    assert torch.equal(prompts.before[4], prompts.before[5])
+    assert not torch.equal(prompts.before[5], prompts.before[6])
+    assert f"the {where} is not finite at step 4, which is left out (1 so far)" in caplog.text
+    losses = dict(result.losses)
+    first = dict(plain.losses)
+    assert losses[1] == first[1]
+    assert losses[3] == pytest.approx((first[2] + first[3]) / 2)
+    assert all(math.isfinite(v) for v in losses.values())
+    assert losses[6] < 3 * first[4]  # the mean of two steps, not of three
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+    assert run.read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped_steps"] == 1
+
+
+def bad_loss(monkeypatch, where, calls):
+    """Make the loss, or its gradient, not finite in the given calls."""
+    inner, count = trainer.label_loss, itertools.count()
+
+    def bad(*args, **kwargs):
+        loss = inner(*args, **kwargs)
+        if next(count) not in calls:
+            return loss
+        if where == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(trainer, "label_loss", bad)
 
 
 def test_a_huge_learning_rate_stops_the_run_and_leaves_a_finite_prompt(tmp_path):
@@ -546,13 +574,6 @@ def test_a_run_is_not_overwritten_while_it_is_used(tmp_path):
     with pytest.raises(ConfigError, match=r"prompt\.path=.* lies in the run that would be overwritten"):
         run.train(again, overwrite=True)
     assert (tmp_path / "run" / "prompt" / "adapter_model.safetensors").is_file()
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process"):
-        run.train(load(toy().recipe(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_test_split_has_a_limit_of_its_own(tmp_path):

@@ -34,6 +34,8 @@ ORDER = [  # a module imports only from modules before it
     "evaluation",
     "config",
     "callback",
+    "parallel",
+    "checkpoint",
     "trainer",
     "results",
     "run",

@@ -73,6 +73,9 @@ def train(
     sets: Sets = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Resume although recipe, weights or data have changed since.")
+    ] = False,
     on_bad_row: Annotated[str | None, typer.Option(help="error or skip: rows that cannot be used.")] = None,
     input_template: Annotated[
         str | None, typer.Option(help=r"Your own task: Jinja template of the input, e.g. '{{ text }}\nTopic:'.")
@@ -88,18 +91,28 @@ def train(
     if input_template or target_template:
         chosen.append("data.task=null")
     settings = load(config, [*sets, *chosen])  # first of all: a typing error must not wait for PyTorch
-    from . import run
+    from . import parallel, run
     from .demo import reporter_hook
     from .report import comparison_table, table_rows
 
     quiet_libraries()
     out = people(as_json)
-    run.check_folder(settings, overwrite=overwrite, resume=resume)
+    if allow_changed and not resume:
+        raise ConfigError("--allow-changed is for --resume; add it, or leave this out")
+    run.check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     session = run.open_session(settings, ("train", "validation"))
+    if parallel.rank() != 0:  # the main process speaks for all
+        out, as_json = Console(quiet=True), False
     callbacks: list[Any] = []
     hook = reporter_hook(out, settings.name or Path(settings.output).name, session, callbacks)
     result = run.train(
-        settings, overwrite=overwrite, resume=resume, session=session, callbacks=callbacks, on_schedule=hook
+        settings,
+        overwrite=overwrite,
+        resume=resume,
+        allow_changed=allow_changed,
+        session=session,
+        callbacks=callbacks,
+        on_schedule=hook,
     )
     out.print(comparison_table([result]))
     out.print(f"run {plain(settings.output)}", highlight=False, soft_wrap=True)
@@ -443,6 +456,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; every refusal is one line on standard error and a documented exit code."""
     code = 0
     errors = Console(stderr=True)
+    rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    error_mark = "[red]error:[/red]" if processes == "1" else f"[red]error:[/red] process {plain(rank)} of {processes}:"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(args=arguments, standalone_mode=False) or 0
@@ -451,7 +466,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (TrainingStopped, FptError) as error:
         if state["debug"]:
             raise
-        errors.print(f"[red]error:[/red] {_line(error)}", highlight=False, soft_wrap=True)
+        errors.print(f"{error_mark} {_line(error)}", highlight=False, soft_wrap=True)
         code = EXIT_STOPPED if isinstance(error, TrainingStopped) else EXIT_INPUT
     except typer.Abort:
         code = 130
@@ -464,15 +479,19 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's usage errors
         if usage is not None:
-            errors.print(f"[red]error:[/red] {plain(usage())}", highlight=False, soft_wrap=True)
+            errors.print(f"{error_mark} {plain(usage())}", highlight=False, soft_wrap=True)
             code = EXIT_INPUT
         elif state["debug"]:
             raise
         else:
             said = f"{type(error).__name__}: {_line(error)}"
             hint = "(a bug, or a machine's trouble: fpt --debug … shows where)"
-            errors.print(f"[red]error:[/red] {said} {hint}", highlight=False, soft_wrap=True)
+            errors.print(f"{error_mark} {said} {hint}", highlight=False, soft_wrap=True)
             code = 70
+    if processes != "1" and "torch" in sys.modules:
+        from . import parallel
+
+        parallel.stop()
     sys.exit(code)
 
 

@@ -138,6 +138,7 @@ class TrainConfig(_Section):
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on the full PLM; default 10")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default as eval_every")
+    save_minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="and minutes between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
     keep: Literal["best", "last"] = Field("best", description="which prompt the run ends with, by the first metric")
     log_every: int = Field(10, ge=1, description="steps between log lines")

@@ -324,6 +324,15 @@ def train_split(dataset: datasets.Dataset, n: int, seed: int) -> tuple[datasets.
     return dataset.select(np.sort(order[:n])), dataset.select(np.sort(order[n:]))
 
 
+def tokens_fingerprint(dataset: datasets.Dataset) -> str:
+    """SHA-256 (hex) of the token ids and labels of the rows of `encode`, in order: another tokenizer, another hash."""
+    digest = hashlib.sha256()
+    for row in dataset.select_columns(["input_ids", "labels"]).with_format("numpy"):
+        for ids in row.values():
+            digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
 def train_calibration(dataset: datasets.Dataset, n: int, seed: int) -> datasets.Dataset:
     """n random rows of the *training* data to compute scores on; all of them, in order, where there are fewer.
 

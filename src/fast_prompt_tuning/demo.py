@@ -67,7 +67,9 @@ def demo(
     """
     folder = Path(output)
     if method not in ("ld", "fr", "cr", "auto"):
-        raise ConfigError(f"--method {method!r} must be ld, fr, cr or auto: plain prompt tuning is what it is compared with")
+        raise ConfigError(
+            f"--method {method!r} must be ld, fr, cr or auto: plain prompt tuning is what it is compared with"
+        )
     if (folder / "result.json").exists() and not overwrite:
         raise ConfigError(f"output={output!r} holds a demo already; add --overwrite or choose another --output")
     configs: dict[str, RunConfig] = {

@@ -42,5 +42,9 @@ class ScoreError(FptError):
     """Scores are missing, malformed, or belong to another model."""
 
 
+class CheckpointError(FptError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
 class TrainingStopped(FptError):
     """Training ended early on purpose (a run of non-finite losses, say); what was good is kept."""

@@ -112,7 +112,7 @@ def label_loss(
         ModelError: as `labelled_logits`.
     """
     logits, targets, _ = labelled_logits(model, batch)
-    if targets.numel() == 0:
+    if targets.numel() == 0 and num_items is None:
         raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
     total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")
     return total / (targets.numel() if num_items is None else num_items)

@@ -420,7 +420,7 @@ class SuffixPromptModel(nn.Module):
         text = text_states(self.plm, parts.texts, self.cache)
         self.text_ran, self.text_tokens = text.ran, text.mask.shape[1]
         logits, targets, _ = suffix_logits(self.plm, self.soft_prompt, text, parts.targets, parts.labels)
-        if targets.numel() == 0:
+        if targets.numel() == 0 and num_items_in_batch is None:
             raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
         total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")
         loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)

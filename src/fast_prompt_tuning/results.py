@@ -43,6 +43,7 @@ class RunResult(BaseModel):
     boundaries: list[int]
     kept_layers: list[dict[str, list[int]]] = Field(default_factory=list)
     steps: int
+    skipped_steps: int = 0
     primary: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]

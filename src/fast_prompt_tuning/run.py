@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,14 @@ from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
-from . import fingerprint, metrics, tasks
+from . import checkpoint, fingerprint, metrics, parallel, tasks
 from .callback import AutoCallback, ProgressiveCallback
 from .config import CacheConfig, RunConfig
-from .data import Collator, encode, examples_fingerprint, train_calibration, train_split
-from .errors import ConfigError, DataError, TrainingStopped
+from .data import Collator, encode, examples_fingerprint, tokens_fingerprint, train_calibration, train_split
+from .errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops, text_flops
 from .growth import AutoSchedule
@@ -40,9 +39,24 @@ from .plan import full_stage, load_config
 from .results import Point, RunResult, environment, save_result, write_atomic
 from .schedule import Schedule, Stage
 from .scoring import NeuronScores, activation_scores
-from .soft_prompt import context_length, init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
+from .soft_prompt import (
+    context_length,
+    init_soft_prompt,
+    load_prompt,
+    placement_of,
+    prompt_parameter,
+    soft_prompt_config,
+)
 from .text_cache import TextCache
-from .trainer import PromptTrainer, StepGuard, batch_shape, make_collator, make_optimizer, training_arguments
+from .trainer import (
+    CANNOT_WRITE,
+    PromptTrainer,
+    StepGuard,
+    batch_shape,
+    make_collator,
+    make_optimizer,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +64,7 @@ OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.
 PROBE_EXAMPLES = 16
 """Training examples held out to measure when to grow: one small batch, the same one every time."""
 
-OUR_FOLDERS = ("prompt", "best", "model", "checkpoints")
+OUR_FOLDERS = ("prompt", "model", "checkpoints")
 
 
 @dataclass
@@ -121,7 +135,8 @@ def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
     task = task_of(config)
     dtype = "float32" if config.method == "full" and config.model.dtype == "auto" else config.model.dtype
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    plm = load_plm(config.model.path, dtype=dtype, device=config.model.device, revision=config.model.revision)
+    device = parallel.start(config.model.device)
+    plm = load_plm(config.model.path, dtype=dtype, device=device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
     if config.prompt.placement == "suffix":
         check_suffix(plm)
@@ -336,8 +351,11 @@ def partial_of(session: Session, size: str, folder: Path) -> AbstractContextMana
 # -- the run's folder -------------------------------------------------------------------------------------------------
 
 
-def check_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> None:
+def check_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> None:
     """Raise where the run's folder cannot be used; nothing is written, so it can be asked before weights are loaded.
+
+    Args:
+        allow_changed: go on with a recipe that has changed since the run began.
 
     Raises:
         ConfigError: it holds a run already, holds other files, or there is nothing to resume, or another recipe's.
@@ -351,22 +369,33 @@ def check_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise ConfigError(f"output={str(folder)!r} holds no run to resume; leave out --resume")
-        try:
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{str(saved)!r} cannot be read ({type(error).__name__}); use --overwrite") from error
-        now = config.model_dump(mode="json")
-        if isinstance(before, dict):
-            before["output"] = now["output"]  # the same folder, however it is spelled
-        changed = differences(before, now)
-        if changed:
-            raise ConfigError(f"the recipe has changed since the run began: {'; '.join(changed)}; set it back")
+        changed = recipe_changes(config)
+        if changed and not allow_changed:
+            raise ConfigError(
+                f"the recipe has changed since the run began: {'; '.join(changed)}; set it back, or add --allow-changed"
+            )
     elif saved.exists() and not _is_ours(saved):
         raise ConfigError(f"output={str(folder)!r} has a config.yaml that is not a run's; choose another folder")
     elif saved.exists() and not overwrite:
         raise ConfigError(f"output={str(folder)!r} holds a run already; add --resume, --overwrite, or choose another")
-    elif not saved.exists() and folder.is_dir() and any(folder.iterdir()):
+    elif not saved.exists() and folder.is_dir() and any(not _WORK.match(f.name) for f in folder.iterdir()):
         raise ConfigError(f"output={str(folder)!r} is not empty and holds no run of ours; choose another folder")
+
+
+_WORK = re.compile(r"\.lock$|\.config\.yaml-")  # all that a run killed before its first word leaves
+
+
+def recipe_changes(config: RunConfig) -> list[str]:
+    """How a recipe differs from the one saved in its output folder."""
+    saved = Path(config.output) / "config.yaml"
+    try:
+        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{str(saved)!r} cannot be read ({type(error).__name__}); use --overwrite") from error
+    now = config.model_dump(mode="json")
+    if isinstance(before, dict):
+        before["output"] = now["output"]  # the same folder, however it is spelled
+    return differences(before, now)
 
 
 RUN_MARK = "# The resolved recipe of a run of fast-prompt-tuning.\n"
@@ -378,15 +407,19 @@ def _is_ours(saved: Path) -> bool:
         return file.readline() == RUN_MARK.encode()
 
 
-def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
+def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> Path:
     """Make the run's folder, refused where something would be lost; see `check_folder`.
 
     Raises:
         ConfigError: as `check_folder`, or it cannot be written.
     """
-    check_folder(config, overwrite=overwrite, resume=resume)
+    check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     folder = Path(config.output)
     if resume:
+        for place in (folder, folder / "checkpoints"):
+            checkpoint.clear_leftovers(place)
+        if recipe_changes(config):
+            write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
         return folder
     doomed = [(folder / name).resolve() for name in (*OURS, *OUR_FOLDERS)]
     for name, used in (
@@ -401,10 +434,12 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool) -> Path:
             raise ConfigError(f"{name}={used!r} lies in the run that would be overwritten; choose another output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in OURS:
-            (folder / name).unlink(missing_ok=True)
         for name in OUR_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
+        for name in OURS:
+            if name != "config.yaml":  # what marks the folder as a run's is replaced last, by a rename
+                (folder / name).unlink(missing_ok=True)
+        checkpoint.clear_leftovers(folder)
         write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
     except OSError as error:
         raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error
@@ -419,29 +454,21 @@ def differences(before: Any, after: Any, at: str = "") -> list[str]:
 
 
 class _RunLog(TrainerCallback):
-    """Appends what the Trainer logs to `log.jsonl`, with the FLOPs and seconds a resumed run goes on from."""
+    """Appends what the Trainer logs to `log.jsonl`; its state holds the same, so a full disk loses nothing."""
 
-    def __init__(self, path: Path, extra: Callable[[], dict[str, Any]]):
-        self.path, self.extra = path, extra
+    def __init__(self, path: Path):
+        self.path, self.told = path, False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {}), **self.extra()}) + "\n")
-
-
-def read_log(path: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The log's records up to and including step `until`; a torn last line (a crash) is ignored."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if until is None or record["step"] <= until:
-                records.append(record)
-    return records
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+        except OSError as error:
+            if not self.told:
+                logger.warning("%s cannot be written (%s); training goes on", self.path, error)
+            self.told = True
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -452,72 +479,100 @@ def train(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    allow_changed: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     session: Session | None = None,
     on_schedule: Callable[[Schedule, Any], None] | None = None,
 ) -> RunResult:
     """Run a recipe to its end; see `docs/` for what lies in the folder afterwards.
 
+    Started by torchrun or accelerate, every process calls it and gets the result; the main one writes.
+
     Args:
+        allow_changed: resume although the recipe, the model's weights or the data have changed since the checkpoint.
         session: a loaded session of the same model and data, to share between runs.
         on_schedule: called with the schedule and the full size before the first step.
 
     Raises:
-        FptError: bad input, before compute is spent. TrainingStopped: the loss or gradient became non-finite; the
-            last good prompt is saved.
+        FptError: bad input, before compute is spent. TrainingStopped: loss or gradient stayed non-finite, memory did
+            not suffice, or another process ended; the last good prompt or checkpoint is there.
     """
     started = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "fpt train runs in one process; for several, use ProgressiveCallback in a Trainer script under torchrun"
-        )
-    check_folder(config, overwrite=overwrite, resume=resume)
+    check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     set_seed(config.train.seed)
     session = session or open_session(config, ("train", "validation"))
     session.config = config
-    full_tuning = config.method == "full"
     model, trained = trainable(session)
     schedule, needed = _schedule(session, model)
-    rows, spare = session.encoded["train"], 0
+    rows, held_out = session.encoded["train"], None
     if isinstance(schedule, AutoSchedule):
-        spare = schedule.window
         held_out, rows = train_split(rows, min(PROBE_EXAMPLES, len(rows) // 4), config.train.seed)
-    # All that can be refused has been: only now is an earlier run replaced, or a folder made.
-    folder = prepare_folder(config, overwrite=overwrite, resume=resume)
-    checkpoint = None
-    if resume and (folder / "checkpoints").is_dir():
-        checkpoint = get_last_checkpoint(str(folder / "checkpoints"))
-    if resume and checkpoint is None:
-        logger.warning("no checkpoint in %s yet: starting from step 0", folder)
-    ledger = FlopsLedger()
-    partial = _partial_plm(session, model, schedule, needed, folder, ledger)
-    if on_schedule:
-        on_schedule(schedule, session.cost.full_stage)
+    identity = _identity(session)
+    folder = Path(config.output)
+    with ExitStack() as held:
+        # All that can be refused has been: only now is an earlier run replaced, or a folder made.
+        parallel.on_main(lambda: held.enter_context(checkpoint.locked(folder)))
+        found = parallel.on_main(
+            lambda: _prepare(config, identity, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+        )
+        if found is not None:
+            _check_fits(found, model, config.method == "full")
+        ledger = FlopsLedger()
+        partial = _partial_plm(session, model, schedule, needed, folder, ledger)
+        if on_schedule:
+            on_schedule(schedule, session.cost.full_stage)
+        data = rows, held_out
+        return _train(
+            session, data, model, trained, schedule, partial, folder, ledger, identity, found, started, callbacks
+        )
 
-    reached = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-    # Evaluations after the checkpoint will be made again: what they logged must not stand twice.
-    history = read_log(folder / "log.jsonl", until=reached) if checkpoint else []
-    write_atomic(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in history))
-    past = history[-1] if history else {}
+
+def _train(
+    session: Session,
+    data: tuple[Dataset, Dataset | None],
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    schedule: Schedule,
+    partial: PartialPLM | None,
+    folder: Path,
+    ledger: FlopsLedger,
+    identity: dict[str, Any],
+    found: checkpoint.Checkpoint | None,
+    started: float,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
+    """The steps of a run whose folder is held, from the checkpoint `found` or the start.
+
+    Args:
+        data: the rows to train on, and those that `auto` probes with.
+    """
+    config = session.config
+    rows, held_out = data
+    spare = schedule.window if isinstance(schedule, AutoSchedule) else 0
+    full_tuning = config.method == "full"
+    reached, past = (found.step, found.record) if found else (0, {})
+    history = log_of(found)
+    if parallel.rank() == 0:
+        write_log(folder, history)
     for what in ("probe", "eval"):
-        ledger.add(what, past.get(f"flops_{what}", 0.0))
-    guard = StepGuard(trained, remember=not full_tuning)
+        ledger.add(what, past.get("flops", {}).get(what, 0.0))
+    guard = StepGuard(trained, remember=not full_tuning, save_minutes=config.train.save_minutes)
     guard.seconds = past.get("train_seconds", 0.0)
     past_total = past.get("total_seconds", 0.0)
 
-    def spent() -> dict[str, Any]:
+    def spent() -> dict[str, float]:
         return {
             "train_seconds": guard.seconds,
             "total_seconds": past_total + time.perf_counter() - started,
         }
 
-    best = _Best(folder / "best", session.task.primary, full_tuning)
+    best = _Best(folder / "checkpoints", session.task.primary, full_tuning, reached)
 
     def evaluate_prompt(step: int) -> dict[str, float]:
-        found = evaluate(session, None if full_tuning else prompt_parameter(model).detach())
-        ledger.add("eval", found.flops)
-        best.offer(step, found.result.values[session.task.primary], model)
-        return dict(found.result.values)
+        scored = evaluate(session, None if full_tuning else prompt_parameter(model).detach())
+        ledger.add("eval", scored.flops)
+        best.offer(step, scored.result.values[session.task.primary], model)
+        return dict(scored.result.values)
 
     trainer = PromptTrainer(
         model=model,
@@ -526,35 +581,44 @@ def train(
         eval_dataset=session.encoded["validation"],
         data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None),
         optimizers=make_optimizer(trained, config.optim),
-        callbacks=[guard, _RunLog(folder / "log.jsonl", spent), *callbacks],
+        callbacks=[guard, _RunLog(folder / "log.jsonl"), *callbacks],
         schedule=schedule,
         cost=session.cost,
         prompt_tokens=0 if full_tuning else config.prompt.tokens,
         evaluate_prompt=evaluate_prompt,
         ledger=ledger,
         full_tuning=full_tuning,
+        record={"config": config.model_dump(mode="json"), **identity},
+        spent=spent,
     )
-    if isinstance(schedule, AutoSchedule) and partial is not None:
+    guard.trainer = trainer
+    if isinstance(schedule, AutoSchedule) and partial is not None and held_out is not None:
         probe = make_collator(session.tokenizer, session.plm)(list(held_out))
         counted = lambda: ledger.add("probe", trainer.probe_flops(probe))  # noqa: E731
         trainer.add_callback(AutoCallback(partial, schedule, probe, on_probe=counted))
-        if checkpoint is not None:
-            schedule.replay(TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).log_history)
+        schedule.replay(history)
     elif partial is not None:
         trainer.add_callback(ProgressiveCallback(partial, schedule))
     status, reason = "finished", None
     with guard:
         try:
-            if checkpoint is not None and reached >= schedule.total_steps:
-                trainer.resume_finished(checkpoint)
+            if found is not None and reached >= schedule.total_steps:
+                trainer.resume_finished(str(found.folder))
             else:
-                trainer.train(resume_from_checkpoint=checkpoint)
+                trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
             if guard.signal is not None and trainer.state.global_step < schedule.total_steps:
                 status, reason = "interrupted", f"signal {guard.signal}"
         except TrainingStopped as error:
             status, reason = "stopped", str(error)
             guard.go_back()
             trainer.store_flos()
+        except RuntimeError as error:
+            if not parallel.is_lost(error):
+                raise
+            raise TrainingStopped(
+                "another process of this run has ended, so this one cannot go on; the last checkpoint is kept: start "
+                "all of them again with --resume"
+            ) from error
         finally:
             if partial is not None:
                 partial.restore()
@@ -563,10 +627,91 @@ def train(
         trainer.evaluate()
     if (config.train.keep == "best" and status != "stopped") or (full_tuning and status == "stopped"):
         best.restore(model)  # all weights are too many to keep the last good ones: a stopped run has its best
-    result = _finish(session, model, trainer, schedule, partial, folder, ledger, best, status, reason, spent())
+    result = _finish(
+        session, model, trainer, schedule, partial, folder, ledger, best, status, reason, spent(), identity
+    )
     if status == "stopped":
         raise TrainingStopped(f"{reason} (saved in {folder / 'prompt'})")
     return result
+
+
+def _identity(session: Session) -> dict[str, Any]:
+    """What a checkpoint belongs to beside its recipe: hashes of the model's weights, the data and its tokens."""
+    data = {split: examples_fingerprint(session.examples[split]) for split in ("train", "validation")}
+    tokens = tokens_fingerprint(session.encoded["train"])
+    return {
+        "fingerprints": {"model": fingerprint.of_model(session.plm), **data, "tokens": tokens},
+        "processes": parallel.size(),
+    }
+
+
+def _prepare(
+    config: RunConfig, identity: dict[str, Any], *, overwrite: bool, resume: bool, allow_changed: bool
+) -> checkpoint.Checkpoint | None:
+    """Make the folder ready to be written, and find the checkpoint to go on from.
+
+    Raises:
+        ConfigError: as `prepare_folder`; or model, data or the number of processes have changed since the checkpoint.
+    """
+    folder, places = Path(config.output), Path(config.output) / "checkpoints"
+    check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    changed = recipe_changes(config) if resume else []
+    if resume:
+        checkpoint.clear_leftovers(places)
+    found = checkpoint.latest(places) if resume else None
+    if found is not None:
+        before = {key: found.record.get(key) for key in identity}
+        changed += differences(before, identity)
+    if changed and not allow_changed:
+        raise ConfigError(
+            f"changed since the checkpoint of step {found.step if found else 0}: {'; '.join(changed)}; set it back, or "
+            "add --allow-changed to go on all the same"
+        )
+    prepare_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    if changed:
+        logger.warning("going on although changed: %s", "; ".join(changed))
+        if any(c.startswith(("scoring", "fingerprints.model")) for c in changed):
+            for name in ("scores.safetensors", "layers.safetensors"):  # of another model, or made another way
+                (folder / name).unlink(missing_ok=True)
+        if any(c.startswith(("fingerprints.model", "fingerprints.validation")) for c in changed):
+            checkpoint.discard_best(places)  # measured on something else
+    if resume and found is None:
+        logger.warning("no checkpoint in %s that could be used: starting from step 0", folder)
+    return found
+
+
+def _check_fits(found: checkpoint.Checkpoint, model: nn.Module, full_tuning: bool) -> None:
+    """Raise unless the checkpoint holds what this run trains (its recipe may have been changed on request)."""
+    where = str(found.folder)
+    if full_tuning != (not (found.folder / "adapter_config.json").is_file()):
+        raise CheckpointError(f"{where!r} is of another method; use --overwrite")
+    if not full_tuning:
+        place = "suffix" if isinstance(model, SuffixPromptModel) else "prefix"
+        have = (placement_of(found.folder), *load_prompt(found.folder).shape)
+        if have != (want := (place, *prompt_parameter(model).shape)):
+            raise CheckpointError(f"{where!r} holds a prompt {have}, this run needs {want}: placement, tokens, width")
+
+
+def log_of(found: checkpoint.Checkpoint | None) -> list[dict[str, Any]]:
+    """What was logged up to a checkpoint."""
+    if found is None:
+        return []
+    state = json.loads((found.folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return list(state["log_history"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a `log.jsonl`; a torn last line (of a run that was killed) is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write `log.jsonl` anew: a killed run may have torn its last line, or logged steps that will be made again."""
+    write_atomic(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history))
 
 
 def trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
@@ -673,9 +818,13 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
     batches = calibration_batches(session, session.config.scoring.examples)
     ledger.add("score", sum(score_flops(session, batch) for batch in batches))
     file = folder / "scores.safetensors"
-    if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
-        _score(session, model, batches).save(file)
-    return NeuronScores.load(file)
+
+    def scores() -> NeuronScores:
+        if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
+            _score(session, model, batches).save(file)
+        return NeuronScores.load(file)
+
+    return parallel.on_main(scores)  # the same on every process, whatever it computes on
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
@@ -699,9 +848,13 @@ def _layer_scores(
     session: Session, model: nn.Module, down_to: dict[str, int], folder: Path, ledger: FlopsLedger
 ) -> LayerScores:
     file = folder / "layers.safetensors"
-    if not file.is_file():  # as with neurons: a resumed run keeps the layers it began with
-        score_layers(session, model, session.config.scoring.keep_layers, down_to).save(file)
-    scores = LayerScores.load(file)
+
+    def made() -> LayerScores:
+        if not file.is_file():  # as with neurons: a resumed run keeps the layers it began with
+            score_layers(session, model, session.config.scoring.keep_layers, down_to).save(file)
+        return LayerScores.load(file)
+
+    scores = parallel.on_main(made)
     ledger.add("score", float(scores.metadata["flops"]))
     return scores
 
@@ -751,40 +904,50 @@ def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]
 
 
 class _Best:
-    """The best prompt so far by the task's first metric on the full PLM, kept on disk."""
+    """The best prompt so far by the task's first metric on the full PLM, kept on disk beside the checkpoints.
 
-    def __init__(self, folder: Path, primary: str, full_tuning: bool):
+    Args:
+        folder: where the checkpoints lie; the best is `best-STEP` there.
+        reached: step that the run goes on from; a later best will be found again.
+    """
+
+    def __init__(self, folder: Path, primary: str, full_tuning: bool, reached: int):
         self.folder, self.primary, self.full_tuning = folder, primary, full_tuning
         self.step, self.value = 0, float("-inf")
-        record = folder / "best.json"
-        if record.is_file():
-            found = json.loads(record.read_text(encoding="utf-8"))
-            self.step, self.value = found["step"], found["value"]
+        self.prompt: torch.Tensor | None = None
+        self.saved: Path | None = None
+        found = parallel.on_main(lambda: checkpoint.latest(folder, "best", until=reached))
+        if found is not None:
+            self.step, self.value, self.saved = found.step, found.record["value"], found.folder
+            self.prompt = None if full_tuning else load_prompt(found.folder)
+        if parallel.rank() == 0:
+            checkpoint.discard_best(folder, after=reached)
 
     def offer(self, step: int, value: float, model: nn.Module) -> None:
         """Keep the model's prompt if it is the best yet; the earlier one on a tie."""
         if value <= self.value:
             return
         self.step, self.value = step, value
-        work = self.folder.with_name(".best-new")
-        shutil.rmtree(work, ignore_errors=True)
-        model.save_pretrained(str(work))  # type: ignore[operator]
-        write_atomic(work / "best.json", json.dumps({"step": step, "value": value, "metric": self.primary}))
-        old = self.folder.with_name(".best-old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(old)
-        work.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if not self.full_tuning:
+            self.prompt = prompt_parameter(model).detach().cpu().clone()
+        self.saved = self.folder / f"best-{step}"
+        if parallel.rank() != 0:
+            return
+        try:
+            with checkpoint.new_folder(self.saved) as work:
+                checkpoint.save_trained(work, model)
+                checkpoint.seal(work, step, {"value": value, "metric": self.primary})
+        except CANNOT_WRITE as error:
+            logger.warning("the best prompt, of step %d, cannot be written (%s); training goes on", step, error)
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model its best prompt back."""
-        if self.full_tuning:
-            for file in sorted(self.folder.glob("*.safetensors")):
-                model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
-        elif self.folder.is_dir():
-            with torch.no_grad():
-                prompt_parameter(model).copy_(load_prompt(self.folder))
+        """Give the model its best prompt back, or all of its best weights."""
+        with torch.no_grad():
+            if self.prompt is not None:
+                prompt_parameter(model).copy_(self.prompt)
+            elif self.full_tuning and self.saved is not None:
+                for file in sorted(self.saved.glob("*.safetensors")):
+                    model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
 
 
 def _finish(
@@ -798,19 +961,16 @@ def _finish(
     best: _Best,
     status: Any,
     reason: str | None,
-    spent: dict[str, Any],
+    spent: dict[str, float],
+    identity: dict[str, Any],
 ) -> RunResult:
     full_tuning = session.config.method == "full"
-    model.save_pretrained(str(folder / ("model" if full_tuning else "prompt")))  # type: ignore[operator]
-    if full_tuning:
-        session.tokenizer.save_pretrained(str(folder / "model"))  # a whole model, that `model.path` can name
     prompt = None if full_tuning else prompt_parameter(model).detach()
     # A test split, where one is loaded, has had no part in choosing the best prompt.
     split = "test" if "test" in session.examples else "validation"
     final = evaluate(session, prompt, split)
     ledger.add("eval", final.flops)
-    write_predictions(folder / "predictions.jsonl", session.examples[split], final)
-    log = read_log(folder / "log.jsonl")
+    log: list[dict[str, Any]] = list(trainer.state.log_history)
     curve = [
         Point(
             step=r["step"],
@@ -832,6 +992,7 @@ def _finish(
         boundaries=list(schedule.boundaries),
         kept_layers=[partial.kept_layers(s) for s in schedule.stages] if partial is not None else [],
         steps=trainer.state.global_step,
+        skipped_steps=trainer.skipped,
         primary=session.task.primary,
         metrics=final.result.values,
         intervals=final.result.intervals,
@@ -845,12 +1006,26 @@ def _finish(
         total_seconds=spent["total_seconds"],
         prompt_folder=None if full_tuning else str(folder / "prompt"),
         fingerprints={
-            "model": fingerprint.of_model(get_plm(model)) if not full_tuning else "trained",
             **{split: examples_fingerprint(rows) for split, rows in session.examples.items()},
+            **identity["fingerprints"],
+            **({"model": "trained"} if full_tuning else {}),
         },
         environment=environment(session.plm.device),
     )
-    save_result(result, folder)
+    if parallel.rank() == 0:
+        try:
+            with checkpoint.new_folder(folder / ("model" if full_tuning else "prompt")) as work:
+                model.save_pretrained(str(work))  # type: ignore[operator]
+                if full_tuning:
+                    session.tokenizer.save_pretrained(str(work))  # a whole model, that `model.path` can name
+            write_predictions(folder / "predictions.jsonl", session.examples[split], final)
+            write_log(folder, log)
+            save_result(result, folder)
+        except CANNOT_WRITE as error:
+            raise ConfigError(
+                f"output={str(folder)!r} cannot be written at the end of the run ({error}); the checkpoints are kept: "
+                "make room, and run it again with --resume"
+            ) from error
     return result
 
 
