@@ -622,6 +622,8 @@ def _train(
         finally:
             if partial is not None:
                 partial.restore()
+    if trainer.skipped_in_a_row:
+        guard.go_back()  # the run ended within a row of bad steps: its prompt is the one before them
     ledger.add("train", trainer.state.total_flos)
     if status == "finished" and trainer.state.global_step % int(trainer.args.eval_steps or 1):
         trainer.evaluate()
