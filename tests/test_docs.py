@@ -147,6 +147,13 @@ def test_shell_blocks_parse(page):
             assert all(e in extras for w in words for e in re.findall(r"\[(\w+)\]", w)), line
 
 
+def test_every_commands_help_ends_with_an_example_that_parses():
+    for name, command in get_command(cli.app).commands.items():
+        assert command.epilog == f"Example: {cli.EXAMPLES[name]}", f"{name}: add an example to cli.EXAMPLES"
+        assert cli.EXAMPLES[name].startswith(f"fpt {name}")
+        parse(cli.EXAMPLES[name])
+
+
 @pytest.mark.parametrize("line", ["fpt trian", "fpt train", "fpt ls --nothing", "fpt plan --model m --steps many"])
 def test_a_wrong_command_would_be_seen(line):
     with pytest.raises(Exception, match=r"(?i)no such|missing|not a valid|valid integer"):

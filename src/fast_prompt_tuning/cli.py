@@ -26,8 +26,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Tune a soft prompt on a growing partial model. Start with [bold]fpt demo[/bold]; then [bold]fpt ls "
-    "recipes[/bold], [bold]fpt plan[/bold] (what will it cost?) and [bold]fpt train --config RECIPE[/bold].",
-    epilog="Exit codes: 0 done, 1 training stopped (loss not finite), 2 bad input, 130 Ctrl-C, 143 SIGTERM.",
+    "recipes[/bold], [bold]fpt plan[/bold] (what will it cost?), [bold]fpt train --config RECIPE[/bold] and "
+    "[bold]fpt report RUN[/bold].",
+    epilog="Exit codes: 0 done, 1 training stopped (loss not finite), 2 bad input, 70 a bug, 130 Ctrl-C, 143 SIGTERM.",
 )
 
 EXIT_STOPPED, EXIT_INPUT = 1, 2
@@ -502,6 +503,27 @@ def _line(error: Exception) -> str:
 cli_cost.register(app)
 cli_report.register(app)
 cli_study.register(app)
+
+EXAMPLES = {
+    "demo": "fpt demo --method ld",
+    "train": "fpt train -c bbc_topics_smollm2 --set train.steps=50 --set output=runs/mine",
+    "eval": "fpt eval runs/mine runs/other --zero-shot",
+    "predict": 'fpt predict runs/mine "Shares fell after the announcement"',
+    "ls": "fpt ls tasks",
+    "show": "fpt show task bbc_topics --model smollm2-135m",
+    "score": "fpt score -c bbc_topics_smollm2 --output scores.safetensors",
+    "export": "fpt export runs/mine prompt.safetensors",
+    "push": "fpt push runs/mine my-name/my-prompt",
+    "plan": "fpt plan --model my-model --compare pt,ld,fr,cr --steps 2000 --input-tokens 256",
+    "reproduce": "fpt reproduce table2",
+    "compare": "fpt compare runs/plain runs/mine",
+    "report": "fpt report runs/plain runs/mine -o report.html --pictures svg",
+}
+"""What to type, at the end of each command's help."""
+for _command in app.registered_commands:
+    _name = _command.name or getattr(_command.callback, "__name__", "")
+    if _name in EXAMPLES:
+        _command.epilog = f"Example: {EXAMPLES[_name]}"
 
 if __name__ == "__main__":
     main()
