@@ -118,7 +118,7 @@ def commands(page: str) -> list[str]:
 
 def parse(line: str) -> None:
     """Parse an `fpt` line as the command does; nothing is run."""
-    program, *words = shlex.split(line, comments=True)
+    program, *words = shlex.split(line.split(" > ")[0], comments=True)
     assert program == "fpt"
     group = get_command(cli.app)
     if words[0] in ("--install-completion", "--show-completion"):

@@ -18,12 +18,13 @@ from toy import toy
 from fast_prompt_tuning import cli, console, run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import DataError
-from fast_prompt_tuning.page import find_runs, render, samples
+from fast_prompt_tuning.page import figures, find_runs, render, samples
 from fast_prompt_tuning.pictures import losses, schedules
 from fast_prompt_tuning.report import average_rows, improvement, stopped_at, table_rows
 from fast_prompt_tuning.results import save_result
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
+PICTURES = ("quality-flops", "quality-seconds", "loss", "schedule", "similarity")
 NASTY = "<script>alert('x')</script> $a & _b"
 
 
@@ -158,7 +159,7 @@ def test_runs_are_found(runs, tmp_path):
 def test_the_page_stands_alone_and_says_everything(runs):
     text = render(find_runs([runs]))
     page = check_page(text)
-    assert page.count("svg") == 4
+    assert page.count("svg") == 5
     assert all(a.get("aria-label") for tag, a in page.elements if tag == "svg")
     assert NASTY not in text
     assert "http:" not in text
@@ -228,6 +229,20 @@ def test_graded_samples_are_better_or_worse(tmp_path):
     assert [e["answers"][0]["score"] for e in found[0][1]] == [100.0, pytest.approx(50.0), 0.0]
 
 
+def test_fidelity_that_was_measured_is_on_the_page(tmp_path):
+    save_result(result(), tmp_path)
+    rows = [
+        {"selection": "evenly", "relative_flops": f, "agreement": f, "loss": 2 - f, "stage": {}} for f in (0.5, 0.75)
+    ]
+    (tmp_path / "fidelity.json").write_text(json.dumps({"fidelity": {"rows": rows, "full_loss": 1.0}}))
+    assert "fidelity" in figures(find_runs([tmp_path]))
+    check_page(render(find_runs([tmp_path])))
+    for content in ("{", "[]", '{"fidelity": {"rows": [{}], "full_loss": 1}}'):
+        (tmp_path / "fidelity.json").write_text(content)
+        with pytest.raises(DataError, match="not what fpt score"):
+            render(find_runs([tmp_path]))
+
+
 def test_pictures_of_odd_schedules():
     two = result("two", "none", schedule=[{"layers": {"encoder": 2, "decoder": 4}, "ffn": 8, "steps": 5, "stacks":
         ["encoder", "decoder"]}], boundaries=[0])  # fmt: skip
@@ -260,7 +275,7 @@ def test_report_overwrites_nothing_unasked(fpt, runs, tmp_path):
     found = json.loads(out)
     assert found["page"] == str(page)
     check_page(page.read_text())
-    names = {f"r-{n}.{k}" for n in ("quality-flops", "quality-seconds", "loss", "schedule") for k in ("png", "svg")}
+    names = {f"r-{n}.{k}" for n in PICTURES for k in ("png", "svg")}
     assert {p.name for p in page.parent.iterdir()} == {"r.html", *names}
     assert {str(page.parent / n) for n in names} == set(found["pictures"])
     for other in ((page,), (tmp_path / "new" / "r.htm", "--pictures", "png")):

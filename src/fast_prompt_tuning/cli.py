@@ -516,6 +516,7 @@ EXAMPLES = {
     "push": "fpt push runs/mine my-name/my-prompt",
     "plan": "fpt plan --model my-model --compare pt,ld,fr,cr --steps 2000 --input-tokens 256",
     "reproduce": "fpt reproduce table2",
+    "similarity": "fpt similarity runs/mine runs/other --picture similarity.svg",
     "compare": "fpt compare runs/plain runs/mine",
     "report": "fpt report runs/plain runs/mine -o report.html --pictures svg",
 }

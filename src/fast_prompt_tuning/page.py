@@ -28,6 +28,7 @@ from .report import (
     task_of,
 )
 from .results import RunResult, load_result
+from .soft_prompt import load_prompt, placement_of, similarity_matrix
 
 SAMPLES = 3
 """Sample predictions of each kind: where runs differ, right ones, wrong ones."""
@@ -85,6 +86,12 @@ def figures(runs: Sequence[Run]) -> dict[str, tuple[str, Figure]]:
                 found[f"quality-{against}{suffix}"] = (label, pictures.quality(results, against))
         found[f"loss{suffix}"] = (f"Training loss on {task}", pictures.losses(results))
     found["schedule"] = ("Layers and widths over steps", pictures.schedules([r.result for r in runs]))
+    for n, (names, matrix) in enumerate(_similarities(runs)):
+        label = "Mean cosine similarity of the runs' prompts, token by token"
+        found[f"similarity{f'-{n + 1}' if n else ''}"] = (label, pictures.heat_map(names, matrix, "cosine similarity"))
+    for n, (name, record) in enumerate(_fidelities(runs)):
+        label = f"How faithful partial models are to the full one, measured for {name}"
+        found[f"fidelity{f'-{n + 1}' if n else ''}"] = (label, pictures.fidelity(record["rows"], record["full_loss"]))
     return {name: (label, figure) for name, (label, figure) in found.items() if figure is not None}
 
 
@@ -129,6 +136,40 @@ def render(runs: Sequence[Run]) -> str:
         hashes=_columns([r.fingerprints for r in results]),
         long=LONG,
     )
+
+
+def _similarities(runs: Sequence[Run]) -> list[tuple[list[str], list[list[float]]]]:
+    """Names and similarities of the prompts that can be compared: of one model, as long, in one place."""
+    groups: dict[Any, list[tuple[str, Any]]] = {}
+    for run in runs:
+        folder = run.folder / "prompt"
+        if folder.is_dir():
+            prompt = load_prompt(folder)
+            key = (run.result.fingerprints.get("model"), tuple(prompt.shape), placement_of(folder))
+            groups.setdefault(key, []).append((run.result.name, prompt))
+    return [
+        ([name for name, _ in found], similarity_matrix([prompt for _, prompt in found]).tolist())
+        for found in groups.values()
+        if len(found) > 1
+    ]
+
+
+def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
+    """What `fpt score --fidelity … --json > RUN/fidelity.json` has left in runs' folders."""
+    found = []
+    for run in runs:
+        path = run.folder / "fidelity.json"
+        if not path.is_file():
+            continue
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))["fidelity"]
+            for row in record["rows"]:
+                _ = row["selection"], float(row["relative_flops"]), float(row["agreement"]), float(row["loss"])
+            float(record["full_loss"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"not what fpt score --fidelity prints ({type(error).__name__})", file=str(path)) from error
+        found.append((run.result.name, record))
+    return found
 
 
 def _by_task(runs: Sequence[Run]) -> dict[str, list[RunResult]]:

@@ -342,7 +342,7 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str
                     ha="center",
                     va="center",
                     fontsize=8,
-                    color="white" if abs(value) > 0.6 else INK,
+                    color="white" if abs(value) > 0.6 else "black",  # on the cell's colour, whatever the page's
                 )
         shown = [_name(name, 20) for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
