@@ -347,6 +347,39 @@ def test_plan_needs_the_config_only(fpt, tmp_path):
     refused(fpt, "plan", "--model", tmp_path / "none")
 
 
+def test_plan_of_a_prompt_after_the_text(fpt):
+    arguments = ("plan", "--model", toy().llama, "--method", "pt", "--steps", "9", "--input-tokens", "32")
+    found = only_json(fpt(*arguments, "--placement", "suffix", "--examples", "500", "--json")[0])
+    texts = found["text_cache"]
+    assert (
+        texts["bytes"] == 500 * texts["bytes_per_example"] == 500 * 32 * 5 * 2 * 8 * 2
+    )  # layers, k and v, width, bf16
+    assert texts["warm"] == pytest.approx(found["relative_flops"])
+    assert texts["warm"] < texts["cold"] < 1
+    out, _ = fpt(*arguments, "--placement", "suffix")
+    assert "MiB an example" in out
+    assert "choose prefix or suffix" in refused(fpt, *arguments, "--placement", "behind")
+    assert "--measure" in refused(fpt, *arguments, "--placement", "suffix", "--measure")
+    assert "examples=0" in refused(fpt, *arguments, "--placement", "suffix", "--examples", "0")
+
+
+def test_prompts_before_and_after_the_text_side_by_side(fpt, tmp_path):
+    for placement in ("prefix", "suffix"):
+        recipe = toy().write_recipe(
+            tmp_path / f"{placement}.yaml", tmp_path / placement, method="pt", prompt__placement=placement
+        )
+        fpt("train", "--config", recipe, "--set", "train.steps=4")
+    runs = [tmp_path / "prefix", tmp_path / "suffix"]
+    record = only_json(fpt("eval", *runs, "--json")[0])["results"]
+    for folder in runs:
+        saved = json.loads((folder / "result.json").read_text())
+        assert record[str(folder)]["metrics"] == pytest.approx(saved["metrics"])
+    assert "stand in one place" in refused(fpt, "eval", *runs, "--ensemble", "votes")
+    assert fpt("predict", runs[1], "goal match team")[0].strip() in ("sport", "business")
+    out, _ = fpt("export", runs[1], tmp_path / "after.safetensors")
+    assert "after the input" in out
+
+
 def test_plan_measures(fpt, monkeypatch):
     monkeypatch.setattr("fast_prompt_tuning.plan.time_steps", lambda model, jobs, **_: [[0.1] for _ in jobs])
     out, _ = fpt(

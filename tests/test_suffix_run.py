@@ -48,6 +48,13 @@ def test_the_cache_changes_the_cost_and_nothing_else(tmp_path):
     assert flops[0] < flops[1] < plain.flops["train"]
 
 
+def test_runs_share_what_is_on_disk(tmp_path):
+    shared = {"method": "pt", "cache__tier": "disk", "cache__folder": str(tmp_path / "texts")}
+    first, second = (run.train(suffix_run(tmp_path / name, train__seed=i, **shared)) for i, name in enumerate("ab"))
+    assert len(list((tmp_path / "texts").glob("fpt-texts-1/*/*.safetensors"))) > 20
+    assert second.flops["train"] < 0.8 * first.flops["train"]
+
+
 def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path):
     whole = run.train(suffix_run(tmp_path / "whole"))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule, Stage
     from .scoring import NeuronScores, activation_scores
     from .soft_prompt import init_soft_prompt, soft_prompt_config
-    from .text_cache import TextCache
+    from .text_cache import DiskTextCache, TextCache
 
 try:
     __version__ = version("fast-prompt-tuning")
@@ -30,6 +30,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 _EXPORTS = {
+    "DiskTextCache": "text_cache",
     "FptError": "errors",
     "NeuronScores": "scoring",
     "PartialPLM": "partial_plm",
@@ -47,6 +48,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "DiskTextCache",
     "FptError",
     "NeuronScores",
     "PartialPLM",

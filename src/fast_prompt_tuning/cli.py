@@ -160,15 +160,20 @@ def evaluate(
         raise ConfigError("--ensemble needs at least two prompts; give more RUNs")
     from . import run
     from .partial_plm import PartialPLM
-    from .soft_prompt import load_prompt, stack_prompts
+    from .soft_prompt import load_prompt, placement_of, stack_prompts
 
     quiet_libraries()
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
+    placed: dict[str, str] = {}
     for folder in runs:
         whole = settings.method == "full" and folder == runs[0]  # all weights were tuned: there is no prompt
         saved = folder / "prompt" if (folder / "prompt").is_dir() else folder
         prompts[str(folder)] = None if whole else load_prompt(saved)
+        placed[str(folder)] = placement_of(saved)
     if ensemble:
+        if len(set(placed.values())) > 1:
+            raise ConfigError("--ensemble needs prompts that stand in one place: some are before the text, some after")
+        placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     session = run.open_session(settings, (split,))
     if submission is not None:
@@ -183,7 +188,8 @@ def evaluate(
     with at:
         for name, prompt in prompts.items():
             on_device = None if prompt is None else prompt.to(session.plm.device)
-            found = run.evaluate(session, on_device, split, voting=ensemble or "probabilities")
+            where = placed.get(name)
+            found = run.evaluate(session, on_device, split, voting=ensemble or "probabilities", placement=where)
             records[name] = {
                 "metrics": found.result.values,
                 "intervals": found.result.intervals,
@@ -431,13 +437,14 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="prompt-embeds is the only one.")] = "prompt-embeds",
 ) -> None:
     """Write the prompt's vectors (P, H) as one tensor `prompt_embeds`, as serving engines take them."""
-    from .soft_prompt import export_prompt
+    from .soft_prompt import PLACES, export_prompt, placement_of
 
     if kind != "prompt-embeds":
         raise ConfigError(f"--format {kind!r} is unknown; prompt-embeds is the only one")
 
-    shape = export_prompt(folder / "prompt" if (folder / "prompt").is_dir() else folder, output)
-    made = f"{output}: prompt_embeds {shape}, to stand in front of the input's embeddings"
+    saved = folder / "prompt" if (folder / "prompt").is_dir() else folder
+    shape = export_prompt(saved, output)
+    made = f"{output}: prompt_embeds {shape}, embeddings to stand {PLACES[placement_of(saved)]}"
     people().print(plain(made), highlight=False, soft_wrap=True)
 
 

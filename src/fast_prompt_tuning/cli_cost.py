@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,8 @@ def plan(
             help="A schedule of your own: LAYERSxFFN[@BATCH[xTOKENS]]:STEPS,…, e.g. 8x384:100,30x1536@4:50,30x1536:50"
         ),
     ] = None,
+    placement: Annotated[str, typer.Option(help="prefix, or suffix: the prompt after the text.")] = "prefix",
+    examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix keeps.")] = 1000,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
@@ -52,12 +55,16 @@ def plan(
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
     from . import plan as plans
-    from .flops import CONVENTIONS, BatchShape
+    from .flops import CONVENTIONS, BatchShape, CostModel
 
     if convention not in CONVENTIONS:
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
+    if placement not in ("prefix", "suffix"):
+        raise ConfigError(f"--placement {placement!r} is unknown; choose prefix or suffix")
+    if placement == "suffix" and measure:
+        raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
     quiet_libraries(transformers_only=True)
     if model.endswith(".gguf") or ("/" not in model and not Path(model).exists()):  # the others need no PyTorch
         from .models import locate
@@ -77,6 +84,8 @@ def plan(
         input_tokens=input_tokens,
         prompt_tokens=prompt_tokens,
         target_tokens=target_tokens or 10,
+        placement="suffix" if placement == "suffix" else "prefix",
+        text_examples=0 if placement == "suffix" else None,
     )
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
@@ -99,10 +108,27 @@ def plan(
     made = plans.make_plan(config, schedule, shape, **common)
     if measure:
         made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
+    texts = None
+    if placement == "suffix":
+        cost = CostModel.from_config(config)
+        texts = plans.plan_texts(cost, schedule, shape, examples=examples, dtype_bytes=bytes_each)
     if as_json:
-        emit(made.to_dict())
+        emit({**made.to_dict(), **({"text_cache": asdict(texts)} if texts else {})})
         return
     out.print(_stage_table(made, full, shape))
+    if texts is not None:
+        out.print(_text_lines(texts, examples), highlight=False)
+
+
+def _text_lines(texts: Any, examples: int) -> str:
+    from .report import human_flops
+
+    return (
+        f"prompt after the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
+        f"kept, {_percent(texts.cold)} without\n"
+        f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
+        f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"
+    )
 
 
 def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:

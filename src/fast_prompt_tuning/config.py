@@ -83,8 +83,8 @@ class CacheConfig(_Section):
     """What texts leave behind, kept between steps where the prompt stands after them (prompt.placement=suffix)."""
 
     tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
-    budget_mib: float = Field(1024, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
-    folder: str | None = Field(None, description="of tier disk, shared by runs; default in the user's cache")
+    budget_mib: float = Field(2048, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
+    folder: str | None = Field(None, description="of tier disk, shared by runs; default in $FPT_CACHE")
 
 
 class StageConfig(_Section):

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from .errors import ConfigError
 from .report import human_flops, human_seconds, size_text
 from .results import RunResult, load_result
-from .soft_prompt import load_prompt
+from .soft_prompt import SUFFIX_FILES, load_prompt, placement_of
 
 PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -29,7 +29,7 @@ def model_card(result: RunResult) -> str:
     base, task = config["model"]["path"], config["data"]["task"] or "custom"
     data = ModelCardData(
         base_model=hub_id(base),
-        library_name="peft",
+        library_name="fast-prompt-tuning" if config["prompt"].get("placement") == "suffix" else "peft",
         tags=["prompt-tuning", "soft-prompt", "fast-prompt-tuning", f"task:{Path(task).stem}"],
     )
     metrics = "\n".join(
@@ -40,6 +40,17 @@ def model_card(result: RunResult) -> str:
         f"| {i} | {size_text(s['layers'])} | {size_text(s['ffn'])} | {s['steps']} |"
         for i, s in enumerate(result.schedule, 1)
     )
+    after = config["prompt"].get("placement") == "suffix"
+    loading = (
+        """from fast_prompt_tuning import load_soft_prompt
+
+model = load_soft_prompt(base_model, "folder of this repository")"""
+        if after
+        else """from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this repository")"""
+    )
+    place = "after" if after else "in front of"
     versions = ", ".join(f"{k} {v}" for k, v in result.environment.items() if k not in ("platform", "threads"))
     return f"""---
 {data.to_yaml()}
@@ -47,14 +58,12 @@ def model_card(result: RunResult) -> str:
 
 # Soft prompt for {Path(task).stem} on {Path(base).name}
 
-{config["prompt"]["tokens"]} virtual tokens in front of the input of `{base}` (revision
+{config["prompt"]["tokens"]} virtual tokens {place} the input of `{base}` (revision
 {config["model"]["revision"] or "default"}), tuned with the method `{result.method}` of fast-prompt-tuning. The model's
 weights are unchanged.
 
 ```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this repository")
+{loading}
 ```
 
 ## Quality on {result.examples} {result.split} examples, full model
@@ -100,12 +109,14 @@ def push_prompt(run: str | Path, repo_id: str, *, private: bool = True, token: s
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
-            for name in PROMPT_FILES:
+            after = placement_of(folder / "prompt") == "suffix"
+            for name in SUFFIX_FILES if after else PROMPT_FILES:
                 (Path(work) / name).write_bytes((folder / "prompt" / name).read_bytes())
             # A path of this machine is nobody else's business, and no use to them.
-            settings = json.loads((Path(work) / PROMPT_FILES[0]).read_text(encoding="utf-8"))
-            settings["base_model_name_or_path"] = hub_id(result.config["model"]["path"])
-            (Path(work) / PROMPT_FILES[0]).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            record, field = (SUFFIX_FILES[1], "base_model") if after else (PROMPT_FILES[0], "base_model_name_or_path")
+            settings = json.loads((Path(work) / record).read_text(encoding="utf-8"))
+            settings[field] = hub_id(result.config["model"]["path"])
+            (Path(work) / record).write_text(json.dumps(settings, indent=2), encoding="utf-8")
             ModelCard(model_card(result)).save(Path(work) / "README.md")
             done: Any = api.upload_folder(repo_id=repo_id, folder_path=work, commit_message="Upload soft prompt")
     except (HfHubHTTPError, OSError, ValueError) as error:

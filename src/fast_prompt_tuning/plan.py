@@ -28,6 +28,8 @@ from .flops import (
     relative_flops,
     schedule_flops,
     step_flops,
+    text_bytes,
+    text_flops,
     weight_bytes,
 )
 from .schedule import Schedule, Stage
@@ -203,7 +205,8 @@ def make_plan(
     """The cost of a schedule on the model of `config`.
 
     Args:
-        shape: the padded shape of every batch.
+        shape: the padded shape of every batch. With the prompt after the text, too, costs are relative to a step of
+            plain prompt tuning with the prompt in front.
         convention: what is counted, see `flops.CONVENTIONS`.
         dtype_bytes: bytes of a weight and of an activation.
         cost: the model's shapes, if they are at hand.
@@ -214,7 +217,7 @@ def make_plan(
         ConfigError: unknown convention.
     """
     cost = cost or CostModel.from_config(config)
-    whole = step_flops(cost, None, shape, convention=convention)
+    whole = step_flops(cost, None, replace(shape, placement="prefix", text_examples=None), convention=convention)
     stages = []
     for stage in schedule.stages:
         flops = step_flops(cost, stage, shape, convention=convention)
@@ -228,6 +231,54 @@ def make_plan(
             )
         )
     return Plan(stages=tuple(stages), full_flops_per_step=whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPlan:
+    """What keeping the texts' states costs and saves, with the prompt after the text.
+
+    Args:
+        bytes_per_example: of a text of the planned length on the full PLM.
+        bytes: of all training examples.
+        fill_flops: FLOPs of running every text once at every size of the PLM that the schedule passes.
+        cold: FLOPs of a step on the full PLM that runs its texts, relative to one with the prompt in front.
+        warm: the same, with all texts kept.
+    """
+
+    bytes_per_example: int
+    bytes: int
+    fill_flops: float
+    cold: float
+    warm: float
+
+
+def plan_texts(
+    cost: CostModel, schedule: Schedule, shape: BatchShape, *, examples: int, dtype_bytes: float = 2
+) -> TextPlan:
+    """The text cache of a run.
+
+    Args:
+        shape: the padded shape of every batch, with the prompt after the text.
+        examples: training examples.
+
+    Raises:
+        ConfigError: fewer than one example.
+    """
+    if examples < 1:
+        raise ConfigError(f"examples={examples} must be at least 1")
+    each = text_bytes(cost, None, shape.input_tokens, dtype_bytes=dtype_bytes)
+    sizes: list[Stage] = []
+    for stage in schedule.stages:
+        if not any(stage.same_size(other) for other in sizes):
+            sizes.append(stage)
+    whole = step_flops(cost, None, replace(shape, placement="prefix", text_examples=None))
+    return TextPlan(
+        bytes_per_example=each,
+        bytes=each * examples,
+        fill_flops=sum(text_flops(cost, stage, examples, shape.input_tokens) for stage in sizes),
+        cold=step_flops(cost, None, replace(shape, text_examples=None)) / whole,
+        warm=step_flops(cost, None, replace(shape, text_examples=0)) / whole,
+    )
 
 
 def compare(

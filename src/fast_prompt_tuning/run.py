@@ -31,7 +31,7 @@ from .evaluation import Prediction, batches_of, by_length, combine, generate, sc
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops, text_flops
 from .growth import AutoSchedule
 from .layer_scores import LAYER_KINDS, LayerScores, block_influence, greedy_removal
-from .models import load_plm, load_tokenizer, locate
+from .models import cache_dir, load_plm, load_tokenizer, locate
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
 from .placement import SuffixPromptModel, check_suffix
@@ -47,7 +47,7 @@ from .soft_prompt import (
     prompt_parameter,
     soft_prompt_config,
 )
-from .text_cache import TextCache
+from .text_cache import DiskTextCache, TextCache
 from .trainer import (
     CANNOT_WRITE,
     PromptTrainer,
@@ -89,7 +89,12 @@ class Session:
         """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
         chosen = self.config.cache
         if self._texts is None or self._texts[0] != chosen:
-            self._texts = chosen, TextCache(self.plm, budget_mib=0 if chosen.tier == "none" else chosen.budget_mib)
+            if chosen.tier == "disk":
+                folder = chosen.folder or cache_dir() / "texts"
+                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib)
+            else:
+                made = TextCache(self.plm, budget_mib=0 if chosen.tier == "none" else chosen.budget_mib)
+            self._texts = chosen, made
         return self._texts[1]
 
     @property

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import zlib
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from . import fingerprint
 from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class TextCache:
@@ -34,6 +48,7 @@ class TextCache:
         self.plm = plm
         self.budget = int(budget_mib * 2**20)
         self.bytes = 0
+        self._full = False
         self.ran: list[tuple[int, int]] = []
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -55,9 +70,135 @@ class TextCache:
         if key not in self._kept and self.bytes + size <= self.budget:
             self._kept[key] = states
             self.bytes += size
+        elif self.budget and not self._full:
+            self._full = True
+            logger.warning("cache.budget_mib is spent after %d texts: further ones run at every step", len(self))
 
     def forget(self, cut: str) -> None:
         """Free the states of one stage."""
         for key in [k for k in self._kept if k.startswith(f"{cut}-")]:
             states = self._kept.pop(key)
             self.bytes -= states.numel() * states.element_size()
+
+
+OWN_FOLDER = "fpt-texts-1"
+"""Nothing outside a folder of this name is ever counted or removed; the number is the format's."""
+
+
+class DiskTextCache(TextCache):
+    """States of texts in files, memory-mapped, for every run of the same PLM to come.
+
+    One safetensors file a text, in the dtype the PLM computes in, under `folder/fpt-texts-1/<model>/`, where the
+    model's key stands for its weights, its config and the `transformers` version. A file appears whole or not at all,
+    whatever is killed when; its checksum is verified when it is first read, and a damaged one is removed and computed
+    again. Several processes may share a folder. When the budget is spent, files that no run has used since this one
+    began go, the longest unused first; with none left, further texts are computed at every step.
+
+    Args:
+        plm: as `TextCache`.
+        folder: where the files are; made if need be.
+        budget_mib: most that the folder may hold, of all models together, in MiB.
+
+    Raises:
+        ConfigError: a negative budget, or a folder that cannot be written.
+    """
+
+    def __init__(self, plm: Any, folder: str | Path, *, budget_mib: float = 8192):
+        super().__init__(plm, budget_mib=budget_mib)
+        self.root = Path(folder) / OWN_FOLDER
+        self.folder = self.root / model_key(plm)
+        self._began = time.time()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"cache.folder={str(folder)!r} cannot be written: {reason}; choose another") from error
+        self._make_room(0)
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def get(self, key: str) -> torch.Tensor | None:
+        if key in self._kept:
+            return self._kept[key]
+        file = self._file(key)
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                states: torch.Tensor = opened.get_tensor("states")
+                if opened.metadata()["crc32"] != _checksum(states):
+                    raise ValueError("checksum")
+            os.utime(file)  # used now: the last to go
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s): computing it again", file.name, error)
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return None
+        self._kept[key] = states
+        return states
+
+    def put(self, key: str, states: torch.Tensor) -> None:
+        file = self._file(key)
+        size = states.numel() * states.element_size()
+        if self._full or file.exists():
+            return
+        if self.bytes + size > self.budget and not self._make_room(size):
+            self._full = True
+            logger.warning("cache.budget_mib is spent: further texts run at every step")
+            return
+        states = states.cpu().contiguous()
+        number, work = tempfile.mkstemp(dir=self.folder, prefix=".")
+        os.close(number)
+        try:
+            save_file({"states": states}, work, metadata={"crc32": _checksum(states)})
+            with open(work, "rb") as written:
+                os.fsync(written.fileno())  # whole on the disk before it has its name
+            os.replace(work, file)
+            self.bytes += size
+        except (OSError, SafetensorError) as error:  # a full disk costs time, not the run
+            logger.warning("a text's states could not be kept in %s: %s", self.folder, error)
+            with contextlib.suppress(OSError):
+                os.unlink(work)
+
+    def forget(self, cut: str) -> None:
+        """Let go of one stage's mappings; its files stay for other runs."""
+        for key in [k for k in self._kept if k.startswith(f"{cut}-")]:
+            del self._kept[key]
+
+    def _make_room(self, size: int) -> bool:
+        """Count what the folder holds, remove what is left over and what no run uses; is there room for `size`?"""
+        found = []
+        for file in self.root.glob("*/*"):
+            with contextlib.suppress(OSError):  # another process was quicker
+                stat = file.stat()
+                if file.name.startswith(".") and stat.st_mtime < self._began - 3600:
+                    file.unlink()  # of a process that was killed
+                else:
+                    found.append((stat.st_mtime, stat.st_size, file))
+        self.bytes = sum(length for _, length, _ in found)
+        for used, length, file in sorted(found, key=lambda entry: entry[0]):
+            if self.bytes + size <= self.budget or used >= self._began:
+                break
+            with contextlib.suppress(OSError):
+                file.unlink()
+            self.bytes -= length
+        return self.bytes + size <= self.budget
+
+
+def model_key(plm: Any) -> str:
+    """What a PLM's text states follow from beside stage, dtype and text, as 32 hex digits.
+
+    Its weights (a sample of each), its config and the `transformers` version. A text's own key holds its token ids, so
+    that tokenizer and template need no key.
+    """
+    volatile = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
+    config = {k: v for k, v in plm.config.to_dict().items() if k not in volatile}
+    known = json.dumps([fingerprint.of_model(plm), transformers.__version__, config], sort_keys=True, default=str)
+    return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+
+def _checksum(states: torch.Tensor) -> str:
+    return str(zlib.crc32(states.contiguous().view(torch.uint8).numpy().tobytes()))
