@@ -1,0 +1,122 @@
+"""What a step costs with the prompt after the text: kept texts, fresh texts and the prompt in front, side by side.
+
+For each text length, in interleaved rounds over the same random examples, in our Trainer, in bfloat16:
+
+  prefix   the prompt in front of the text
+  warm     the prompt after the text, all texts kept in memory
+  cold     the prompt after the text, every text run at every step
+
+    python benchmarks/suffix_step_time.py --out benchmarks/results/suffix_step_time.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import get_peft_model
+from step_time import PROMPT, build, machine, run_trainer, spread
+
+from fast_prompt_tuning import Schedule, SuffixPromptModel, TextCache, soft_prompt_config
+from fast_prompt_tuning.data import Collator
+from fast_prompt_tuning.flops import CostModel
+from fast_prompt_tuning.objective import choose_attention
+from fast_prompt_tuning.trainer import PromptTrainer
+
+TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
+"""Text tokens -> most that a warm step may take of a step with the prompt in front."""
+
+
+def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One text length."""
+    plm, tokenizer = build(name, torch.bfloat16)
+    choose_attention(plm, PROMPT + tokens + 2)
+    generator = random.Random(tokens)
+    rows = []
+    for _ in range(args.steps * args.batch):
+        ids = [generator.randrange(4, plm.config.vocab_size) for _ in range(tokens + 2)]
+        rows.append({"input_ids": ids, "labels": [-100] * tokens + ids[tokens:]})
+    data = datasets.Dataset.from_list(rows)
+    cost, collate = CostModel.from_model(plm), Collator(tokenizer, decoder=True)
+    schedule = Schedule.constant(cost.full_stage, args.steps)
+    models = {
+        "prefix": get_peft_model(plm, soft_prompt_config(plm, PROMPT)),
+        "warm": SuffixPromptModel(plm, PROMPT, cache=TextCache(plm, budget_mib=16384)),
+        "cold": SuffixPromptModel(plm, PROMPT),
+    }
+
+    def seconds(model: Any) -> float:
+        def make(**given: Any) -> PromptTrainer:
+            return PromptTrainer(
+                schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **given
+            )
+
+        return run_trainer(model, data, collate, args.batch, make, []) / args.steps
+
+    samples: dict[str, list[float]] = {v: [] for v in models}
+    for done in range(args.rounds + 1):
+        for variant in list(models) if done % 2 == 0 else list(reversed(models)):
+            found = seconds(models[variant])
+            if done:  # the first round warms up, and fills the cache
+                samples[variant].append(found)
+        print(f"{name}, {tokens} tokens: round {done} of {args.rounds}", file=sys.stderr)
+
+    def ratio(part: str) -> dict[str, float]:
+        return spread([a / b for a, b in zip(samples[part], samples["prefix"], strict=True)])
+
+    return {
+        "model": name,
+        "text_tokens": tokens,
+        "batch": args.batch,
+        "attention": plm.config._attn_implementation,
+        "seconds_per_step": {v: spread(s) for v, s in samples.items()},
+        "samples": samples,
+        "warm": ratio("warm"),
+        "cold": ratio("cold"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tokens", default="64,256,512")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="batches in a round")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    results = [measure(args.model, int(tokens), args) for tokens in args.tokens.split(",")]
+    missed = False
+    for r in results:
+        wanted = TARGETS.get(r["text_tokens"])
+        met = wanted is None or r["warm"]["median"] <= wanted
+        missed |= not met
+        each: Callable[[str], str] = lambda v, r=r: f"{r['seconds_per_step'][v]['median']:.3f}"  # noqa: E731
+        print(
+            f"{r['text_tokens']:5} text tokens: prefix {each('prefix')} s, warm {each('warm')} s, "
+            f"cold {each('cold')} s; "
+            f"warm / prefix {r['warm']['median']:.3f} ({r['warm']['low']:.3f} – {r['warm']['high']:.3f}), wanted ≤ "
+            f"{wanted}: {'met' if met else 'missed'}; cold / prefix {r['cold']['median']:.3f}"
+        )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"benchmark": "suffix_step_time", "machine": machine(), "results": results}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    return int(args.check and missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
