@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -191,6 +192,13 @@ def test_every_page_is_in_the_sites_navigation():
     listed = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M))
     there = {name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")}
     assert listed == there, "add the page to nav in mkdocs.yml, or take it out"
+
+
+def test_the_figure_is_drawn_by_its_script(tmp_path):
+    drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))["draw"](tmp_path / "drawn.svg")
+    texts = [re.findall(r"<!-- (.*?) -->", p.read_text()) for p in (drawn, ROOT / "docs/pictures/how_it_works.svg")]
+    assert texts[0] == texts[1]
+    assert "3 layers × 512" in texts[0]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
