@@ -264,15 +264,21 @@ def test_linear_convention_is_the_linear_layers_alone(model_type):
     assert forward_flops(cost, None, shape, convention="linear") == seen
 
 
-def test_label_tokens_cut_the_head_only():
-    cost = CostModel.from_config(tiny_config("llama"))
+@pytest.mark.parametrize("model_type", ["t5", "llama"])
+def test_label_tokens_cut_the_head_and_a_decoders_last_layer(model_type):
+    cost = CostModel.from_config(tiny_config(model_type))
     few, every = (BatchShape(batch=2, target_tokens=8, label_tokens=n) for n in (3, None))
-    assert step_flops(cost, None, every) - step_flops(cost, None, few) == 2 * 2 * 2 * 5 * cost.head
+    last = sum(s.token_wise + s.neuron * s.ffn for s in cost.stacks.values()) if model_type == "llama" else 0
+    assert step_flops(cost, None, every) - step_flops(cost, None, few) == 2 * 2 * 2 * 5 * (cost.head + last)
     full = BatchShape(batch=2, target_tokens=8, full_logits=True)
-    assert step_flops(cost, None, full) - step_flops(cost, None, every) == 2 * 2 * 2 * 512 * cost.head
+    unlabelled = 512 if model_type == "llama" else 0
+    assert step_flops(cost, None, full) - step_flops(cost, None, every) == 2 * 2 * 2 * unlabelled * (cost.head + last)
+    shape = BatchShape(batch=2, target_tokens=8)
+    saved = forward_flops(cost, None, shape, whole_last_layer=True) - forward_flops(cost, None, shape)
+    assert saved == 2 * 2 * unlabelled * last
 
 
-@pytest.mark.parametrize("model_type", ["t5", "llama", "bert"])
+@pytest.mark.parametrize("model_type", [n for n in families.names() if n not in ("mbart", "pegasus", "mt5")])
 def test_label_loss_costs_the_labelled_positions(model_type):
     config = tiny_config(model_type)
     model, cost = build(config), CostModel.from_config(config)

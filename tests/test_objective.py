@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from settings import BY_NAME, FFN, LAYERS, VOCAB, Settings
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, BertForSequenceClassification
 
+from fast_prompt_tuning import families
 from fast_prompt_tuning.errors import ModelError
 from fast_prompt_tuning.objective import label_loss, labelled_logits, selected_rows
 from fast_prompt_tuning.partial_plm import PartialPLM
@@ -125,7 +128,8 @@ def test_the_head_runs_on_labelled_positions_only(family):
     assert sequence.tolist() == (labels != -100).nonzero()[:, 0].tolist()
 
 
-def test_the_flops_of_the_head_are_saved():
+@pytest.mark.parametrize("layers", [LAYERS, 2])
+def test_the_flops_of_the_head_and_the_last_layer_are_saved(layers):
     family = BY_NAME["llama"]
     model, batch = family.peft(), family.batch()
 
@@ -137,8 +141,48 @@ def test_the_flops_of_the_head_are_saved():
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     positions = batch["labels"].shape[0] * (batch["labels"].shape[1] + 3)  # the soft prompt's too
     labelled = int((batch["labels"][:, 1:] != -100).sum())
-    saved = 2 * (positions - labelled) * model.config.hidden_size * VOCAB
-    assert cost(lambda: model(**inputs)) - cost(lambda: label_loss(model, batch)) == saved
+    width, heads = model.config.hidden_size, model.config.num_attention_heads * model.config.head_dim
+    partial = PartialPLM(model, keep_neurons="first")
+    partial.resize(family.stage(layers, 10))
+    head, last = width * VOCAB, 2 * width * heads + 3 * width * 10
+    whole = cost(lambda: model(**inputs))
+    assert whole - cost(lambda: label_loss(model, batch)) == 2 * (positions - labelled) * (head + last)
+    assert whole - cost(lambda: label_loss(model, batch, whole_last_layer=True)) == 2 * (positions - labelled) * head
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 99), labelled=st.floats(0.05, 1), sizes=st.sampled_from([(LAYERS, FFN), (3, 10), (1, 5)]))
+def test_the_fast_path_is_the_plain_path_whatever_is_labelled(name, seed, labelled, sizes):
+    family = BY_NAME[name]
+    model, batch = family.peft(seed).double().train(), family.batch(seed, size=4, length=9)
+    generator = torch.Generator().manual_seed(seed)
+    batch["labels"][torch.rand(batch["labels"].shape, generator=generator) > labelled] = -100
+    batch["labels"][:, 2] = 5  # at least one in every row: BART looks for the last
+    PartialPLM(model, keep_neurons="first").resize(family.stage(*sizes))
+    prompt = prompt_parameter(model)
+    own, fast = plain_loss(model, family, batch), label_loss(model, batch)
+    torch.testing.assert_close(fast, own, **EXACT)
+    (wanted,), (got,) = (torch.autograd.grad(loss, prompt) for loss in (own, fast))
+    torch.testing.assert_close(got, wanted, **gradient_tolerance(model))
+
+
+def test_the_last_layer_runs_whole_where_layers_run_again_later():
+    family = BY_NAME["llama"]
+    model, batch = family.peft().double().train(), family.batch()
+    (wanted,) = torch.autograd.grad(label_loss(model, batch), prompt_parameter(model))
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().enable_input_require_grads()
+    (got,) = torch.autograd.grad(label_loss(model, batch), prompt_parameter(model))
+    torch.testing.assert_close(got, wanted, **SINGLE)
+
+
+def test_a_family_that_is_not_registered_has_its_loss(monkeypatch):
+    family = BY_NAME["llama"]
+    model, batch = family.peft().double(), family.batch()
+    usual = label_loss(model, batch)
+    monkeypatch.setattr(families, "_REGISTRY", {})
+    torch.testing.assert_close(label_loss(model, batch), usual, **EXACT)
 
 
 def test_the_rows_of_the_loss_are_told_apart_by_sequence():
@@ -181,13 +225,13 @@ def test_the_models_own_forward_is_untouched_afterwards(family):
     head = model.get_base_model().get_output_embeddings()
     before = model(**batch).logits
     label_loss(model, batch)
-    assert not head._forward_pre_hooks
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert torch.equal(model(**batch).logits, before)
     boom = head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         label_loss(model, batch)
     boom.remove()
-    assert not head._forward_pre_hooks
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert torch.equal(model(**batch).logits, before)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import DataError
-from .objective import IGNORED, labelled_logits, selected_rows
+from .objective import IGNORED, labelled_logits, last_layer_rows, selected_rows
 from .placement import generation_inputs, suffix_logits, text_states
 from .text_cache import TextCache
 
@@ -159,7 +159,11 @@ def _score_decoder(
         # One pass serves all labels: they compete for the same next token.
         padded = prompted_inputs(plm, prompt, inputs, left=False)
         last = padded.mask.sum(1) - 1
-        with selected_rows(plm, lambda shape: torch.arange(shape[0], device=last.device) * shape[1] + last):
+
+        def ends(shape: torch.Size) -> torch.Tensor:
+            return torch.arange(shape[0], device=last.device) * shape[1] + last
+
+        with selected_rows(plm, ends), last_layer_rows(plm, ends):
             logits = plm(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
         return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]]
     columns = []

@@ -25,6 +25,8 @@ class StackSpec:
         fused: how many projections of width F one `ffn_in` module holds back to back (2 for a fused gate and up).
         self_attention: path of the self-attention module.
         cross_attention: path of the cross-attention module, if the stack has one.
+        token_wise: paths of the attention's projections of queries and of its output, where they are modules of their
+            own: what they compute at a token is used at that token alone, so the last layer can leave out the others.
         count_fields: config fields that count this stack's layers; the first one is authoritative.
         live_fields: fields of the whole model's config that follow the stage; default `count_fields`.
         own_count_fields: fields that count them in the stack's own config, where it has a copy.
@@ -40,6 +42,7 @@ class StackSpec:
     fused: int = 1
     self_attention: str = "self_attn"
     cross_attention: str | None = None
+    token_wise: tuple[str, ...] = ()
     count_fields: tuple[str, ...] = ("num_hidden_layers",)
     live_fields: tuple[str, ...] | None = None
     own_count_fields: tuple[str, ...] = ()
@@ -85,10 +88,19 @@ def _bart(stack: str, **fields: Any) -> StackSpec:
     )
 
 
-_LLAMA = StackSpec(layers="layers", ffn_in=(("mlp.gate_proj", "mlp.up_proj"),), ffn_out="mlp.down_proj")
+_LLAMA = StackSpec(
+    layers="layers",
+    ffn_in=(("mlp.gate_proj", "mlp.up_proj"),),
+    ffn_out="mlp.down_proj",
+    token_wise=("self_attn.q_proj", "self_attn.o_proj"),
+)
 
 _BERT = StackSpec(
-    layers="encoder.layer", ffn_in=(("intermediate.dense",),), ffn_out="output.dense", self_attention="attention"
+    layers="encoder.layer",
+    ffn_in=(("intermediate.dense",),),
+    ffn_out="output.dense",
+    self_attention="attention",
+    token_wise=("attention.self.query", "attention.output.dense"),
 )
 
 _BUILT_IN = (
@@ -123,7 +135,13 @@ _BUILT_IN = (
     Family(
         name="phi3",
         stacks={
-            "decoder": StackSpec(layers="layers", ffn_in=(("mlp.gate_up_proj",),), ffn_out="mlp.down_proj", fused=2)
+            "decoder": StackSpec(
+                layers="layers",
+                ffn_in=(("mlp.gate_up_proj",),),
+                ffn_out="mlp.down_proj",
+                fused=2,
+                token_wise=("self_attn.o_proj",),
+            )
         },
     ),
     Family(
@@ -134,6 +152,7 @@ _BUILT_IN = (
                 ffn_in=(("mlp.c_fc",),),
                 ffn_out="mlp.c_proj",
                 self_attention="attn",
+                token_wise=("attn.c_proj",),
                 width_field="n_inner",
             )
         },
@@ -141,7 +160,13 @@ _BUILT_IN = (
     Family(
         name="opt",
         stacks={
-            "decoder": StackSpec(layers="decoder.layers", ffn_in=(("fc1",),), ffn_out="fc2", width_field="ffn_dim")
+            "decoder": StackSpec(
+                layers="decoder.layers",
+                ffn_in=(("fc1",),),
+                ffn_out="fc2",
+                token_wise=("self_attn.q_proj", "self_attn.out_proj"),
+                width_field="ffn_dim",
+            )
         },
     ),
     Family(
@@ -152,6 +177,7 @@ _BUILT_IN = (
                 ffn_in=(("mlp.dense_h_to_4h",),),
                 ffn_out="mlp.dense_4h_to_h",
                 self_attention="attention",
+                token_wise=("attention.dense",),
             )
         },
     ),

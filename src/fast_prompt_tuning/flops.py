@@ -112,6 +112,8 @@ class StackCost:
         layers, ffn: full layers L and FFN width F.
         d_model: width H of the hidden states.
         attention: weights of the self-attention projections.
+        token_wise: those of them that `families` names token-wise; a causal model's last layer runs them, and its FFN,
+            on labelled positions only (`objective.last_layer_rows`).
         attention_width: heads × head_dim; a query against one key costs as many multiply-adds.
         kv_width: width of keys and values together.
         heads: query heads.
@@ -132,6 +134,7 @@ class StackCost:
     attention_width: int
     kv_width: int
     heads: int
+    token_wise: int = 0
     cross_query: int = 0
     cross_kv: int = 0
     cross_out: int = 0
@@ -337,6 +340,7 @@ def _read_layer(layer: nn.Module, spec: families.StackSpec, config: Any, outside
         attention_width=attention_width,
         kv_width=sum(o for _, _, _, o in own) - d_model - attention_width,
         heads=int(getattr(config, spec.heads_field)),
+        token_wise=sum(i * o for p in spec.token_wise for i, o in [_linear_shape(resolve(layer, p)) or (0, 0)]),
         cross_query=query,
         cross_kv=kv,
         cross_out=sum(i * o for _, _, i, o in cross) - kv - query,
@@ -358,7 +362,9 @@ def _check_convention(convention: str) -> None:
         raise ConfigError(f"convention={convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
 
 
-def _pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
+def _pass_flops(
+    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str, whole_last_layer: bool = False
+) -> tuple[float, float]:
     """FLOPs of `(forward, backward)` of one batch, as far as `stage` trains on it."""
     _check_convention(convention)
     shape = shape.at(stage)
@@ -395,6 +401,11 @@ def _pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convent
     labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
     if full_logits:
         labels = shape.target_tokens if seq2seq else source
+    elif not seq2seq and not whole_last_layer:
+        # Queries, attention output and FFN of the last layer run where a label is (objective.last_layer_rows).
+        (stack,), ((_, ffn),) = cost.stacks.values(), sizes.values()
+        left_out = shape.batch * (source - labels) * (stack.token_wise + stack.neuron * ffn)
+        forward, backward = forward - left_out, backward - left_out
     logits = shape.batch * labels * cost.head
     return 2 * (forward + logits), 2 * (backward + logits)
 
@@ -451,13 +462,23 @@ def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, 
     return text + 2 * (forward + logits), 2 * (backward + logits)
 
 
-def forward_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, *, convention: Convention = "all") -> float:
+def forward_flops(
+    cost: CostModel,
+    stage: Stage | None,
+    shape: BatchShape,
+    *,
+    convention: Convention = "all",
+    whole_last_layer: bool = False,
+) -> float:
     """FLOPs of a forward pass of one batch at `stage` (None: the full model), LM head as `shape` says.
+
+    Args:
+        whole_last_layer: count a causal model's last layer at every position, not at the labelled ones alone.
 
     Raises:
         ScheduleError: the stage does not fit the model. ConfigError: unknown convention.
     """
-    return _pass_flops(cost, stage, shape, convention)[0]
+    return _pass_flops(cost, stage, shape, convention, whole_last_layer)[0]
 
 
 def step_flops(

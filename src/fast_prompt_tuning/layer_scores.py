@@ -197,7 +197,7 @@ class _Search:
                 with ExitStack() as hooks:
                     for name, entry in entries.items():
                         hooks.enter_context(_input(self.stacks[name].layers[entry], states[name][entry]))
-                    logits, targets, _ = labelled_logits(self.model, batch)
+                    logits, targets, _ = labelled_logits(self.model, batch, whole_last_layer=True)
                 total += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
                 count += len(targets)
                 self._book(batch, run, len(targets))
@@ -242,7 +242,7 @@ class _Search:
             {name: stack.width for name, stack in self.stacks.items()},
             stacks=tuple(run),
         )
-        self.flops += forward_flops(self.cost, stage, shape) + 2 * labelled * self.cost.head
+        self.flops += forward_flops(self.cost, stage, shape, whole_last_layer=True) + 2 * labelled * self.cost.head
 
 
 def _run_and_keep(

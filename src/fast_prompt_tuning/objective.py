@@ -1,23 +1,25 @@
-"""The loss at the labelled positions only: no logits for tokens that carry no label.
+"""The loss at the labelled positions only: nothing is computed for tokens that no label needs.
 
 In prompt tuning a handful of target tokens carry labels, while the LM head's product with the whole vocabulary for
 every position of the padded sequence is a large part of a step. A pre-hook on the output embedding hands it the
 labelled positions' hidden states alone; the model's own forward does everything before and after (soft-capping,
-scaling, biases), so loss and gradients are those of the model's own loss.
+scaling, biases), so loss and gradients are those of the model's own loss. In the last layer of a causal model hooks do
+the same to the queries, the attention output and the FFN; keys and values are needed everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .errors import ModelError
-from .partial_plm import get_plm
+from . import families
+from .errors import ModelError, UnknownFamilyError
+from .partial_plm import get_plm, resolve
 
 IGNORED = -100
 """Label of positions that carry none, as everywhere in `transformers`."""
@@ -50,7 +52,80 @@ def selected_rows(plm: Any, rows: Any) -> Iterator[None]:
         handle.remove()
 
 
-def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _token_wise_parts(plm: Any, layer: nn.Module) -> list[tuple[Sequence[nn.Module], nn.Module]]:
+    """Parts of a layer that treat every token by itself: `(modules it enters by, module it leaves by)`."""
+    (spec,) = families.of(plm.config).stacks.values()
+    parts: list[tuple[Sequence[nn.Module], nn.Module]] = []
+    for path in spec.token_wise:
+        module = resolve(layer, path)
+        if module is not None:
+            parts.append(((module,), module))
+    out = resolve(layer, spec.ffn_out)
+    for paths in spec.ffn_in:
+        modules = [resolve(layer, p) for p in paths]
+        if out is not None and all(m is not None for m in modules):
+            return [*parts, (modules, out)]
+    return parts
+
+
+@contextmanager
+def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Iterator[None]:
+    """Run the queries, attention output and FFN of a causal stack's last layer on some positions only.
+
+    A hook takes their rows out before each such part, another puts the results back among zeros, so that the layer's
+    own forward meets the shapes it expects. Hidden states at the other positions come out wrong: nothing may read
+    them. Without effect where there is nothing to leave out or it cannot be told: encoder-decoders (every decoder
+    position has a label), unregistered families, and gradient checkpointing, which runs layers again later.
+
+    Args:
+        rows: `(B, T) shape → (N,)` function giving the positions in row-major order.
+    """
+    config = plm.config
+    layer = None
+    if not config.is_encoder_decoder:
+        try:
+            (spec,) = families.of(config).stacks.values()
+            layer = resolve(getattr(plm, "base_model", plm), f"{spec.layers}.-1")
+        except UnknownFamilyError:
+            pass
+    if layer is None or getattr(layer, "gradient_checkpointing", False):
+        yield
+        return
+    index: torch.Tensor | None = None
+
+    def begin(_module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        nonlocal index
+        hidden = args[0] if args else kwargs["hidden_states"]
+        index = rows(hidden.shape[:2]).to(hidden.device)
+
+    def enter(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        (x, *rest), taken = args, index
+        # (B, T, H), or (B·T, H) where a layer flattens its tokens
+        return (x.reshape(-1, x.shape[-1]).index_select(0, taken), *rest)  # type: ignore[arg-type]
+
+    with ExitStack() as hooks:
+        hooks.callback(layer.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        for ins, out in _token_wise_parts(plm, layer):
+            whole: list[torch.Size] = []
+
+            def remember(_m: nn.Module, args: tuple[torch.Tensor, ...], whole: list[torch.Size] = whole) -> None:
+                whole[:] = [args[0].shape]
+
+            def leave(_m: nn.Module, _args: Any, found: torch.Tensor, whole: list[torch.Size] = whole) -> torch.Tensor:
+                (shape,) = whole
+                empty = found.new_zeros(shape[:-1].numel(), found.shape[-1])
+                return empty.index_copy(0, index, found).view(*shape[:-1], -1)  # type: ignore[arg-type]
+
+            hooks.callback(ins[0].register_forward_pre_hook(remember).remove)
+            for module in ins:
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(out.register_forward_hook(leave).remove)
+        yield
+
+
+def labelled_logits(
+    model: nn.Module, batch: Mapping[str, Any], *, whole_last_layer: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits at the labelled positions of a batch.
 
     Args:
@@ -58,6 +133,7 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.T
             for data parallelism.
         batch: what the model's forward takes, with `labels` `(B, T)`: unshifted for causal models, decoder targets
             for encoder-decoders; `IGNORED` where there is none.
+        whole_last_layer: compute the last layer at every position, for whoever reads its activations.
 
     Returns:
         `(logits (N, V), targets (N,), sequence (N,))`; `sequence` is each row's index in the batch.
@@ -93,25 +169,33 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.T
         found["sequence"] = torch.div(index, length, rounding_mode="floor")
         return index
 
-    with selected_rows(plm, rows):
+    with ExitStack() as stack:
+        stack.enter_context(selected_rows(plm, rows))
+        if causal and not whole_last_layer:
+            stack.enter_context(last_layer_rows(plm, rows))
         outputs = model(**inputs, use_cache=False)
     logits = outputs.logits
     return logits, found["targets"].to(logits.device), found["sequence"].to(logits.device)
 
 
 def label_loss(
-    model: nn.Module, batch: Mapping[str, Any], *, num_items: torch.Tensor | int | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    num_items: torch.Tensor | int | None = None,
+    whole_last_layer: bool = False,
 ) -> torch.Tensor:
     """Cross-entropy at the labelled positions, as the model's own loss would be.
 
     Args:
         num_items: divisor of the summed loss; default the labelled positions of this batch (their mean). Under
             gradient accumulation pass the number in the whole accumulated batch.
+        whole_last_layer: as `labelled_logits`.
 
     Raises:
         ModelError: as `labelled_logits`.
     """
-    logits, targets, _ = labelled_logits(model, batch)
+    logits, targets, _ = labelled_logits(model, batch, whole_last_layer=whole_last_layer)
     if targets.numel() == 0 and num_items is None:
         raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
     total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")

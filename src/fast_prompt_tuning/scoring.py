@@ -263,7 +263,7 @@ def _integrated(
             return leaves[name, layer]
 
         with _hook_outputs(stacks, scaled), torch.enable_grad():
-            loss = label_loss(model, batch, num_items=1)
+            loss = label_loss(model, batch, num_items=1, whole_last_layer=True)
         for total, grad in zip(gradients, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             total += grad / steps
     return [(n, i, a.float() * g) for (n, i, a), g in zip(activations, gradients, strict=True)]
