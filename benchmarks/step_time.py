@@ -8,6 +8,9 @@ For each model, in interleaved rounds over the same examples in the same dtype:
   (d) bare     forward and backward of the model on the batches of (b), no Trainer, no optimizer
   (e) peak     the fastest large matrix product in the same dtype
 
+The dtype is the one that `model.dtype: auto` measures to be faster here. `loop` is the part of (b) outside forward
+and backward: data, collation, the guard, clipping, the optimizer, logging.
+
 A round passes over every example once, so that a ratio of two rounds compares the same work; what is reported are
 medians over rounds, with the smallest and the largest. `demo` is no model but the command `fpt demo`, timed whole.
 
@@ -40,13 +43,13 @@ import datasets
 import torch
 import transformers
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Gemma3TextConfig, GPT2Config, Trainer, TrainerCallback
+from transformers import DataCollatorForSeq2Seq, Gemma3TextConfig, GPT2Config, LlamaConfig, Trainer, TrainerCallback
 
 from fast_prompt_tuning import ProgressiveCallback, Schedule
 from fast_prompt_tuning.config import load as load_recipe
 from fast_prompt_tuning.data import Collator, LengthBatchSampler
 from fast_prompt_tuning.flops import CostModel, step_flops
-from fast_prompt_tuning.models import load_plm, load_tokenizer
+from fast_prompt_tuning.models import choose_dtype, load_plm, load_tokenizer
 from fast_prompt_tuning.objective import choose_attention, label_loss
 from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.plan import paper_config, random_plm
@@ -184,8 +187,9 @@ def settings(steps: int, batch: int, folder: str) -> Any:
 
 def run_trainer(
     model: Any, rows: Any, collator: Any, batch: int, make: Callable[..., Trainer], extra: list[Any]
-) -> float:
-    """Seconds of one pass over `rows` in a Trainer."""
+) -> tuple[float, float]:
+    """Seconds of one pass over `rows` in a Trainer, and those of them in forward and backward passes."""
+    inside = 0.0
     clock = Clock()
     steps = -(-len(rows) // batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -201,8 +205,19 @@ def run_trainer(
             callbacks=[clock, *extra],
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        own_step = trainer.training_step
+
+        def training_step(*given: Any, **named: Any) -> Any:
+            nonlocal inside
+            start = time.perf_counter()
+            try:
+                return own_step(*given, **named)
+            finally:
+                inside += time.perf_counter() - start
+
+        trainer.training_step = training_step  # type: ignore[method-assign]
         trainer.train()
-    return clock.seconds
+    return clock.seconds, inside
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 2048) -> float:
@@ -225,7 +240,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one model."""
     work = MODELS[name]
     batch, count, longest = work.batch, work.batch * (args.steps or work.steps), work.longest
-    dtype = getattr(torch, args.dtype)
+    kind = LlamaConfig(hidden_size=576, intermediate_size=1536)  # SmolLM2's sizes
+    dtype = choose_dtype(args.dtype, torch.device("cpu"), kind)
     plm, tokenizer = build(name, dtype)
     encoder_decoder = plm.config.is_encoder_decoder
     if name == "smollm2-135m":
@@ -242,6 +258,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     partial = PartialPLM(model, keep_neurons="first")
     stages = Schedule.preset("cr", cost.full_stage, total_steps=100).stages
 
+    outside: list[float] = []
+
     def ours(stage: Any) -> float:
         schedule = Schedule.constant(stage, -(-count // batch))
         extra = [] if stage.is_full(cost.full_stage) else [ProgressiveCallback(partial, schedule)]
@@ -251,7 +269,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **kwargs
             )
 
-        return run_trainer(model, rows, collate, batch, make, extra)
+        seconds, inside = run_trainer(model, rows, collate, batch, make, extra)
+        if not extra:
+            outside.append(1 - inside / seconds)
+        return seconds
 
     batches = [
         collate([listed[i] for i in picked])
@@ -270,7 +291,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     def peer() -> float:
         plm.set_attn_implementation(default_attention)  # what from_pretrained gives
-        seconds = run_trainer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch, Trainer, [])
+        seconds, _ = run_trainer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch, Trainer, [])
         choose_attention(plm, PROMPT + longest + 2)
         return seconds
 
@@ -315,7 +336,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "quick": args.quick,
-        "dtype": args.dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
         "steps_per_round": len(batches),
         "text_tokens": spread([float(len(r["input_ids"])) for r in listed]),
@@ -326,6 +347,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "stages": stage_rows,
         "stage_excess": {"median": max(s["excess"] for s in stage_rows)},
         "bare_share": ratio("bare", "plain"),
+        "loop": spread(outside[1:]),
         "flops_per_step": flops[-1],
         "matmul_peak": peak,
         "utilisation": {"median": flops[-1] / plain / peak},
@@ -363,7 +385,8 @@ def show(record: dict[str, Any]) -> None:
         print(f"  FPT-CR run / peft + Trainer   {r['fpt_run']['median']:.3f}")
         for s in r["stages"]:
             print(f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}")
-        print(f"  bare / ours {r['bare_share']['median']:.3f}; utilisation {r['utilisation']['median']:.3f}")
+        loop = f"loop {r['loop']['median']:.3f}; " if "loop" in r else ""
+        print(f"  bare / ours {r['bare_share']['median']:.3f}; {loop}utilisation {r['utilisation']['median']:.3f}")
     if demo := record.get("demo"):
         print(f"\nfpt demo: {demo['seconds']:.0f} s, of which training {demo['training_seconds']}")
     print("\n| | plain prompt tuning | a whole FPT-CR run |\n| --- | --- | --- |")
@@ -410,7 +433,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS), help="of these, and demo")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one more warms up")
     parser.add_argument("--steps", type=int, help="batches in a round; default by model")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--quick", action="store_true", help="the two models with targets, 1 round of 2 batches")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--summary", action="store_true", help="print what --out holds; measure nothing")
