@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -324,7 +325,46 @@ def test_batches_are_of_similar_length_and_epochs_differ():
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3  # not in order of length
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=80),
+    st.integers(1, 9),
+    st.integers(50, 200),
+    st.integers(1, 5),
+    st.integers(0, 3),
+)
+def test_a_token_budget_is_kept_and_every_epoch_has_the_same_batches(lengths, batch, budget, window, seed):
+    sampler = LengthBatchSampler(lengths, batch, seed=seed, window=window, max_tokens=budget)
+    first = list(sampler)
+    assert sorted(i for b in first for i in b) == list(range(len(lengths)))
+    assert len(first) == len(sampler)
+    assert all(len(b) <= batch and len(b) * max(lengths[i] for i in b) <= budget for b in first)
+    sampler.set_epoch(1)
+    assert sorted(map(sorted, sampler)) == sorted(map(sorted, first))
+    loose = LengthBatchSampler(lengths, batch, seed=seed, window=window, max_tokens=50 * batch)
+    assert len(loose) == -(-len(lengths) // batch)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 4), st.sampled_from([None, 100]))
+def test_processes_share_the_batches_and_all_make_as_many_steps(n, batch, processes, budget):
+    lengths = [1 + 7 * i % 50 for i in range(n)]
+    shares = [
+        list(BatchSamplerShard(LengthBatchSampler(lengths, batch, seed=0, max_tokens=budget), processes, rank))
+        for rank in range(processes)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    whole = list(LengthBatchSampler(lengths, batch, seed=0, max_tokens=budget))
+    dealt = [b for step in zip(*shares, strict=True) for b in step]
+    assert dealt[: len(whole)] == whole
+    assert len(dealt) - len(whole) < processes
+
+
 def test_sampler_refuses():
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens=9 has no room for the longest example, 12 tokens"):
+        LengthBatchSampler([3, 12], 2, seed=0, max_tokens=9)
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        LengthBatchSampler([3, 12], 2, seed=0, max_tokens=99, drop_last=True)
     with pytest.raises(ConfigError, match="batch_size=0"):
         LengthBatchSampler([1], 0, seed=0)
     with pytest.raises(ConfigError, match="window=0"):

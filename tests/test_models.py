@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from settings import BY_NAME
 from toy import toy
 from transformers import MambaConfig
 
@@ -36,14 +37,54 @@ def test_a_local_folder_loads_frozen_and_in_evaluation_mode(name):
 
 
 def test_dtypes():
-    cpu = torch.device("cpu")
-    assert models.choose_dtype("float16", cpu) is torch.float16
-    assert models.choose_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    cpu, config = torch.device("cpu"), BY_NAME["t5"].config()
+    assert models.choose_dtype("float16", cpu, config) is torch.float16
     with pytest.raises(ModelError, match="float8"):
-        models.choose_dtype("float8", cpu)
+        models.choose_dtype("float8", cpu, config)
     with pytest.raises(ModelError, match=r"float16.*overflows in T5"):
         load_plm(str(toy().t5), dtype="float16")
     assert load_plm(str(toy().llama), dtype="float16").dtype is torch.float16
+
+
+def probe_of(monkeypatch, *, single: float, half: float) -> None:
+    found = {torch.float32: single, torch.bfloat16: half}
+    monkeypatch.setattr(models, "probe_seconds", lambda *_: found)
+
+
+def test_auto_takes_bfloat16_where_the_probe_is_faster_in_it(monkeypatch, caplog):
+    real = models.probe_seconds(16, 24, "cpu")
+    assert set(real) == {torch.float32, torch.bfloat16}
+    assert all(0 < seconds < 60 for seconds in real.values())
+    for half, wanted in ((0.5, torch.bfloat16), (0.95, torch.float32), (4.0, torch.float32)):
+        probe_of(monkeypatch, single=1.0, half=half)
+        for name in ("llama", "t5"):
+            assert load_plm(str(toy().model(name)), dtype="auto", device="cpu").dtype is wanted
+    assert not caplog.records
+    plm = load_plm(str(toy().llama), dtype="auto", device="cpu")
+    assert models.describe_dtype("auto", plm) == "float32 (auto; probe: float32 1000.00 ms, bfloat16 4000.00 ms)"
+    assert models.describe_dtype("float32", plm) == "float32"
+
+
+def test_auto_gives_bfloat16_up_where_the_loss_is_off(monkeypatch, caplog):
+    probe_of(monkeypatch, single=1.0, half=0.5)
+    monkeypatch.setattr(models, "LOSS_BOUND", 1e-9)
+    exact = load_plm(str(toy().llama), dtype="float32", device="cpu").state_dict()
+    plm = load_plm(str(toy().llama), dtype="auto", device="cpu")
+    assert all(torch.equal(value, exact[name]) for name, value in plm.state_dict().items())  # not rounded and back
+    assert "in bfloat16, which is faster here, the loss" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_check_of_the_loss_leaves_the_model_as_it_was(name):
+    plm = load_plm(str(toy().model(name)), dtype="bfloat16", device="cpu")
+    before = {k: v.clone() for k, v in [*plm.named_parameters(), *plm.named_buffers()]}
+    assert 0 < models.loss_difference(plm) < models.LOSS_BOUND
+    for key, value in [*plm.named_parameters(), *plm.named_buffers()]:
+        assert value.dtype is before[key].dtype
+        assert torch.equal(value, before[key])
+    with torch.no_grad():
+        plm.get_output_embeddings().weight.mul_(torch.nan)
+    assert models.loss_difference(plm) == float("inf")
 
 
 def one_line(error) -> str:

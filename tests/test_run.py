@@ -15,7 +15,7 @@ from peft import PeftModel
 from toy import articles, toy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
-from fast_prompt_tuning import run, trainer
+from fast_prompt_tuning import models, run, trainer
 from fast_prompt_tuning.config import RunConfig, load
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
 from fast_prompt_tuning.layer_scores import LayerScores
@@ -586,3 +586,28 @@ def test_a_prompt_of_another_model_is_refused(tmp_path):
     session = run.open_session(load(toy().recipe(tmp_path / "run")), ("validation",))
     with pytest.raises(ConfigError, match="another model's prompt"):
         run.evaluate(session, torch.zeros(3, 7))
+
+
+def test_a_resumed_run_keeps_the_dtype_it_measured(tmp_path, monkeypatch):
+    faster = {"probe": {torch.float32: 1.0, torch.bfloat16: 0.5}}
+    monkeypatch.setattr(models, "probe_seconds", lambda *_: faster["probe"])
+    config = load(toy().recipe(tmp_path / "run", model__dtype="auto", method="pt", train__steps=4))
+    result = run.train(config)
+    assert result.environment["dtype"].startswith("bfloat16 (auto; probe: ")
+    faster["probe"] = {torch.float32: 0.5, torch.bfloat16: 1.0}
+    assert run.open_session(config, (), resume=True).plm.dtype is torch.bfloat16
+    assert run.open_session(config, ()).plm.dtype is torch.float32
+
+
+def test_a_token_budget_bounds_batches_and_survives_a_stop(tmp_path):
+    short = recipe(tmp_path / "tight", train__batch_tokens=5)
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens=5 has no room for the longest example"):
+        run.train(short)
+    assert not (tmp_path / "tight").exists()
+    changes = {"train__batch_tokens": 32, "train__batch_size": 8, "train__steps": 26, "train__eval_every": 13}
+    whole = run.train(recipe(tmp_path / "whole", **changes))
+    parts = recipe(tmp_path / "parts", **changes)
+    run.train(parts, callbacks=[At(20, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    resumed = run.train(parts, resume=True)
+    assert resumed.losses[-1] == whole.losses[-1]
+    assert torch.equal(load_prompt(tmp_path / "parts" / "prompt"), load_prompt(tmp_path / "whole" / "prompt"))

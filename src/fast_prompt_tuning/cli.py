@@ -101,7 +101,7 @@ def train(
     if allow_changed and not resume:
         raise ConfigError("--allow-changed is for --resume; add it, or leave this out")
     run.check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
-    session = run.open_session(settings, ("train", "validation"))
+    session = run.open_session(settings, ("train", "validation"), resume=resume)
     if parallel.rank() != 0:  # the main process speaks for all
         out, as_json = Console(quiet=True), False
     callbacks: list[Any] = []

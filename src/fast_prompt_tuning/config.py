@@ -135,6 +135,9 @@ class TrainConfig(_Section):
 
     steps: int = Field(ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="examples per forward pass and process")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="text tokens per forward pass at most, padding included: long texts in smaller batches"
+    )
     accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations on the full PLM; default 10")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default as eval_every")

@@ -252,28 +252,52 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
     Indices are shuffled and cut into windows, each window is sorted by length and cut into batches, and the batches
     are shuffled: little padding, and still a random order.
 
+    Every process of a distributed run makes the same batches. Where accelerate deals them out, each gets as many: it is
+    not told a batch size, which would make it take a smaller batch for the last one.
+
     Args:
         lengths: tokens of each example.
-        batch_size: B.
+        batch_size: B, the most examples of a batch.
         seed: seed of the order, together with the epoch.
         window: batches in a window. 1: no sorting; more: less padding.
         drop_last: leave out a random remainder so that every batch is full.
+        max_tokens: the most tokens of a batch, padding included. Which examples share a batch then stays the same at
+            every epoch, so that all have as many batches and a resumed run finds its place.
 
     Raises:
-        ConfigError: `batch_size` or `window` below 1, a negative seed.
+        ConfigError: `batch_size` or `window` below 1, a negative seed, an example longer than `max_tokens`, or
+            `max_tokens` with `drop_last`.
         DataError: no examples, or with `drop_last` not a single full batch.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, *, seed: int, window: int = 32, drop_last: bool = False
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        window: int = 32,
+        drop_last: bool = False,
+        max_tokens: int | None = None,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("window", window, 1), ("seed", seed, 0)):
             if value < least:
                 raise ConfigError(f"{name}={value} must be at least {least}")
         self.lengths = np.asarray(lengths)
-        self.batch_size, self.seed, self.window, self.drop_last = batch_size, seed, window, drop_last
-        self.epoch = 0
-        if len(self) == 0:
+        if max_tokens is not None and drop_last:
+            raise ConfigError("drop_last=True wants full batches and max_tokens makes none; leave one of them out")
+        if max_tokens is not None and len(self.lengths) and self.lengths.max() > max_tokens:
+            raise ConfigError(
+                f"train.batch_tokens={max_tokens} has no room for the longest example, {self.lengths.max()} tokens; "
+                "raise it or lower data.max_input_tokens"
+            )
+        self.size, self.seed, self.window, self.drop_last = batch_size, seed, window, drop_last
+        self.max_tokens, self.epoch = max_tokens, 0
+        full, rest = divmod(len(self.lengths), batch_size)
+        self._count = full + bool(rest and not drop_last)
+        if max_tokens is not None:
+            self._count = len(self._cut(np.random.default_rng(seed).permutation(len(self.lengths))))
+        if self._count == 0:
             raise DataError(f"{len(lengths)} examples make no batch of {batch_size} (drop_last={drop_last})")
 
     def set_epoch(self, epoch: int) -> None:
@@ -281,21 +305,35 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.lengths), self.batch_size)
-        return full + bool(rest and not self.drop_last)
+        return self._count
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(len(self.lengths))
-        if self.drop_last:  # before sorting: dropping the last batch would always drop long examples
-            order = order[: len(order) - len(order) % self.batch_size]
-        batches = []
-        size = self.window * self.batch_size
+    def _cut(self, order: np.ndarray) -> list[list[int]]:
+        """Examples in this order -> batches, in windows sorted by length."""
+        batches: list[list[int]] = []
+        size = self.window * self.size
         for start in range(0, len(order), size):
             window = order[start : start + size]
             if self.window > 1:
                 window = window[np.argsort(self.lengths[window], kind="stable")]
-            batches += [window[i : i + self.batch_size].tolist() for i in range(0, len(window), self.batch_size)]
+            batch: list[int] = []
+            longest = 0
+            for i, length in zip(window.tolist(), self.lengths[window].tolist(), strict=True):
+                longest = max(longest, length)
+                over = self.max_tokens is not None and (len(batch) + 1) * longest > self.max_tokens
+                if batch and (over or len(batch) == self.size):
+                    batches.append(batch)
+                    batch, longest = [], length
+                batch.append(i)
+            batches.append(batch)
+        return batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        fixed = self.max_tokens is not None
+        order = (np.random.default_rng(self.seed) if fixed else rng).permutation(len(self.lengths))
+        if self.drop_last:  # before sorting: dropping the last batch would always drop long examples
+            order = order[: len(order) - len(order) % self.size]
+        batches = self._cut(order)
         for i in rng.permutation(len(batches)):
             yield batches[i]
 

@@ -142,8 +142,9 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
         if changed := run.differences(found.config, config.model_dump(mode="json")):
             raise ConfigError(f"{str(folder)!r} was run otherwise: {'; '.join(changed)}; choose another --output")
         return found, float(json.loads(record.read_text(encoding="utf-8"))["value"])
-    session = run.open_session(config, ("train", "validation"))
-    result = run.train(config, resume=(folder / "config.yaml").is_file(), session=session)
+    resume = (folder / "config.yaml").is_file()
+    session = run.open_session(config, ("train", "validation"), resume=resume)
+    result = run.train(config, resume=resume, session=session)
     if result.status != "finished":
         raise KeyboardInterrupt  # a signal ended the run: the table ends with it, and goes on with the next command
     metric = PAPER_METRICS[str(config.data.task)]

@@ -60,13 +60,14 @@ class RunResult(BaseModel):
     environment: dict[str, str]
 
 
-def environment(device: Any) -> dict[str, str]:
-    """Versions and device that a measurement depends on."""
+def environment(device: Any, **more: str) -> dict[str, str]:
+    """Versions and device that a measurement depends on, and what else the caller knows of."""
     found = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device),
         "threads": str(torch.get_num_threads()),
+        **more,
     }
     for package in ("fast-prompt-tuning", "torch", "transformers", "peft", "accelerate"):
         try:

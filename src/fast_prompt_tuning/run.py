@@ -25,13 +25,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 from . import checkpoint, fingerprint, metrics, parallel, tasks
 from .callback import AutoCallback, ProgressiveCallback
 from .config import CacheConfig, RunConfig
-from .data import Collator, encode, examples_fingerprint, tokens_fingerprint, train_calibration, train_split
+from .data import (
+    Collator,
+    LengthBatchSampler,
+    encode,
+    examples_fingerprint,
+    input_lengths,
+    tokens_fingerprint,
+    train_calibration,
+    train_split,
+)
 from .errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops, text_flops
 from .growth import AutoSchedule
 from .layer_scores import LAYER_KINDS, LayerScores, block_influence, greedy_removal
-from .models import cache_dir, load_plm, load_tokenizer, locate
+from .models import cache_dir, describe_dtype, load_plm, load_tokenizer, locate
 from .objective import choose_attention
 from .partial_plm import PartialPLM, get_plm
 from .placement import SuffixPromptModel, check_suffix
@@ -131,17 +140,25 @@ def task_of(config: RunConfig) -> tasks.Task:
     )
 
 
-def open_session(config: RunConfig, splits: Iterable[str]) -> Session:
+def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = False) -> Session:
     """Load and check model, tokenizer and data of a recipe before any compute is spent.
+
+    Args:
+        resume: for a run that goes on: a measured dtype (`auto`) stays the one it began with.
 
     Raises:
         FptError: whatever does not fit, naming it.
     """
     task = task_of(config)
-    dtype = "float32" if config.method == "full" and config.model.dtype == "auto" else config.model.dtype
+    dtype: str = config.model.dtype
+    if dtype == "auto":
+        past = read_log(Path(config.output) / "log.jsonl") if resume else []
+        dtype = "float32" if config.method == "full" else past[-1].get("dtype", dtype) if past else dtype
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     device = parallel.start(config.model.device)
     plm = load_plm(config.model.path, dtype=dtype, device=device, revision=config.model.revision)
+    if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
+        plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
     if config.prompt.placement == "suffix":
         check_suffix(plm)
@@ -505,13 +522,16 @@ def train(
     started = time.perf_counter()
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     set_seed(config.train.seed)
-    session = session or open_session(config, ("train", "validation"))
+    session = session or open_session(config, ("train", "validation"), resume=resume)
     session.config = config
     model, trained = trainable(session)
     schedule, needed = _schedule(session, model)
     rows, held_out = session.encoded["train"], None
     if isinstance(schedule, AutoSchedule):
         held_out, rows = train_split(rows, min(PROBE_EXAMPLES, len(rows) // 4), config.train.seed)
+    if config.train.batch_tokens is not None:  # refused here, where an example is longer
+        lengths = input_lengths(rows)
+        LengthBatchSampler(lengths, config.train.batch_size, seed=0, max_tokens=config.train.batch_tokens)
     identity = _identity(session)
     folder = Path(config.output)
     with ExitStack() as held:
@@ -565,10 +585,11 @@ def _train(
     guard.seconds = past.get("train_seconds", 0.0)
     past_total = past.get("total_seconds", 0.0)
 
-    def spent() -> dict[str, float]:
+    def spent() -> dict[str, Any]:
         return {
             "train_seconds": guard.seconds,
             "total_seconds": past_total + time.perf_counter() - started,
+            "dtype": str(session.plm.dtype).removeprefix("torch."),
         }
 
     best = _Best(folder / "checkpoints", session.task.primary, full_tuning, reached)
@@ -595,6 +616,7 @@ def _train(
         full_tuning=full_tuning,
         record={"config": config.model_dump(mode="json"), **identity},
         spent=spent,
+        batch_tokens=config.train.batch_tokens,
     )
     guard.trainer = trainer
     if isinstance(schedule, AutoSchedule) and partial is not None and held_out is not None:
@@ -899,7 +921,8 @@ def score_flops(session: Session, batch: dict[str, Any]) -> float:
 
 
 def _forward_of(session: Session, batch: dict[str, Any]) -> float:
-    return forward_flops(session.cost, None, batch_shape(batch, session.config.prompt.tokens, session.cost))
+    shape = batch_shape(batch, session.config.prompt.tokens, session.cost)
+    return forward_flops(session.cost, None, shape, whole_last_layer=True)
 
 
 def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:
@@ -1017,7 +1040,7 @@ def _finish(
             **identity["fingerprints"],
             **({"model": "trained"} if full_tuning else {}),
         },
-        environment=environment(session.plm.device),
+        environment=environment(session.plm.device, dtype=describe_dtype(config.model.dtype, session.plm)),
     )
     if parallel.rank() == 0:
         try:
@@ -1060,5 +1083,5 @@ def zero_shot(session: Session) -> RunResult:
         train_seconds=0.0,
         total_seconds=sum(e.seconds for e in on.values()),
         fingerprints={"model": fingerprint.of_model(session.plm)},
-        environment=environment(session.plm.device),
+        environment=environment(session.plm.device, dtype=describe_dtype(session.config.model.dtype, session.plm)),
     )

@@ -118,6 +118,7 @@ class PromptTrainer(Trainer):
         schedule: for the log lines and the FLOPs; the sizes themselves are `ProgressiveCallback`'s.
         cost: what a step costs.
         full_tuning: all weights are trained, so the backward pass costs twice the forward one.
+        batch_tokens: the most text tokens of a batch, padding included.
         evaluate_prompt: `step → metrics` on the validation set.
         ledger: what was spent beside training, logged with it so that no tracker shows a gross saving.
         record: kept in every checkpoint's manifest: what the run is, for a resumed one to compare.
@@ -133,14 +134,15 @@ class PromptTrainer(Trainer):
         evaluate_prompt: Callable[[int], dict[str, float]],
         ledger: FlopsLedger | None = None,
         full_tuning: bool = False,
+        batch_tokens: int | None = None,
         record: Mapping[str, Any] | None = None,
-        spent: Callable[[], dict[str, float]] = dict,
+        spent: Callable[[], dict[str, Any]] = dict,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.schedule, self.cost, self.full_tuning = schedule, cost, full_tuning
         self.prompt_tokens, self.evaluate_prompt = prompt_tokens, evaluate_prompt
-        self.ledger = ledger or FlopsLedger()
+        self.ledger, self.batch_tokens = ledger or FlopsLedger(), batch_tokens
         self.record, self.spent = dict(record or {}), spent
         self.parts = 1  # a batch is trained in so many, after it once did not fit into memory
         self.skipped = self.skipped_in_a_row = 0
@@ -256,6 +258,7 @@ class PromptTrainer(Trainer):
             input_lengths(self.train_dataset),  # type: ignore[arg-type]
             self.args.per_device_train_batch_size * parallel.size(),
             seed=self.args.data_seed or 0,
+            max_tokens=self.batch_tokens and self.batch_tokens * parallel.size(),
         )
         # Not accelerate.prepare: it would deal out whole batches, each of another length, and repeat rows at the end.
         return DataLoader(
