@@ -71,12 +71,12 @@ class Work:
 
 
 MODELS = {
-    "smollm2-135m": Work(8, 96, 4, "SmolLM2-135M, news paragraphs of mixed length"),
+    "smollm2-135m": Work(8, 96, 6, "SmolLM2-135M, news paragraphs of mixed length"),
     "gemma-3-270m-shaped": Work(4, 96, 3, "a decoder shaped like Gemma-3-270M (vocabulary of 262k)"),
     "gpt2": Work(4, 96, 3, "a decoder shaped like GPT-2 (vocabulary of 50k)"),
     "t5-large": Work(2, 64, 2, "an encoder-decoder shaped like T5-LARGE"),
 }
-"""Sized for some three minutes each on two idle cores."""
+"""Sized for some minutes each on two idle cores."""
 
 TARGETS = {
     # name -> (model, what, limit, whether at most)
