@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from toy import articles, toy
@@ -290,7 +291,7 @@ def test_ls(fpt):
     for said in ("recipes", "bbc_topics_smollm2", "squad2", "llama", "compound reduction"):
         assert said in out
     assert set(only_json(fpt("ls", "--json")[0])) == {"recipes", "tasks", "families", "methods"}
-    assert set(only_json(fpt("ls", "methods", "--json")[0])["methods"]) == {"pt", "ld", "fr", "cr", "full"}
+    assert set(only_json(fpt("ls", "methods", "--json")[0])["methods"]) == {"pt", "ld", "fr", "cr", "auto", "full"}
     assert "choose one of recipes" in refused(fpt, "ls", "everything")
 
 
@@ -491,7 +492,8 @@ def test_usage(fpt):
 def test_a_loss_that_is_not_finite(fpt, tmp_path, monkeypatch):
     from fast_prompt_tuning import trainer
 
-    monkeypatch.setattr(trainer, "label_loss", lambda *_, **__: __import__("torch").tensor(float("nan")))
+    bad = torch.tensor(float("nan"), requires_grad=True)
+    monkeypatch.setattr(trainer, "label_loss", lambda *_, **__: bad * 1)
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
     _, err = fpt("train", "--config", recipe, code=1)
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
