@@ -19,7 +19,7 @@ from fast_prompt_tuning import cli, console, run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.page import figures, find_runs, render, samples
-from fast_prompt_tuning.pictures import losses, schedules
+from fast_prompt_tuning.pictures import losses, quality, schedules
 from fast_prompt_tuning.report import average_rows, improvement, stopped_at, table_rows
 from fast_prompt_tuning.results import save_result
 
@@ -241,6 +241,14 @@ def test_fidelity_that_was_measured_is_on_the_page(tmp_path):
         (tmp_path / "fidelity.json").write_text(content)
         with pytest.raises(DataError, match="not what fpt score"):
             render(find_runs([tmp_path]))
+
+
+def test_stages_are_named_only_where_there_is_room():
+    slow, quick = result("slow", "cr", seconds=100.0), result("quick", "cr", seconds=5.0)
+    figure = quality([slow, quick], "seconds")
+    named = {text.get_text() for text in figure.axes[1].texts if text.get_position()[0] < 5.0}
+    assert not named  # the quick run's whole strip is narrower than one label
+    assert "4×8" in {text.get_text() for text in figure.axes[1].texts}
 
 
 def test_pictures_of_odd_schedules():

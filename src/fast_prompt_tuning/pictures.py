@@ -131,7 +131,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
         axes.set_ylabel(f"{results[0].primary} (%), full model")
         axes.grid(alpha=0.25)
         for row, (i, result) in enumerate(growing):
-            _strip(rows[1, 0], len(growing) - 1 - row, result, COLOURS[i % len(COLOURS)], by_flops, scale)
+            _strip(rows[1, 0], len(growing) - 1 - row, result, COLOURS[i % len(COLOURS)], by_flops, scale, longest)
         bottom = rows[-1, 0]
         if growing:
             bottom.set_yticks([])
@@ -144,18 +144,17 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
     return figure
 
 
-def _strip(axes: Any, row: int, result: RunResult, colour: str, by_flops: bool, scale: float) -> None:
-    """The stages of a run over its cost: one bar each, labelled where there is room."""
+def _strip(axes: Any, row: int, result: RunResult, colour: str, by_flops: bool, scale: float, longest: float) -> None:
+    """The stages of a run over its cost: one bar each, labelled where there is room on axes up to `longest`."""
     ends = [*result.boundaries[1:], result.steps]
     costs = [_cost_at(result, step, by_flops) / scale for step in (0, *ends)]
-    whole = max(costs[-1], 1e-9)
     for n, (left, right) in enumerate(pairwise(costs)):
         if right <= left:
             continue  # a run that was stopped before it got there
         shade = 0.2 + 0.6 * (n + 1) / len(ends)
         axes.add_patch(Rectangle((left, row + 0.08), right - left, 0.84, color=colour, alpha=shade, linewidth=0))
         text = _size(result.schedule[n])
-        if (right - left) / whole > 0.02 * len(text):
+        if (right - left) * scale / longest > 0.02 * len(text):
             axes.text((left + right) / 2, row + 0.5, text, ha="center", va="center", fontsize=7)
 
 
