@@ -21,6 +21,8 @@ from typer.main import get_command
 from fast_prompt_tuning import cli, families, soft_prompt_config, tasks
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.plan import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
+from fast_prompt_tuning.report import table_rows
+from fast_prompt_tuning.results import load_result
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -268,3 +270,13 @@ def test_the_guides_numbers_are_the_committed_ones():
         row = next(line for line in guide.splitlines() if line.startswith(start))
         values = (record[which]["metrics"][metric] for which in ("zero_shot", "tuned"))
         assert row.endswith("| " + " | ".join(f"{value:.1f}" for value in values) + " |"), row
+
+
+def test_the_reports_picture_is_of_the_committed_runs():
+    plain, fpt = (load_result(ROOT / "benchmarks" / "results" / "report" / f"{name}.json") for name in ("pt", "cr"))
+    guide = PAGES["docs/guides/reports.md"].read_text()
+    lower = plain.metrics["accuracy"] - fpt.metrics["accuracy"]
+    assert f"ends {lower:.0f} points lower" in guide
+    assert 0.98 < table_rows([plain, fpt])[1]["relative_flops"] < 1.02  # "as much as plain prompt tuning"
+    assert f"{plain.steps} steps of 8 examples, one seed, {plain.examples} validation examples" in guide
+    assert (ROOT / "docs" / "pictures" / "report.png").is_file()
