@@ -184,7 +184,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.set_rng_state(state["torch"])
         for device, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(one, device)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"the state of the random generators is none ({error})") from error
 
 

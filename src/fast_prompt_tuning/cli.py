@@ -302,7 +302,7 @@ def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:
             found = json.loads(text)
             if isinstance(found, dict):
                 return found
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     fields = sorted(task.input_fields(decoder=decoder))
     name = task.truncate or fields[0]

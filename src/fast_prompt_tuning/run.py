@@ -219,13 +219,23 @@ def predict(
     voting: str = "probabilities",
     placement: str | None = None,
 ) -> tuple[list[Prediction], list[str], float]:
-    """Answers to tokenized inputs: predictions, their texts, FLOPs spent.
+    """Answers to tokenized inputs: predictions, their texts, FLOPs spent. Several processes share the work.
 
     Args:
         prompt: `(P, H)`, None for zero-shot, or several `(K, P, H)`: an ensemble, all prompts in the same batches.
         voting: how an ensemble agrees, see `evaluation.combine`.
         placement: where the prompt stands; default as the recipe says.
     """
+    if parallel.size() == 1:
+        return _predict(session, prompt, inputs, voting, placement)
+    mine = parallel.share(inputs)
+    found, answers, spent = _predict(session, prompt, mine, voting, placement) if mine else ([], [], 0.0)
+    return parallel.merge(found), parallel.merge(answers), sum(parallel.gather(spent))
+
+
+def _predict(
+    session: Session, prompt: torch.Tensor | None, inputs: Sequence[list[int]], voting: str, placement: str | None
+) -> tuple[list[Prediction], list[str], float]:
     settings, task = session.config.eval, session.task
     width = session.plm.get_input_embeddings().weight.shape[-1]
     if prompt is not None and prompt.shape[-1] != width:

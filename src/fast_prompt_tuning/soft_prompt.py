@@ -200,7 +200,7 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = record["format"] == 1 and record["placement"] == "suffix"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); save the prompt again"
         ) from error
@@ -237,7 +237,7 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     try:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
         values = load_file(file)["prompt_embeddings"]
-    except (OSError, KeyError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise ConfigError(
             f"{str(folder)!r} is not a saved soft prompt ({type(error).__name__}: {error}); it needs "
             "adapter_config.json and adapter_model.safetensors with prompt_embeddings"

@@ -440,7 +440,7 @@ def load_task(name_or_path: str) -> Task:
 def _parse(text: str, where: str, folder: Path | None) -> Task:
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: a task file must hold `key: value` lines, not {type(data).__name__}")
@@ -572,7 +572,7 @@ def _decoded_rows(path: Path, parse: Callable[[str], Iterable[dict[str, Any]]]) 
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits
         raise DataError(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"a JSON {type(value).__name__}; one object {{...}} a line is expected")
@@ -643,6 +643,8 @@ def _read_squad(path: Path) -> _Rows:
         raise DataError(f"not valid JSON: {error.msg}", file=str(path), line=error.lineno) from None
     except DataError as error:
         raise DataError(f"not SQuAD JSON: {error.reason}", file=str(path)) from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
+        raise DataError(f"not valid JSON: {error}", file=str(path)) from None
     number = 0
     for a, article in enumerate(articles):
         try:
