@@ -110,6 +110,8 @@ class ProgressiveCallback(TrainerCallback):
             raise ModelError(
                 "the PartialPLM is of another model than the Trainer's; make it of the model the Trainer is given"
             )
+        for stage in self.schedule.stages:
+            self.partial.check(stage)  # again: by now FSDP or DeepSpeed may have sharded what a stage wants to cut
         if args.n_gpu > 1:
             raise ModelError(
                 f"{args.n_gpu} GPUs in one process: torch.nn.DataParallel cannot run a partial PLM; start one process "
