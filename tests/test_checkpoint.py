@@ -281,7 +281,7 @@ def test_a_checkpoint_holds_no_pickle_and_what_the_run_was(tmp_path):
     record = checkpoint.verify(folder).record
     assert record["config"] == config.model_dump(mode="json")
     assert record["stage"] == 2
-    assert record["flops"]["train"] > record["flops"]["score"] > 0
+    assert min(record["flops"][what] for what in ("train", "score", "eval")) > 0
     assert record["train_seconds"] > 0
     assert record["processes"] == 1
 

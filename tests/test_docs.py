@@ -142,6 +142,9 @@ def test_shell_blocks_parse(page):
             parse(line)
         elif program == "make":
             assert words[0] in targets, line
+        elif "-m fast_prompt_tuning " in line:
+            assert program in ("torchrun", "accelerate"), line
+            parse("fpt " + line.split("-m fast_prompt_tuning ")[1])
         elif program in ("python", "torchrun"):
             (script,) = (w for w in words if w.endswith(".py"))
             assert (ROOT / script).is_file(), line

@@ -95,9 +95,7 @@ def test_mutated_files_work_or_are_refused(targets, data):
     assert wrong is None, (target.name, content)
 
 
-@pytest.mark.parametrize(
-    "content", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b'{"data": ' + b"9" * 5000 + b"}"]
-)
+@pytest.mark.parametrize("content", [b"[" * 20_000, b'{"a":' * 20_000, b"9" * 5000, b'{"data": ' + b"9" * 5000 + b"}"])
 def test_deep_nesting_and_huge_numbers_are_refused(targets, content):
     for target in targets:
         assert fuzz.attempt(target, content) is None, target.name

@@ -31,7 +31,7 @@ def kills(quick: bool, work: Path) -> dict[str, Any]:
     """SIGKILL at random moments."""
     import scenarios
 
-    return scenarios.kills(work, 3 if quick else 60)
+    return scenarios.kills(work, 3 if quick else 60, steps=12 if quick else 48)
 
 
 def faults(quick: bool, work: Path) -> dict[str, Any]:

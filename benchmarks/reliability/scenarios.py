@@ -18,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE)]
 
+import ranks  # noqa: E402
 import torch  # noqa: E402
 from toy import toy  # noqa: E402
 
@@ -37,6 +38,15 @@ def recipe(output: Path, **changes: Any) -> Any:
 # -- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
+def forked() -> Any:
+    """A way to start processes that have everything imported already: forked from one that did nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    # That one looks for modules in PYTHONPATH only.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*sys.path[:2], *filter(None, sys.path)]))
+    context.set_forkserver_preload(["scenarios"])
+    return context
+
+
 def _child(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     config = load(settings)
@@ -52,10 +62,7 @@ def kills(folder: Path, number: int, seed: int = 0, steps: int = 24) -> dict[str
     Returns:
         `tried`, `survived`, `runs` that were finished, `where` the kills fell.
     """
-    context = multiprocessing.get_context("forkserver")
-    # A child is then forked from a process that has imported everything; that one looks for modules in PYTHONPATH only.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*sys.path[:2], *filter(None, sys.path)]))
-    context.set_forkserver_preload(["scenarios"])
+    context = forked()
     settings = {"method": "cr", "train__steps": steps, "train__save_every": 1, "train__eval_every": 4}
     whole = run.train(recipe(folder / "whole", **settings))
     draw = random.Random(seed)
@@ -243,7 +250,7 @@ def distributed(folder: Path, kinds: list[str]) -> dict[str, Any]:
                 changes["model__path"] = str(toy().t5)
             made = toy().recipe(folder / f"{i}-{processes}", **changes)
             runs[processes].append({"recipe": made, "break_at": break_at})
-    found = {processes: _launch(folder, processes, todo) for processes, todo in runs.items()}
+    found = {1: [ranks.losses(**one) for one in runs[1]], 2: _launch(folder, 2, runs[2])}
     table = {}
     for kind, one, two in zip(kinds, found[1], found[2], strict=True):
         gaps = [abs(a - b) / abs(a) for a, b in zip(one["losses"], two["losses"], strict=True)]
