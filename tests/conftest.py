@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +10,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 from settings import FAMILIES, Settings
+
+from fast_prompt_tuning import cli, console
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +22,21 @@ def _one_seed():
 @pytest.fixture(params=FAMILIES, ids=lambda s: s.name)
 def family(request) -> Settings:
     return request.param
+
+
+@pytest.fixture
+def fpt(capsys):
+    """The command line, called in this process: `fpt("train", …, code=0)` gives what it says on `(stdout, stderr)`."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments, code=0):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert stop.value.code == code, err or out
+        return out, err
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    console.state.update(debug=False, quiet=False)

@@ -21,25 +21,8 @@ from fast_prompt_tuning import cli, console, demo
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, tmp_path):
-    handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("FPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    console.state.update(debug=False, quiet=False)
-
-
-@pytest.fixture
-def fpt(capsys):
-    def call(*arguments, code=0):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert stop.value.code == code, err or out
-        return out, err
-
-    return call
 
 
 def only_json(out: str):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 from html.parser import HTMLParser
 
@@ -15,7 +14,7 @@ import pytest
 from test_report import result
 from toy import toy
 
-from fast_prompt_tuning import cli, console, run
+from fast_prompt_tuning import run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.page import figures, find_runs, render, samples
@@ -66,23 +65,6 @@ def runs(tmp_path_factory):
     for method, name in (("pt", "plain"), ("cr", NASTY)):
         run.train(load(toy().recipe(folder / method, method=method, name=name)))
     return folder
-
-
-@pytest.fixture
-def fpt(capsys):
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments, code=0):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert stop.value.code == code, err or out
-        return out, err
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-    console.state.update(debug=False, quiet=False)
 
 
 def check_page(text: str) -> Page:
