@@ -12,7 +12,8 @@ The dtype is the one that `model.dtype: auto` measures to be faster here. `loop`
 and backward: data, collation, the guard, clipping, the optimizer, logging.
 
 A round passes over every example once, so that a ratio of two rounds compares the same work; what is reported are
-medians over rounds, with the smallest and the largest. `demo` is no model but the command `fpt demo`, timed whole.
+medians over rounds, with the smallest and the largest. A growth, which a run does once a stage and a round once too, is
+timed by itself: a whole FPT run is 100 steps of which every stage begins with its growth. `demo` is no model but the command `fpt demo`, timed whole.
 
     python benchmarks/step_time.py                          # all models; each is written to the JSON as it is done
     python benchmarks/step_time.py --models gpt2,t5-large   # these only; the others in the JSON stay
@@ -162,6 +163,18 @@ def build(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return plm.requires_grad_(False), FakeTokenizer()
 
 
+class TimedPLM(PartialPLM):
+    """Notes the seconds that growths took: making a stage's narrow copies, not stepping in and out of a stage."""
+
+    growth = 0.0
+
+    def _cut(self, *args: Any) -> None:
+        copies, start = len(self._narrow), time.perf_counter()
+        super()._cut(*args)
+        if len(self._narrow) > copies:
+            self.growth += time.perf_counter() - start
+
+
 class Clock(TrainerCallback):
     """Seconds from the first step to the end of training."""
 
@@ -255,10 +268,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.nn.init.normal_(prompt_parameter(model), std=0.02)
     cost = CostModel.from_model(model)
     collate = Collator(tokenizer, decoder=not encoder_decoder)
-    partial = PartialPLM(model, keep_neurons="first")
+    partial = TimedPLM(model, keep_neurons="first")
     stages = Schedule.preset("cr", cost.full_stage, total_steps=100).stages
 
     outside: list[float] = []
+    growths: dict[str, list[float]] = {str(s): [] for s in stages[:-1]}
 
     def ours(stage: Any) -> float:
         schedule = Schedule.constant(stage, -(-count // batch))
@@ -269,10 +283,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **kwargs
             )
 
+        partial.growth = 0.0
         seconds, inside = run_trainer(model, rows, collate, batch, make, extra)
-        if not extra:
+        if extra:
+            growths[str(stage)].append(partial.growth)
+        else:
             outside.append(1 - inside / seconds)
-        return seconds
+        return seconds - partial.growth
 
     batches = [
         collate([listed[i] for i in picked])
@@ -318,8 +335,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     def ratio(part: str, whole: str) -> dict[str, float]:
         return spread([p / w for p, w in zip(samples[part], samples[whole], strict=True)])
 
+    grown = sum(statistics.median(found[1:]) for found in growths.values())
     fpt_run = [
-        (0.2 * (a + b + c) + 0.4 * d) / peer
+        (20 * (a + b + c) + 40 * d + grown) / (100 * peer)
         for a, b, c, d, peer in zip(
             *(samples[v] for v in ("stage 1", "stage 2", "stage 3", "plain", "peer")), strict=True
         )
@@ -328,7 +346,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for i, stage in enumerate(stages[:-1], start=1):
         found = ratio(f"stage {i}", "plain")
         share = flops[i - 1] / flops[-1]
-        stage_rows.append({"stage": str(stage), "time": found, "flops": share, "excess": found["median"] - share})
+        growth = statistics.median(growths[str(stage)][1:])
+        excess = found["median"] - share
+        stage_rows.append({"stage": str(stage), "time": found, "flops": share, "excess": excess, "growth": growth})
     plain = statistics.median(samples["plain"])
     return {
         "model": name,
@@ -384,7 +404,10 @@ def show(record: dict[str, Any]) -> None:
         print(f"  ours plain / peft + Trainer   {r['plain']['median']:.3f}")
         print(f"  FPT-CR run / peft + Trainer   {r['fpt_run']['median']:.3f}")
         for s in r["stages"]:
-            print(f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}")
+            grown = f"  growth {s['growth']:.2f} s" if "growth" in s else ""
+            print(
+                f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}{grown}"
+            )
         loop = f"loop {r['loop']['median']:.3f}; " if "loop" in r else ""
         print(f"  bare / ours {r['bare_share']['median']:.3f}; {loop}utilisation {r['utilisation']['median']:.3f}")
     if demo := record.get("demo"):

@@ -1,6 +1,7 @@
 """What a step costs with the prompt after the text: kept texts, fresh texts and the prompt in front, side by side.
 
-For each text length, in interleaved rounds over the same random examples, in our Trainer, in bfloat16:
+For each text length, in interleaved rounds over the same random examples, in our Trainer, in the dtype that
+`model.dtype: auto` measures to be faster here:
 
   prefix   the prompt in front of the text
   warm     the prompt after the text, all texts kept in memory
@@ -25,10 +26,12 @@ import torch
 import transformers
 from peft import get_peft_model
 from step_time import PROMPT, build, machine, run_trainer, spread
+from transformers import LlamaConfig
 
 from fast_prompt_tuning import Schedule, SuffixPromptModel, TextCache, soft_prompt_config
 from fast_prompt_tuning.data import Collator
 from fast_prompt_tuning.flops import CostModel
+from fast_prompt_tuning.models import choose_dtype
 from fast_prompt_tuning.objective import choose_attention
 from fast_prompt_tuning.trainer import PromptTrainer
 
@@ -38,7 +41,8 @@ TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
 
 def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     """One text length."""
-    plm, tokenizer = build(name, torch.bfloat16)
+    dtype = choose_dtype("auto", torch.device("cpu"), LlamaConfig(hidden_size=576, intermediate_size=1536))
+    plm, tokenizer = build(name, dtype)
     choose_attention(plm, PROMPT + tokens + 2)
     generator = random.Random(tokens)
     rows = []
@@ -60,7 +64,7 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
                 schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **given
             )
 
-        return run_trainer(model, data, collate, args.batch, make, []) / args.steps
+        return run_trainer(model, data, collate, args.batch, make, [])[0] / args.steps
 
     samples: dict[str, list[float]] = {v: [] for v in models}
     for done in range(args.rounds + 1):
@@ -77,6 +81,8 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
         "model": name,
         "text_tokens": tokens,
         "batch": args.batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": machine(),
         "attention": plm.config._attn_implementation,
         "seconds_per_step": {v: spread(s) for v, s in samples.items()},
         "samples": samples,
@@ -113,7 +119,9 @@ def main() -> int:
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"benchmark": "suffix_step_time", "machine": machine(), "results": results}
+        before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
+        kept = {r["text_tokens"]: r for r in [*before, *results]}
+        record = {"benchmark": "suffix_step_time", "results": [kept[tokens] for tokens in sorted(kept)]}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(args.check and missed)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -225,6 +226,74 @@ def test_memory_mapped_examples_encode_the_same(monkeypatch):
         encode(d, T5_LIKE, decoder=True, max_input_tokens=30, max_target_tokens=9).to_list() for d in (small, large)
     )
     assert one == other
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """Keep what is tokenized, however little, in a folder of its own."""
+    monkeypatch.setattr(data, "CACHED_FROM", 4)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "fast_prompt_tuning"
+
+
+LONG = [f"built in {year}, and rebuilt ever since" for year in range(20)]
+WITHIN = {"decoder": True, "max_input_tokens": 30, "max_target_tokens": 9}
+
+
+def test_tokenized_examples_are_kept_for_later_runs(kept, monkeypatch):
+    first = encode(rows(LONG), T5_LIKE, **WITHIN)
+    assert len(list(kept.glob("*.arrow"))) == 1
+    monkeypatch.setattr(data, "_fit", None)  # cutting would fail
+    assert encode(rows(LONG), bpe(eos=True), **WITHIN).to_list() == first.to_list()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: encode(rows([*LONG[:-1], "built at last"]), T5_LIKE, **WITHIN),
+        lambda: encode(rows(LONG, label="business"), T5_LIKE, **WITHIN),
+        lambda: encode(rows(LONG), bpe(vocab=310), **WITHIN),
+        lambda: encode(rows(LONG), LLAMA_LIKE, **WITHIN),
+        lambda: encode(rows(LONG), T5_LIKE, **{**WITHIN, "decoder": False}),
+        lambda: encode(rows(LONG), T5_LIKE, **{**WITHIN, "max_input_tokens": 29}),
+        lambda: encode(rows(LONG), T5_LIKE, **{**WITHIN, "max_target_tokens": 3}),
+    ],
+    ids=["text", "target", "vocabulary", "special tokens", "kind", "input room", "target room"],
+)
+def test_other_examples_tokenizers_and_settings_are_tokenized_anew(kept, other):
+    encode(rows(LONG), T5_LIKE, **WITHIN)
+    other()
+    assert len(list(kept.glob("*.arrow"))) == 2
+
+
+@pytest.mark.parametrize("tokenizer", [T5_LIKE, SLOW], ids=["few examples", "slow tokenizer"])
+def test_what_is_tokenized_at_once_or_by_unknown_code_is_not_kept(kept, tokenizer):
+    encode(rows(LONG[: 3 if tokenizer is T5_LIKE else 20]), tokenizer, **{**WITHIN, "max_input_tokens": 60})
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "rubbish", "fewer"])
+def test_a_damaged_file_of_tokenized_examples_is_made_again(kept, harm, caplog):
+    whole = encode(rows(LONG), T5_LIKE, **WITHIN).to_list()
+    (file,) = kept.glob("*.arrow")
+    if harm == "fewer":
+        datasets.Dataset.from_file(str(file)).select(range(3)).map(lambda x: x, cache_file_name=str(kept / "other.arrow"))
+        (kept / "other.arrow").replace(file)
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if harm == "cut" else b"rubbish")
+    assert encode(rows(LONG), T5_LIKE, **WITHIN).to_list() == whole
+    assert "tokenizing again" in caplog.text
+    caplog.clear()
+    assert encode(rows(LONG), T5_LIKE, **WITHIN).to_list() == whole
+    assert not caplog.text
+
+
+def test_where_nothing_can_be_written_examples_are_tokenized_all_the_same(kept, monkeypatch):
+    whole = encode(rows(LONG), T5_LIKE, **WITHIN).to_list()
+    kept.joinpath("file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", kept / "file")
+    assert encode(rows(LONG), T5_LIKE, **WITHIN).to_list() == whole
 
 
 # --- batches ---

@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from fast_prompt_tuning import families
 from fast_prompt_tuning.errors import ModelError
-from fast_prompt_tuning.objective import label_loss, labelled_logits, selected_rows
+from fast_prompt_tuning.objective import EAGER_TOKENS, choose_attention, label_loss, labelled_logits, selected_rows
 from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 
@@ -175,6 +175,21 @@ def test_the_last_layer_runs_whole_where_layers_run_again_later():
     model.get_base_model().enable_input_require_grads()
     (got,) = torch.autograd.grad(label_loss(model, batch), prompt_parameter(model))
     torch.testing.assert_close(got, wanted, **SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "wanted"),
+    [
+        (torch.float32, 100, "sdpa"),  # the fused kernel is the faster one
+        (torch.bfloat16, EAGER_TOKENS, "eager"),
+        (torch.bfloat16, EAGER_TOKENS + 1, "sdpa"),  # eager attention would keep large score matrices
+    ],
+)
+def test_attention_is_eager_for_short_inputs_in_half_precision(dtype, tokens, wanted):
+    plm = BY_NAME["llama"].plm().to(dtype)
+    plm.set_attn_implementation("sdpa")
+    assert choose_attention(plm, tokens) == wanted
+    assert plm.config._attn_implementation == wanted
 
 
 def test_a_family_that_is_not_registered_has_its_loss(monkeypatch):

@@ -146,6 +146,7 @@ class TrainConfig(_Section):
     keep: Literal["best", "last"] = Field("best", description="which prompt the run ends with, by the first metric")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="torch.compile layers for training steps: pays in runs of many steps")
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
     seed: int = Field(0, ge=0)
 
@@ -189,6 +190,10 @@ class RunConfig(_Section):
                     "train.gradient_checkpointing cannot be used with prompt.placement='suffix', whose text keeps no "
                     "activations anyway; leave it out"
                 )
+            if self.train.compile:
+                raise ValueError("train.compile cannot be used with prompt.placement='suffix'; leave it out")
+        if self.train.compile and self.train.gradient_checkpointing:
+            raise ValueError("train.compile cannot be used with train.gradient_checkpointing; leave one of them out")
         if self.stages is not None:
             if self.method in ("pt", "full"):
                 raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")

@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 
 from .errors import ConfigError, DataError
 from .objective import IGNORED
 from .tasks import Task
 from .trimming import TAIL
+
+logger = logging.getLogger(__name__)
+
+CACHED_FROM = 1000
+"""Examples from which on `encode` keeps what it made: fewer are tokenized in the time that looking for them takes."""
 
 _IDS = datasets.List(datasets.Value("int32"))
 _INT = datasets.Value("int32")
@@ -108,6 +116,9 @@ def encode(
     An input of more than `max_input_tokens` loses the end of the task's `truncate` field and nothing else; with no
     such field it loses its own end. Special tokens count and are never cut.
 
+    From `CACHED_FROM` examples on the result is kept in the cache folder of `datasets`, for the same examples, tokenizer
+    and settings in any later run.
+
     Args:
         examples: columns `id`, `input`, `target`, `cut_start`, `cut_end`.
         tokenizer: any `transformers` tokenizer, fast or slow.
@@ -176,16 +187,63 @@ def encode(
         return columns
 
     kept = {name: kind for name, kind in examples.features.items() if name not in ("cut_start", "cut_end")}
-    return examples.map(
-        encode_batch,
-        batched=True,
-        remove_columns=["cut_start", "cut_end"],
-        features=datasets.Features(
-            {**kept, "input_ids": _IDS, "labels": _IDS, **dict.fromkeys(("n_target", "n_tail"), _INT)}
-        ),
-        load_from_cache_file=False,  # a cache hit would depend on how well the tokenizer pickles
-        desc="Tokenizing",
-    )
+    special = (before, after, target_before, target_after)
+    file = _cache_file(examples, tokenizer, [decoder, max_input_tokens, max_target_tokens, *special])
+
+    def tokenized(file: Path | None, from_cache: bool) -> datasets.Dataset:
+        return examples.map(
+            encode_batch,
+            batched=True,
+            remove_columns=["cut_start", "cut_end"],
+            features=datasets.Features(
+                {**kept, "input_ids": _IDS, "labels": _IDS, **dict.fromkeys(("n_target", "n_tail"), _INT)}
+            ),
+            load_from_cache_file=from_cache,
+            cache_file_name=file and str(file),
+            new_fingerprint=file and file.stem,
+            desc="Tokenizing",
+        )
+
+    if file is None:
+        return tokenized(None, False)
+    if file.exists():
+        try:
+            found = tokenized(file, True)
+            if len(found) == len(examples):
+                return found
+            reason = f"it holds {len(found)} of {len(examples)} examples"
+        except (OSError, pa.ArrowException) as error:
+            reason = str(error)
+        logger.warning("the tokenized examples in %s cannot be read (%s): tokenizing again", file, reason)
+    try:
+        return tokenized(file, False)
+    except OSError as error:
+        logger.warning("the tokenized examples cannot be kept in %s (%s)", file, error)
+        return tokenized(None, False)
+
+
+def _cache_file(examples: datasets.Dataset, tokenizer: Any, settings: list[Any]) -> Path | None:
+    """Where `datasets` keeps these examples tokenized: a file named by everything that the tokens follow from.
+
+    None for few examples, for a tokenizer that cannot be written down (a slow one), and where no file can be made.
+    Our own key, because that of `datasets` changes with every object that the mapped function happens to hold.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if len(examples) < CACHED_FROM or not hasattr(backend, "to_str"):
+        return None
+    digest = hashlib.sha256(json.dumps([1, *settings, type(tokenizer).__name__, tokenizer.eos_token_id]).encode())
+    digest.update(backend.to_str().encode())
+    for table in examples.with_format("arrow").iter(1000):
+        rows = pa.BufferOutputStream()
+        with pa.ipc.new_stream(rows, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        digest.update(rows.getvalue())
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "fast_prompt_tuning"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder / f"{digest.hexdigest()[:32]}.arrow"
 
 
 # --- batching ---

@@ -75,7 +75,8 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
     A hook takes their rows out before each such part, another puts the results back among zeros, so that the layer's
     own forward meets the shapes it expects. Hidden states at the other positions come out wrong: nothing may read
     them. Without effect where there is nothing to leave out or it cannot be told: encoder-decoders (every decoder
-    position has a label), unregistered families, and gradient checkpointing, which runs layers again later.
+    position has a label), unregistered families, gradient checkpointing, which runs layers again later, and compiled
+    layers, which hooks would have compiled once more.
 
     Args:
         rows: `(B, T) shape → (N,)` function giving the positions in row-major order.
@@ -88,7 +89,7 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
             layer = resolve(getattr(plm, "base_model", plm), f"{spec.layers}.-1")
         except UnknownFamilyError:
             pass
-    if layer is None or getattr(layer, "gradient_checkpointing", False):
+    if layer is None or getattr(layer, "gradient_checkpointing", False) or layer._compiled_call_impl is not None:
         yield
         return
     index: torch.Tensor | None = None
@@ -207,16 +208,17 @@ EAGER_TOKENS = 512
 
 
 def choose_attention(plm: Any, tokens: int) -> str:
-    """Set, and return, the attention kernel that trains fastest: eager on a CPU for short inputs.
+    """Set, and return, the attention kernel that trains fastest: eager on a CPU for short inputs in half precision.
 
-    PyTorch's fused CPU kernel is quick forward and slow backward: on SmolLM2-135M (16 × 84 tokens, bfloat16) a training
-    step takes 1.4 times as long with it as with eager attention (docs/decisions.md). On other devices, and for long
-    inputs, whose score matrices eager attention keeps for the backward pass, the model keeps the kernel it has.
+    PyTorch's fused CPU kernel is quick forward and slow backward in bfloat16: a training step of SmolLM2-135M (16 × 84
+    tokens, matrix units) takes 1.4 times as long with it as with eager attention. In float32 it is the faster one, by a
+    tenth (docs/decisions.md). On other devices, and for long inputs, whose score matrices eager attention keeps for the
+    backward pass, the model keeps the kernel it has.
 
     Args:
         plm: the PLM, changed in place.
         tokens: longest sequence, soft prompt included.
     """
-    if plm.device.type == "cpu" and tokens <= EAGER_TOKENS:
+    if plm.device.type == "cpu" and tokens <= EAGER_TOKENS and plm.dtype.itemsize == 2:
         plm.set_attn_implementation("eager")
     return str(plm.config._attn_implementation)

@@ -110,7 +110,7 @@ def find_stacks(plm: Any) -> dict[str, StackModules]:
 
 
 class _NarrowProjection:
-    """Forward of one FFN projection on the kept neurons only; called in place of the module's own.
+    """An FFN projection on the kept neurons only; its `forward` stands in for the module's own.
 
     Holds a contiguous copy of the kept rows (input projection) or columns (output projection), and makes it anew if
     the module's weight has moved, changed dtype or been written to since.
@@ -130,7 +130,7 @@ class _NarrowProjection:
 
     def _source_key(self) -> tuple[Any, ...]:
         weight = self.module.weight
-        version = None if torch.compiler.is_compiling() or weight.is_inference() else weight._version
+        version = None if weight.is_inference() else weight._version
         return weight.dtype, weight.device, version
 
     def refresh(self) -> None:
@@ -139,10 +139,10 @@ class _NarrowProjection:
         self.weight, self.bias = weight.contiguous(), bias
         self.key = self._source_key()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.module.weight.requires_grad:
             return F.linear(x, *self._select())  # someone trains the base weights: gradients must reach them
-        if self._source_key() != self.key and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._source_key() != self.key:
             self.refresh()
         # The output projection keeps the module's own bias, whose dtype and device follow the module.
         return F.linear(x, self.weight, self.module.bias if self.keep_bias else self.bias)
@@ -178,7 +178,8 @@ def cut_key(plm: Any, stack: str) -> str:
     order = {module: i for i, module in enumerate(parent._modules[attribute])}
     digest = hashlib.sha256(str(plm.dtype).encode())
     for layer in getattr(parent, attribute):
-        narrow = getattr(resolve(layer, spec.ffn_out), "__dict__", {}).get("forward")
+        out = resolve(layer, spec.ffn_out)
+        narrow = getattr(getattr(out, "__dict__", {}).get("forward"), "__self__", None)
         digest.update(f"{order[layer]}:{narrow.kept_key if isinstance(narrow, _NarrowProjection) else ''},".encode())
     return digest.hexdigest()[:16]
 
@@ -462,7 +463,7 @@ class PartialPLM:
         for module in (*ins, out):
             if module not in self._own_forward:
                 self._own_forward[module] = module.__dict__.get("forward")
-            module.__dict__["forward"] = self._narrow[module]
+            module.__dict__["forward"] = self._narrow[module].forward
 
     def _drop_copies(self, keep: set[nn.Module]) -> None:
         for module in [m for m in self._narrow if m not in keep]:

@@ -627,6 +627,7 @@ def _train(
         record={"config": config.model_dump(mode="json"), **identity},
         spent=spent,
         batch_tokens=config.train.batch_tokens,
+        compile_layers=config.train.compile,
     )
     guard.trainer = trainer
     if isinstance(schedule, AutoSchedule) and partial is not None and held_out is not None:

@@ -38,6 +38,7 @@ from .data import Collator, LengthBatchSampler, input_lengths
 from .errors import TrainingStopped
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops, text_flops
 from .objective import IGNORED, label_loss
+from .partial_plm import find_stacks, get_plm
 from .placement import SuffixPromptModel, suffix_loss
 from .schedule import Schedule, Stage
 from .soft_prompt import load_prompt, prompt_parameter
@@ -118,6 +119,8 @@ class PromptTrainer(Trainer):
         schedule: for the log lines and the FLOPs; the sizes themselves are `ProgressiveCallback`'s.
         cost: what a step costs.
         full_tuning: all weights are trained, so the backward pass costs twice the forward one.
+        compile_layers: run training steps on layers that `torch.compile` has compiled, each by itself: the layers of a
+            stage are alike, so that a stage compiles once, and dropping layers alone compiles nothing.
         batch_tokens: the most text tokens of a batch, padding included.
         evaluate_prompt: `step → metrics` on the validation set.
         ledger: what was spent beside training, logged with it so that no tracker shows a gross saving.
@@ -134,6 +137,7 @@ class PromptTrainer(Trainer):
         evaluate_prompt: Callable[[int], dict[str, float]],
         ledger: FlopsLedger | None = None,
         full_tuning: bool = False,
+        compile_layers: bool = False,
         batch_tokens: int | None = None,
         record: Mapping[str, Any] | None = None,
         spent: Callable[[], dict[str, Any]] = dict,
@@ -144,6 +148,12 @@ class PromptTrainer(Trainer):
         self.prompt_tokens, self.evaluate_prompt = prompt_tokens, evaluate_prompt
         self.ledger, self.batch_tokens = ledger or FlopsLedger(), batch_tokens
         self.record, self.spent = dict(record or {}), spent
+        self._compiled: dict[nn.Module, Any] = {}
+        if compile_layers:
+            stacks = find_stacks(get_plm(self.model)).values()
+            self._compiled = {
+                layer: torch.compile(layer._call_impl, dynamic=True) for stack in stacks for layer in stack.layers
+            }
         self.parts = 1  # a batch is trained in so many, after it once did not fit into memory
         self.skipped = self.skipped_in_a_row = 0
         self._trained = [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
@@ -178,7 +188,8 @@ class PromptTrainer(Trainer):
         before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in kept]
         while True:
             try:
-                loss = self._step_in_parts(model, inputs, num_items_in_batch)
+                with self._on_compiled_layers():
+                    loss = self._step_in_parts(model, inputs, num_items_in_batch)
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)):
                     raise
@@ -205,6 +216,17 @@ class PromptTrainer(Trainer):
             self._not_finite = True
             return torch.zeros_like(loss)
         return loss
+
+    @contextlib.contextmanager
+    def _on_compiled_layers(self) -> Iterator[None]:
+        """As `nn.Module.compile` does, but for a training step alone: evaluation and scoring would compile others."""
+        try:
+            for layer, compiled in self._compiled.items():
+                layer._compiled_call_impl = compiled
+            yield
+        finally:
+            for layer in self._compiled:
+                layer.__dict__.pop("_compiled_call_impl", None)
 
     def _step_in_parts(self, model: nn.Module, inputs: Any, num_items: Any) -> torch.Tensor:
         rows = len(inputs["input_ids"])
