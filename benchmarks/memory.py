@@ -79,6 +79,7 @@ def child(name: str, method: str, batch: int, tokens: int) -> dict[str, Any]:
     for stage in Schedule.preset(method, partial.full_stage, total_steps=100).stages:
 
         def work(stage: Stage = stage) -> None:
+            partial.restore()  # as the Trainer's callback does when a stage begins
             with partial.at(stage):
                 step()
                 step()
@@ -118,8 +119,8 @@ def main() -> int:
         worst = max(worst, run["excess"])
         above = ", ".join(f"{(stage['peak'] - run['loaded']) / mib:.0f}" for stage in run["stages"])
         print(
-            f"{run['method']:3} {run['batch']} x {run['tokens']} tokens: weights {run['weights'] / mib:.0f} MiB; by stage "
-            f"{above} MiB above the loaded model; beyond plain tuning and the narrowed copy at most "
+            f"{run['method']:3} {run['batch']} x {run['tokens']} tokens: weights {run['weights'] / mib:.0f} MiB; "
+            f"by stage {above} MiB above the loaded model; beyond plain tuning and the narrowed copy at most "
             f"{100 * run['excess']:+.1f}% of the weights"
         )
     if args.out:

@@ -13,7 +13,8 @@ and backward: data, collation, the guard, clipping, the optimizer, logging.
 
 A round passes over every example once, so that a ratio of two rounds compares the same work; what is reported are
 medians over rounds, with the smallest and the largest. A growth, which a run does once a stage and a round once too, is
-timed by itself: a whole FPT run is 100 steps of which every stage begins with its growth. `demo` is no model but the command `fpt demo`, timed whole.
+timed by itself: a whole FPT run is 100 steps of which every stage begins with its growth. `demo` is no model but the
+command `fpt demo`, timed whole.
 
     python benchmarks/step_time.py                          # all models; each is written to the JSON as it is done
     python benchmarks/step_time.py --models gpt2,t5-large   # these only; the others in the JSON stay
@@ -404,12 +405,14 @@ def show(record: dict[str, Any]) -> None:
         print(f"  ours plain / peft + Trainer   {r['plain']['median']:.3f}")
         print(f"  FPT-CR run / peft + Trainer   {r['fpt_run']['median']:.3f}")
         for s in r["stages"]:
-            grown = f"  growth {s['growth']:.2f} s" if "growth" in s else ""
             print(
-                f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}{grown}"
+                f"  {s['stage']:32} time {s['time']['median']:.3f}  FLOPs {s['flops']:.3f}  {s['excess']:+.3f}  "
+                f"growth {s['growth']:.2f} s"
             )
-        loop = f"loop {r['loop']['median']:.3f}; " if "loop" in r else ""
-        print(f"  bare / ours {r['bare_share']['median']:.3f}; {loop}utilisation {r['utilisation']['median']:.3f}")
+        print(
+            f"  bare / ours {r['bare_share']['median']:.3f}; loop {r['loop']['median']:.3f}; utilisation "
+            f"{r['utilisation']['median']:.3f}"
+        )
     if demo := record.get("demo"):
         print(f"\nfpt demo: {demo['seconds']:.0f} s, of which training {demo['training_seconds']}")
     print("\n| | plain prompt tuning | a whole FPT-CR run |\n| --- | --- | --- |")
@@ -417,21 +420,29 @@ def show(record: dict[str, Any]) -> None:
         print(f"| {r['title']} | {r['plain']['median']:.2f} | {r['fpt_run']['median']:.2f} |")
 
 
-def shortfalls(results: list[dict[str, Any]]) -> list[str]:
+def target_rows(results: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    """A table row for every target whose model was measured, and what is to be said where it is missed."""
     by_name = {r["model"]: r for r in results}
-    missed = []
-    print("\n| target | wanted | measured | |\n| --- | --- | --- | --- |")
+    rows: list[tuple[str, str | None]] = []
     for what, (model, key, limit, at_most) in TARGETS.items():
         if model not in by_name:
             continue
         value = by_name[model][key]["median"]
         met = value <= limit if at_most else value >= limit
-        print(
-            f"| {what} | {'at most' if at_most else 'at least'} {limit:.2f} | {value:.2f} | {'' if met else 'missed'} |"
-        )
-        if not met:
-            missed.append(f"{what}: {value:.3f}")
-    return missed
+        words = f"{'at most' if at_most else 'at least'} {limit:.2f} | {value:.2f} | {'met' if met else 'missed'}"
+        rows.append((f"| {what} | {words} |", None if met else f"{what}: {value:.3f}"))
+    return rows
+
+
+def stage_rows(results: list[dict[str, Any]]) -> list[str]:
+    """A table row for every partial stage."""
+    return [
+        f"| {r['model']}, {s['stage']} | {s['flops']:.2f} | {s['time']['median']:.2f} "
+        f"({s['time']['low']:.2f}–{s['time']['high']:.2f}) | "
+        f"{s['growth'] / r['seconds_per_step']['plain']['median']:.2f} |"
+        for r in results
+        for s in r["stages"]
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -480,7 +491,13 @@ def main() -> int:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n")
     show(record)
-    missed = shortfalls(record["results"])
+    print("\n| stage | FLOPs of a full step | time of a full step | growth, in full steps |")
+    print("| --- | --- | --- | --- |")
+    print("\n".join(stage_rows(record["results"])))
+    targets = target_rows(record["results"])
+    print("\n| target | wanted | measured | |\n| --- | --- | --- | --- |")
+    print("\n".join(row for row, _ in targets))
+    missed = [shortfall for _, shortfall in targets if shortfall]
     if args.check and missed:
         print(f"missed: {'; '.join(missed)}")
         return 1

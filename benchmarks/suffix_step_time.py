@@ -7,7 +7,7 @@ For each text length, in interleaved rounds over the same random examples, in ou
   warm     the prompt after the text, all texts kept in memory
   cold     the prompt after the text, every text run at every step
 
-    python benchmarks/suffix_step_time.py --out benchmarks/results/suffix_step_time.json
+    python benchmarks/suffix_step_time.py --check          # each length replaces its last measurement in the JSON
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import random
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from fast_prompt_tuning.models import choose_dtype
 from fast_prompt_tuning.objective import choose_attention
 from fast_prompt_tuning.trainer import PromptTrainer
 
+COMMITTED = Path(__file__).parent / "results" / "suffix_step_time.json"
 TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
 """Text tokens -> most that a warm step may take of a step with the prompt in front."""
 
@@ -91,6 +91,16 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def table_rows(results: list[dict[str, Any]]) -> list[str]:
+    """A table row for every text length."""
+    return [
+        f"| {r['text_tokens']} | {r['batch']} | {r['seconds_per_step']['prefix']['median']:.2f} | "
+        f"{r['warm']['median']:.2f} ({r['warm']['low']:.2f}–{r['warm']['high']:.2f}) | {r['cold']['median']:.2f} | "
+        f"{TARGETS.get(r['text_tokens'], '–')} |"
+        for r in results
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -99,31 +109,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="batches in a round")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=COMMITTED, help="JSON to add to")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     results = [measure(args.model, int(tokens), args) for tokens in args.tokens.split(",")]
-    missed = False
-    for r in results:
-        wanted = TARGETS.get(r["text_tokens"])
-        met = wanted is None or r["warm"]["median"] <= wanted
-        missed |= not met
-        each: Callable[[str], str] = lambda v, r=r: f"{r['seconds_per_step'][v]['median']:.3f}"  # noqa: E731
-        print(
-            f"{r['text_tokens']:5} text tokens: prefix {each('prefix')} s, warm {each('warm')} s, "
-            f"cold {each('cold')} s; "
-            f"warm / prefix {r['warm']['median']:.3f} ({r['warm']['low']:.3f} – {r['warm']['high']:.3f}), wanted ≤ "
-            f"{wanted}: {'met' if met else 'missed'}; cold / prefix {r['cold']['median']:.3f}"
-        )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
-        kept = {r["text_tokens"]: r for r in [*before, *results]}
-        record = {"benchmark": "suffix_step_time", "results": [kept[tokens] for tokens in sorted(kept)]}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    return int(args.check and missed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
+    kept = {r["text_tokens"]: r for r in [*before, *results]}
+    record = {"benchmark": "suffix_step_time", "results": [kept[tokens] for tokens in sorted(kept)]}
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print("| text tokens | batch | s a step, prompt in front | texts kept | texts run at every step | wanted |")
+    print("\n".join(["| --- | --- | --- | --- | --- | --- |", *table_rows(results)]))
+    missed = [r["text_tokens"] for r in results if r["warm"]["median"] > TARGETS.get(r["text_tokens"], 1)]
+    if args.check and missed:
+        print(f"missed at {', '.join(map(str, missed))} text tokens")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,12 +23,27 @@ from transformers import Trainer
 from fast_prompt_tuning import PartialPLM, Schedule, config, run, soft_prompt_config
 from fast_prompt_tuning.callback import AutoCallback
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
-from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder
+from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder, probe_examples
 from fast_prompt_tuning.schedule import Stage
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 
 FULL = Stage(12, 64)
 LADDER = (dataclasses.replace(FULL, batch=4), dataclasses.replace(FULL, batch=8), FULL)
+
+
+@given(st.integers(1, 5000), st.integers(1, 256))
+def test_probes_cost_a_small_part_of_any_run_that_is_not_tiny(steps, examples):
+    size = probe_examples(steps, examples)
+    assert 4 <= size <= 16
+    assert probe_examples(steps, 2 * examples) >= size
+    schedule = AutoSchedule((dataclasses.replace(FULL, batch=1), FULL), steps)
+    loss, probes = 1.0, 0
+    for step in range(steps):
+        if schedule.wants_probe(step):
+            schedule.tell(step, loss := loss * 0.9)
+            probes += 1
+    if size > 4 and steps >= 10 * WINDOWS:  # in shorter runs windows are rounded
+        assert probes * size / 2 <= 0.045 * steps * examples
 
 
 def played(schedule: AutoSchedule, losses: Any) -> list[tuple[int, str]]:

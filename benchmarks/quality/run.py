@@ -7,8 +7,9 @@
 Every cell (model × task × method × seed) is one ordinary `fpt train` run and one JSON file under `results/`: what is
 there is not run again, so the command resumes, and `--models`, `--tasks`, `--methods`, `--seeds` and `--minutes` run
 any part of the grid. The learning rate of every placement of the prompt is tuned first, with plain prompt tuning and a
-seed of its own, in runs of half the steps, on examples that are neither trained nor tested on; every method then has
-that rate. Curves and tables are of the *test* split, on the full PLM, with the prompt of the last step.
+seed of its own, on examples that are neither trained nor tested on; every method then has that rate. Tuning runs have
+all the steps: in runs of half of them a rate won that a whole run does not bear. Curves and tables are of the *test*
+split, on the full PLM, with the prompt of the last step.
 
 FLOPs count scoring and probing. Seconds are CPU seconds of training steps (user and system time of the process): wall
 clock would count whatever else the machine does.
@@ -239,7 +240,6 @@ def settled(curve: list[dict[str, float]]) -> float:
 
 def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[Any, run.Session]) -> dict[str, Any]:
     task = TASKS[cell.task]
-    steps = task.steps if cell.rate is None else task.steps // 2
     with tempfile.TemporaryDirectory(prefix="fpt-quality-") as work:
         settings: dict[str, Any] = {
             "model": {"path": MODELS[cell.model](), "dtype": args.dtype},
@@ -249,10 +249,10 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
             "cache": {"budget_mib": 4096},
             "scoring": {"examples": 64},
             "train": {
-                "steps": steps,
+                "steps": task.steps,
                 "batch_size": task.batch,
-                "eval_every": steps // (EVALUATIONS if cell.rate is None else 2),
-                "save_every": steps,
+                "eval_every": task.steps // (EVALUATIONS if cell.rate is None else 3),
+                "save_every": task.steps,
                 "keep": "last",
                 "seed": cell.seed,
             },

@@ -116,8 +116,8 @@ def encode(
     An input of more than `max_input_tokens` loses the end of the task's `truncate` field and nothing else; with no
     such field it loses its own end. Special tokens count and are never cut.
 
-    From `CACHED_FROM` examples on the result is kept in the cache folder of `datasets`, for the same examples, tokenizer
-    and settings in any later run.
+    From `CACHED_FROM` examples on the result is kept in the cache folder of `datasets`, for later runs on the same
+    examples with the same tokenizer and settings.
 
     Args:
         examples: columns `id`, `input`, `target`, `cut_start`, `cut_end`.
@@ -229,7 +229,7 @@ def _cache_file(examples: datasets.Dataset, tokenizer: Any, settings: list[Any])
     Our own key, because that of `datasets` changes with every object that the mapped function happens to hold.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if len(examples) < CACHED_FROM or not hasattr(backend, "to_str"):
+    if len(examples) < CACHED_FROM or backend is None or not hasattr(backend, "to_str"):
         return None
     digest = hashlib.sha256(json.dumps([1, *settings, type(tokenizer).__name__, tokenizer.eos_token_id]).encode())
     digest.update(backend.to_str().encode())

@@ -28,6 +28,12 @@ PATIENCE = 2
 WINDOWS = 12
 """Windows in a whole run, so probes: few enough to cost little, enough to notice in time."""
 
+PROBE_EXAMPLES = (4, 16)
+"""Fewest and most training examples of a probe: held out, and the same ones every time."""
+
+PROBE_SHARE = 0.04
+"""All probes of a run together cost at most this part of its steps, where the fewest examples allow it."""
+
 PROBE = "probe_loss"
 """The key of a probe among what a Trainer logs."""
 
@@ -144,6 +150,18 @@ class AutoSchedule(Schedule):
         for entry in log:
             if PROBE in entry:
                 self.tell(int(entry["step"]), float(entry[PROBE]))
+
+
+def probe_examples(total_steps: int, step_examples: int) -> int:
+    """How many examples a probe takes: few in a short run, whose few steps its probes would outweigh.
+
+    Args:
+        total_steps: optimizer steps of the run.
+        step_examples: examples of an optimizer step on the full batch.
+    """
+    probes = 1 + round(WINDOWS * (1 - PAPER_SPLIT[-1]))  # the first, and one a window up to the latest growth
+    passes = 2 * PROBE_SHARE * total_steps * step_examples / probes  # a forward pass is half a training step
+    return max(PROBE_EXAMPLES[0], min(PROBE_EXAMPLES[1], int(passes)))
 
 
 def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:

@@ -38,7 +38,7 @@ from .data import (
 from .errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, generation_flops, text_flops
-from .growth import AutoSchedule
+from .growth import AutoSchedule, probe_examples
 from .layer_scores import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from .models import cache_dir, describe_dtype, load_plm, load_tokenizer, locate
 from .objective import choose_attention
@@ -70,9 +70,6 @@ from .trainer import (
 logger = logging.getLogger(__name__)
 
 OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
-PROBE_EXAMPLES = 16
-"""Training examples held out to measure when to grow: one small batch, the same one every time."""
-
 OUR_FOLDERS = ("prompt", "model", "checkpoints")
 
 
@@ -538,7 +535,9 @@ def train(
     schedule, needed = _schedule(session, model)
     rows, held_out = session.encoded["train"], None
     if isinstance(schedule, AutoSchedule):
-        held_out, rows = train_split(rows, min(PROBE_EXAMPLES, len(rows) // 4), config.train.seed)
+        step_examples = config.train.batch_size * config.train.accumulate * parallel.size()
+        size = min(probe_examples(config.train.steps, step_examples), len(rows) // 4)
+        held_out, rows = train_split(rows, size, config.train.seed)
     if config.train.batch_tokens is not None:  # refused here, where an example is longer
         lengths = input_lengths(rows)
         LengthBatchSampler(lengths, config.train.batch_size, seed=0, max_tokens=config.train.batch_tokens)
