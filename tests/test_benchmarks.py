@@ -1,26 +1,64 @@
-"""The tables of the quality harness, on made-up results."""
+"""The tables of the harnesses: of quality on made-up results, of step times on the committed ones."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "quality" / "run.py"
+ROOT = Path(__file__).parents[1]
+
+
+def script(path: Path) -> Iterator[Any]:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[path.stem]
 
 
 @pytest.fixture(scope="module")
-def quality() -> Any:
-    spec = importlib.util.spec_from_file_location("quality_run", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["quality_run"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["quality_run"]
+def suffix_step_time(step_time) -> Iterator[Any]:
+    yield from script(ROOT / "benchmarks" / "suffix_step_time.py")
+
+
+@pytest.fixture(scope="module")
+def quality() -> Iterator[Any]:
+    yield from script(ROOT / "benchmarks" / "quality" / "run.py")
+
+
+@pytest.fixture(scope="module")
+def step_time() -> Iterator[Any]:
+    yield from script(ROOT / "benchmarks" / "step_time.py")
+
+
+def test_the_docs_step_times_are_the_committed_ones(step_time):
+    results = step_time.load_record(step_time.COMMITTED)["results"]
+    page = (ROOT / "docs" / "fast_step.md").read_text(encoding="utf-8").splitlines()
+    rows = [row for row, _ in step_time.target_rows(results)] + step_time.stage_rows(results)
+    assert len(rows) == len(step_time.TARGETS) + 3 * len(step_time.MODELS)
+    assert [row for row in rows if row not in page] == []
+
+
+def test_the_docs_suffix_step_times_are_the_committed_ones(suffix_step_time):
+    results = json.loads(suffix_step_time.COMMITTED.read_text(encoding="utf-8"))["results"]
+    page = (ROOT / "docs" / "methods" / "suffix_prompts.md").read_text(encoding="utf-8").splitlines()
+    assert {r["text_tokens"] for r in results} == set(suffix_step_time.TARGETS)
+    assert [row for row in suffix_step_time.table_rows(results) if row not in page] == []
+
+
+def test_the_docs_quality_table_is_the_summary_of_the_committed_cells(quality):
+    rows = quality.table(quality.summary(ROOT / "benchmarks" / "quality" / "results")).splitlines()
+    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert len(rows) > 2
+    assert "\n".join(rows) in page
 
 
 def cell(model: str, task: str, method: str, seed: int, points: list[tuple[float, float]]) -> dict[str, Any]:

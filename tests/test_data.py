@@ -277,7 +277,9 @@ def test_a_damaged_file_of_tokenized_examples_is_made_again(kept, harm, caplog):
     whole = encode(rows(LONG), T5_LIKE, **WITHIN).to_list()
     (file,) = kept.glob("*.arrow")
     if harm == "fewer":
-        datasets.Dataset.from_file(str(file)).select(range(3)).map(lambda x: x, cache_file_name=str(kept / "other.arrow"))
+        datasets.Dataset.from_file(str(file)).select(range(3)).map(
+            lambda x: x, cache_file_name=str(kept / "other.arrow")
+        )
         (kept / "other.arrow").replace(file)
     else:
         content = file.read_bytes()
