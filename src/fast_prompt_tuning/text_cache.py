@@ -107,7 +107,7 @@ class DiskTextCache(TextCache):
         super().__init__(plm, budget_mib=budget_mib)
         self.root = Path(folder) / OWN_FOLDER
         self.folder = self.root / model_key(plm)
-        self._began = time.time()
+        self._began = time.time() - 1  # file systems date by a coarser clock, which may lag behind
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
