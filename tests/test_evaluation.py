@@ -151,14 +151,38 @@ def test_order_of_like_lengths():
     assert by_length([[1], [1, 2, 3], [1, 2]]) == [1, 2, 0]
 
 
-def test_first_line_only(inputs):
-    class Lines(Numbers):
-        def batch_decode(self, rows, skip_special_tokens):
-            return [" first \nsecond" for _ in rows]
+class Lines(Numbers):
+    """Every third token is a line break, every fifth has one after text."""
 
-    plm = GENERATING[-1].plm()
-    assert generate(plm, Lines(), None, inputs[:1], max_new_tokens=2, stop_at_newline=True)[0].text == "first"
-    assert generate(plm, Lines(), None, inputs[:1], max_new_tokens=2)[0].text == "first \nsecond"
+    def __len__(self):
+        return VOCAB - 3  # some of the model's ids are no token
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(self.write(int(i)) for i in row if int(i) not in (1, 2)) for row in rows]
+
+    def write(self, i):
+        return "\n" if i % 3 == 0 else f" {i}\n" if i % 5 == 0 else f" {i}"
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_first_line_is_kept_and_rows_end_with_it(generating, inputs, beams, placement, monkeypatch):
+    plm, prompt = generating.plm(), prompt_of(True)
+    options = {"max_new_tokens": 9, "num_beams": beams, "placement": placement}
+    whole = generate(plm, Lines(), prompt, inputs, **options)
+    lengths = []
+    original = type(plm).generate
+
+    def watched(*args, **kwargs):
+        out = original(*args, **kwargs)
+        lengths.append(out.sequences.shape[1])
+        return out
+
+    monkeypatch.setattr(type(plm), "generate", watched)
+    first = generate(plm, Lines(), prompt, inputs, stop_at_newline=True, batch_size=1, **options)
+    assert [p.text for p in first] == [p.text.split("\n")[0].strip() for p in whole]
+    if beams == 1 and any("\n" in p.text for p in whole):
+        assert min(lengths) < max(lengths)
 
 
 def test_labels_are_needed(inputs):

@@ -9,11 +9,13 @@ after the text (see `placement.py`).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .errors import DataError
 from .objective import IGNORED, labelled_logits, last_layer_rows, selected_rows
@@ -225,7 +227,7 @@ def generate(
 
     Args:
         plm: the bare PLM. BERT-like models do not generate from embeddings and are refused by `transformers`.
-        stop_at_newline: keep the first line only, for decoders whose targets are one line.
+        stop_at_newline: keep the first line only, for decoders whose targets are one line; greedy rows end with it.
         placement: `prefix` or `suffix`: where the prompt stands.
         cache: kept states of the texts, for `suffix`.
 
@@ -243,6 +245,7 @@ def generate(
             else:
                 padded = prompted_inputs(plm, fronts, tokens, left=left)
                 given = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask}
+            chosen, line = _Chosen(), [_LineEnd(tokenizer)] if stop_at_newline and num_beams == 1 else []
             out = plm.generate(
                 **given,
                 max_new_tokens=max_new_tokens,
@@ -252,18 +255,61 @@ def generate(
                 pad_token_id=pad,
                 eos_token_id=tokenizer.eos_token_id,
                 return_dict_in_generate=True,
-                output_scores=True,
+                output_scores=num_beams > 1,
+                logits_processor=LogitsProcessorList([chosen] if num_beams == 1 else []),
+                stopping_criteria=StoppingCriteriaList(line),
             )
-            beams = getattr(out, "beam_indices", None)
-            steps = plm.compute_transition_scores(out.sequences, out.scores, beams, normalize_logits=num_beams == 1)
+            if num_beams == 1:
+                steps = torch.stack(chosen.steps, 1)
+            else:
+                steps = plm.compute_transition_scores(out.sequences, out.scores, out.beam_indices).float()
             new = out.sequences[:, -steps.shape[1] :]
             real = (new != pad) & torch.isfinite(steps)
-            means = (steps.float().masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)).tolist()
+            means = (steps.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)).tolist()
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
             for i, text, mean in zip(picked, texts, means, strict=True):
                 text = text.strip()
                 found[i] = Prediction(text.split("\n")[0].strip() if stop_at_newline else text, mean)
     return [found[i] for i in range(len(inputs))]
+
+
+class _Chosen(LogitsProcessor):
+    """Log-probability of every greedily chosen token: `steps` of `(B,)`.
+
+    Kept one by one, since the scores that `generate` would keep are one vocabulary a token: gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps.append(scores.max(-1).values.float() - scores.float().logsumexp(-1))
+        return scores
+
+
+class _LineEnd(StoppingCriteria):
+    """Ends a row once its first line that is not blank is over; `generate` then pads it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.breaks, self.text, self.both = _line_tokens(tokenizer)
+        self.start: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.start is None:
+            self.start = input_ids.shape[1] - 1
+        # A padded vocabulary has ids that no token stands for; the last entry is theirs.
+        new = input_ids[:, self.start :].cpu().clamp(max=len(self.text) - 1)
+        over = self.both[new[:, -1]] | (self.breaks[new[:, -1]] & self.text[new[:, :-1]].any(1))
+        return over.to(input_ids.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _line_tokens(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which tokens `(V + 1,)` have a line break, have text, have a break after text; the last is no token."""
+    texts = [*tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True), ""]
+    tests = (lambda t: "\n" in t, lambda t: bool(t.strip()), lambda t: "\n" in t.lstrip())
+    breaks, text, both = (torch.tensor([test(t) for t in texts]) for test in tests)
+    return breaks, text, both
 
 
 @contextlib.contextmanager
