@@ -125,15 +125,71 @@ def test_targets_are_missed_until_they_are_shown(quality, tmp_path):
     assert any("gemma topics: no method" in m for m in quality.shortfalls(quality.summary(tmp_path)))
 
 
-def test_the_learning_rate_is_the_best_of_all_that_were_tried(quality, tmp_path):
-    (tmp_path / "tuning").mkdir()
-    for rate, final in zip(quality.RATES, (70.0, 90.0, 80.0), strict=True):
-        assert quality.tuned_rate(tmp_path, "gemma", "topics", "batch") is None
-        made = quality.Cell("gemma", "topics", "pt", quality.TUNE_SEED, rate)
-        found = cell("gemma", "topics", "pt", quality.TUNE_SEED, [(1.0, final), (2.0, final)])
-        (tmp_path / made.path).write_text(json.dumps(found))
-    assert quality.tuned_rate(tmp_path, "gemma", "topics", "batch") == quality.RATES[1]
-    assert quality.tuned_rate(tmp_path, "gemma", "topics", "suffix") is None
+def tuning_cell(quality: Any, folder: Path, rate: float, final: float) -> None:
+    made = quality.Cell("gemma", "topics", "pt", quality.TUNE_SEED, rate)
+    found = cell("gemma", "topics", "pt", quality.TUNE_SEED, [(1.0, final), (2.0, final)])
+    (folder / made.path).parent.mkdir(exist_ok=True)
+    (folder / made.path).write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("best", [0.001, 0.003, 0.01, 0.03, 0.1, 1.0])
+def test_the_learning_rate_is_tuned_until_the_best_has_worse_neighbours(quality, tmp_path, best):
+    quality_of = {r: 90.0 - abs(quality.RATES.index(r) - quality.RATES.index(best)) for r in quality.RATES}
+    for _ in quality.RATES:
+        tried = quality.tried_rates(tmp_path, "gemma", "topics", "batch")
+        assert tried == {r: quality_of[r] for r in tried}
+        if (rate := quality.next_rate(tried)) is None:
+            break
+        tuning_cell(quality, tmp_path, rate, quality_of[rate])
+    assert max(tried, key=tried.get) == best
+    at = quality.RATES.index(best)
+    assert set(quality.RATES[max(at - 1, 0) : at + 2]) <= set(tried)
+    assert quality.tried_rates(tmp_path, "gemma", "topics", "suffix") == {}
+
+
+def test_missing_cells_begin_with_tuning_and_are_not_run_twice(quality, tmp_path):
+    import argparse
+
+    args = argparse.Namespace(
+        models=["gemma"], tasks=["topics"], methods=["pt", "batch"], seeds=[0, 1], results=tmp_path
+    )
+    write(tmp_path, [cell("gemma", "topics", "pt", 0, PLAIN)])
+    named = []
+    for missing in quality.cells_of(args):
+        named.append(missing.path.stem)
+        if missing.rate is not None:
+            tuning_cell(quality, tmp_path, missing.rate, 50 - 100 * abs(missing.rate - 0.03))
+    tuning = [n for n in named if "-lr" in n]
+    assert (
+        tuning == named[: len(tuning)] == ["gemma-topics-pt-lr0.01", "gemma-topics-pt-lr0.03", "gemma-topics-pt-lr0.1"]
+    )
+    assert named[3:] == ["gemma-topics-batch-0", "gemma-topics-pt-1", "gemma-topics-batch-1"]
+
+
+def test_squad_keeps_the_sentence_that_holds_the_answer(quality, tmp_path):
+    text = 'It rained. In 1066 the Normans won (see below). "Later they lost." The end'
+
+    def asked(word, no=False):
+        answers = [{"text": word, "answer_start": text.index(word)}]
+        return {
+            "id": word,
+            "question": f"{word}?",
+            "is_impossible": no,
+            "answers": [] if no else answers,
+        }
+
+    made = {
+        "context": text,
+        "qas": [asked("1066"), asked("lost"), asked("rained. In"), asked("end"), asked("won", True)],
+    }
+    articles = [{"title": str(i), "paragraphs": [made] if i == 0 else []} for i in range(16)]
+    (tmp_path / "all.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
+    files = quality.squad_files(tmp_path / "all.json", tmp_path)
+    found = [p for a in json.loads(Path(files["train"]).read_text())["data"] for p in a["paragraphs"]]
+    assert [p["context"] for p in found] == ["In 1066 the Normans won (see below).", '"Later they lost."', "The end"]
+    for p in found:
+        answer = p["qas"][0]["answers"][0]
+        assert p["context"][answer["answer_start"] :].startswith(answer["text"])
 
 
 def test_every_method_is_a_valid_recipe(quality):
