@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from fast_prompt_tuning import data, tasks
+from fast_prompt_tuning import data
 from fast_prompt_tuning.data import Collator, LengthBatchSampler, encode, examples_fingerprint, train_calibration
 from fast_prompt_tuning.errors import ConfigError, DataError
-from fast_prompt_tuning.tasks import load_examples, load_task, render_rows, task_from_templates
+from fast_prompt_tuning.examples import load_examples, render_rows
+from fast_prompt_tuning.tasks import load_task, task_from_templates
 
 DATA = Path(__file__).parent / "data"
 CORPUS = [
@@ -219,7 +220,7 @@ def test_official_files_become_batches(task, file, decoder):
 def test_memory_mapped_examples_encode_the_same(monkeypatch):
     texts = [f"built in {year}" for year in range(25)]
     small = rows(texts)
-    monkeypatch.setattr(tasks, "_SPILL_ROWS", 10)
+    monkeypatch.setattr("fast_prompt_tuning.examples._SPILL_ROWS", 10)
     large = rows(texts)
     assert large.cache_files
     one, other = (

@@ -20,6 +20,7 @@ from typer.main import get_command
 
 from fast_prompt_tuning import cli, families, soft_prompt_config, tasks
 from fast_prompt_tuning.config import load
+from fast_prompt_tuning.examples import load_examples
 from fast_prompt_tuning.plan import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.report import table_rows
 from fast_prompt_tuning.results import load_result
@@ -246,7 +247,7 @@ def test_the_task_in_the_guide_loads_and_renders(tmp_path):
     (tmp_path / "tickets.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "train.jsonl").write_text('{"text": "My bill is wrong", "label": "billing"}\n')
     task = tasks.load_task(str(tmp_path / "tickets.yaml"))
-    (row,) = tasks.load_examples(task, "train", decoder=True)
+    (row,) = load_examples(task, "train", decoder=True)
     assert row["input"] == "My bill is wrong\nTeam:"
     assert row["target"] == " billing"
 

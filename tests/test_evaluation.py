@@ -14,6 +14,7 @@ from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.evaluation import Prediction, by_length, combine, generate, prompted_inputs, score_labels
 from fast_prompt_tuning.models import load_plm, load_tokenizer
+from fast_prompt_tuning.session import input_ids_of, open_session, predict
 from fast_prompt_tuning.soft_prompt import export_prompt
 
 GENERATING = [f for f in FAMILIES if f.name not in ("bert", "roberta")]
@@ -204,9 +205,9 @@ def test_greedy_through_the_exported_prompt_equals_ours(tmp_path, name):
         assert list(file.keys()) == ["prompt_embeds"]
         prompt = file.get_tensor("prompt_embeds")
     plm, tokenizer = load_plm(model, dtype="float32"), load_tokenizer(model)
-    session = run.open_session(config, ("test",))
-    rows = run.input_ids_of(session, session.encoded["test"])
-    ours, _, _ = run.predict(session, prompt, rows)
+    session = open_session(config, ("test",))
+    rows = input_ids_of(session, session.encoded["test"])
+    ours, _, _ = predict(session, prompt, rows)
     for ids, found in zip(rows, ours, strict=True):
         embeds = torch.cat([prompt, plm.get_input_embeddings()(torch.tensor(ids))])[None]
         out = plm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)

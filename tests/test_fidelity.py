@@ -7,12 +7,12 @@ import torch
 from settings import BY_NAME, FFN, LAYERS
 from toy import toy
 
-from fast_prompt_tuning import run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.fidelity import candidate_stage, fidelity, parse_selections, report
 from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.schedule import Schedule, Stage
+from fast_prompt_tuning.session import open_session
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -64,7 +64,7 @@ def test_sizes_are_those_of_the_presets():
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_report(tmp_path, name):
     config = load(toy().recipe(tmp_path / "run", model__path=str(toy().model(name)), scoring__layer_examples=4))
-    session = run.open_session(config, ("train",))
+    session = open_session(config, ("train",))
     chosen = parse_selections("evenly, influence,greedy,activation,greedy+activation")
     record = report(session, chosen, (1.0, 0.6), examples=8)
     assert record["examples"] == 8

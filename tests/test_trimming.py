@@ -18,9 +18,11 @@ from transformers import Trainer
 from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, config, run, soft_prompt_config
 from fast_prompt_tuning.data import IGNORED, Collator, encode
 from fast_prompt_tuning.errors import ConfigError, ScheduleError
+from fast_prompt_tuning.examples import load_examples
 from fast_prompt_tuning.flops import BatchShape, CostModel, schedule_flops, step_flops
 from fast_prompt_tuning.objective import label_loss
 from fast_prompt_tuning.schedule import Stage
+from fast_prompt_tuning.session import open_session
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 from fast_prompt_tuning.trimming import trim
 
@@ -110,9 +112,9 @@ def test_cutting_gives_what_encoding_shorter_gives(kind):
         {"model": {"path": str(folder)}, "data": {"task": str(made.topics), "max_input_tokens": 40},
          "train": {"steps": 1}, "output": "unused"}
     )  # fmt: skip
-    session = run.open_session(recipe, ("train",))
+    session = open_session(recipe, ("train",))
     short = encode(
-        run.tasks.load_examples(session.task, "train", decoder=decoder),
+        load_examples(session.task, "train", decoder=decoder),
         session.tokenizer, decoder=decoder, max_input_tokens=7, max_target_tokens=8,
     )  # fmt: skip
     batch = Collator(session.tokenizer, decoder=decoder, tails=True)(list(session.encoded["train"]))

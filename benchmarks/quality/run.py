@@ -45,6 +45,7 @@ from base_model import base_model
 from fast_prompt_tuning import config, run
 from fast_prompt_tuning.console import quiet_libraries
 from fast_prompt_tuning.results import write_atomic
+from fast_prompt_tuning.session import Session, open_session
 
 HERE = Path(__file__).parent
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -266,7 +267,7 @@ def settled(curve: list[dict[str, float]]) -> float:
     return statistics.fmean(p["metric"] for p in curve[-2:])
 
 
-def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[Any, run.Session]) -> dict[str, Any]:
+def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[Any, Session]) -> dict[str, Any]:
     task = TASKS[cell.task]
     with tempfile.TemporaryDirectory(prefix="fpt-quality-") as work:
         settings: dict[str, Any] = {
@@ -293,7 +294,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         key = (cell.model, cell.task, cell.rate is None, cell.seed)
         if key not in sessions:
             sessions.clear()  # one model in memory at a time
-            sessions[key] = run.open_session(recipe, ("train", "validation"))
+            sessions[key] = open_session(recipe, ("train", "validation"))
         sessions[key]._texts = None  # every cell pays for the texts that it keeps
         clock = CpuSeconds()
         started = time.time()

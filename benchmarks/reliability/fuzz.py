@@ -38,7 +38,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from toy import toy  # noqa: E402
 
-from fast_prompt_tuning import checkpoint, config, results, soft_prompt, tasks  # noqa: E402
+from fast_prompt_tuning import checkpoint, config, examples, results, soft_prompt, tasks  # noqa: E402
 from fast_prompt_tuning.errors import FptError  # noqa: E402
 from fast_prompt_tuning.layer_scores import LayerScores  # noqa: E402
 from fast_prompt_tuning.scoring import NeuronScores  # noqa: E402
@@ -119,8 +119,8 @@ def _use_task(task: tasks.Task) -> None:
 
 def _read_rows(task: tasks.Task, path: Path) -> None:
     files = {"train": str(path)}
-    tasks.load_examples(task, "train", decoder=True, files=files, on_bad_row="skip")
-    tasks.load_examples(task, "train", decoder=False, files=files)
+    examples.load_examples(task, "train", decoder=True, files=files, on_bad_row="skip")
+    examples.load_examples(task, "train", decoder=False, files=files)
 
 
 def _checkpoints(folder: Path) -> Iterator[Target]:

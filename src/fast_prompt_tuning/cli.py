@@ -95,13 +95,15 @@ def train(
     from . import parallel, run
     from .demo import reporter_hook
     from .report import comparison_table, table_rows
+    from .run_folder import check_folder
+    from .session import open_session
 
     quiet_libraries()
     out = people(as_json)
     if allow_changed and not resume:
         raise ConfigError("--allow-changed is for --resume; add it, or leave this out")
-    run.check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
-    session = run.open_session(settings, ("train", "validation"), resume=resume)
+    check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    session = open_session(settings, ("train", "validation"), resume=resume)
     if parallel.rank() != 0:  # the main process speaks for all
         out, as_json = Console(quiet=True), False
     callbacks: list[Any] = []
@@ -158,8 +160,10 @@ def evaluate(
         raise ConfigError("--output and --submission are for one prompt; give one RUN")
     if ensemble and len(runs) < 2:
         raise ConfigError("--ensemble needs at least two prompts; give more RUNs")
-    from . import run
     from .partial_plm import PartialPLM
+    from .preparation import partial_of
+    from .session import evaluate as score
+    from .session import open_session, write_predictions, write_submission
     from .soft_prompt import load_prompt, placement_of, stack_prompts
 
     quiet_libraries()
@@ -175,12 +179,12 @@ def evaluate(
             raise ConfigError("--ensemble needs prompts that stand in one place: some are before the text, some after")
         placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
-    session = run.open_session(settings, (split,))
+    session = open_session(settings, (split,))
     if submission is not None:
-        run.write_submission(session, prompts[str(runs[0])], split, submission)
+        write_submission(session, prompts[str(runs[0])], split, submission)
         people(as_json).print(f"{plain(str(submission))} written", highlight=False)
         return
-    at = run.partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
+    at = partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
     records = {}
     table = Table(header_style="bold")
     for column in ("prompt", "metric", "value %", "95% interval", "examples"):
@@ -189,7 +193,7 @@ def evaluate(
         for name, prompt in prompts.items():
             on_device = None if prompt is None else prompt.to(session.plm.device)
             where = placed.get(name)
-            found = run.evaluate(session, on_device, split, voting=ensemble or "probabilities", placement=where)
+            found = score(session, on_device, split, voting=ensemble or "probabilities", placement=where)
             records[name] = {
                 "metrics": found.result.values,
                 "intervals": found.result.intervals,
@@ -201,7 +205,7 @@ def evaluate(
                 low, high = found.result.intervals[metric]
                 table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
             if output is not None and name == str(runs[0]):
-                run.write_predictions(output, session.examples[split], found)
+                write_predictions(output, session.examples[split], found)
     people(as_json).print(table)
     if as_json:
         emit({"split": split, "partial": partial, "results": records})
@@ -221,15 +225,17 @@ def predict(
 
     A line that is a JSON object gives the task's fields by name.
     """
-    from . import run, tasks
     from .config import load
     from .data import encode
+    from .examples import render_rows
+    from .session import input_ids_of, open_session
+    from .session import predict as answers_to
     from .soft_prompt import load_prompt
 
     quiet_libraries()
     settings = load(_run_file(folder, "config.yaml"), [*_tuned_model(folder), *sets])
     prompt = None if settings.method == "full" else load_prompt(folder / "prompt")
-    session = run.open_session(settings, ())
+    session = open_session(settings, ())
     if texts:
         lines = iter(texts)
     elif file is not None:
@@ -242,7 +248,7 @@ def predict(
     def answer(batch: list[str]) -> None:
         rows = [_fields(session.task, text, session.decoder) for text in batch]
         encoded = encode(
-            tasks.render_rows(session.task, rows, decoder=session.decoder),
+            render_rows(session.task, rows, decoder=session.decoder),
             session.tokenizer,
             session.task,
             decoder=session.decoder,
@@ -250,7 +256,7 @@ def predict(
             max_target_tokens=session.max_target_tokens,
         )
         on_device = None if prompt is None else prompt.to(session.plm.device)
-        found, answers, _ = run.predict(session, on_device, run.input_ids_of(session, encoded))
+        found, answers, _ = answers_to(session, on_device, input_ids_of(session, encoded))
         for text, prediction, said in zip(batch, found, answers, strict=True):
             if as_json:
                 emit({"input": text, "prediction": said, "score": prediction.score})
@@ -392,6 +398,7 @@ def show(
     if what != "task":
         raise ConfigError(f"WHAT={what!r} is unknown; choose task or recipe")
     from . import tasks
+    from .examples import load_examples
 
     quiet_libraries()
     task = tasks.load_task(name)
@@ -403,7 +410,7 @@ def show(
 
         tokenizer = load_tokenizer(model)
         decoder = not AutoConfig.from_pretrained(locate(model)).is_encoder_decoder
-    rows = tasks.load_examples(task, split, decoder=decoder, files={split: file} if file else None, limit=limit)
+    rows = load_examples(task, split, decoder=decoder, files={split: file} if file else None, limit=limit)
     console = people()
     for row in list(rows)[:3]:
         console.rule(f"{task.name} {split} {row['id']}", align="left")

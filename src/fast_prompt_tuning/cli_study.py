@@ -53,22 +53,23 @@ def score(
         raise ConfigError("--layers needs layers that are chosen by score: --set scoring.keep_layers=greedy")
     parts = _parts(sizes)
     from . import fidelity as study
-    from . import run
+    from .preparation import score_layers_of_run, score_neurons
+    from .session import open_session
 
     selections = study.parse_selections(fidelity) if fidelity else {}
     quiet_libraries()
-    session = run.open_session(settings, ("train",))
+    session = open_session(settings, ("train",))
     out = people(as_json)
     made: dict[str, Any] = {}
     if layers is not None:
-        found = run.score_layers_of_run(session)
+        found = score_layers_of_run(session)
         if found is None:
             raise ConfigError(f"--layers: method={settings.method!r} leaves out no layers; use ld, cr or stages")
         found.save(layers)
         made["layers"] = str(layers)
         out.print(plain(f"{found.metadata['examples']} examples → {layers}"), highlight=False, soft_wrap=True)
     if output is not None:
-        scores = run.score_neurons(session)
+        scores = score_neurons(session)
         scores.save(output)
         made["output"] = str(output)
         said = f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}"

@@ -111,7 +111,7 @@ def encode(
     max_input_tokens: int,
     max_target_tokens: int,
 ) -> datasets.Dataset:
-    """Tokenize the examples that `tasks.load_examples` gives.
+    """Tokenize the examples that `examples.load_examples` gives.
 
     An input of more than `max_input_tokens` loses the end of the task's `truncate` field and nothing else; with no
     such field it loses its own end. Special tokens count and are never cut.

@@ -21,13 +21,15 @@ from .pictures import draw_quality
 from .progress import ProgressReporter
 from .report import comparison_table, table_rows
 from .results import RunResult, save_result, write_atomic
+from .run_folder import check_folder
 from .schedule import Schedule, Stage
+from .session import Session, open_session
 
 RECIPE = "bbc_topics_smollm2"
 
 
 def reporter_hook(
-    console: Console, title: str, session: run.Session, callbacks: list[TrainerCallback]
+    console: Console, title: str, session: Session, callbacks: list[TrainerCallback]
 ) -> Callable[[Schedule, Any], None]:
     """A hook for `run.train` that puts a progress reporter for its schedule into `callbacks`."""
 
@@ -81,11 +83,11 @@ def demo(
     }
     plain = configs["plain"]
     for config in configs.values():
-        run.check_folder(config, overwrite=overwrite, resume=False)
+        check_folder(config, overwrite=overwrite, resume=False)
     subject = escape(f"{plain.model.path} on {plain.data.task}")
     console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
     console.print("loading the model and the articles …")
-    session = run.open_session(plain, ("train", "validation", "test"))
+    session = open_session(plain, ("train", "validation", "test"))
     train, validation, test = (len(session.encoded[split]) for split in ("train", "validation", "test"))
     console.print(
         f"  {session.plm.config.num_hidden_layers} layers, {session.plm.num_parameters() / 1e6:.0f}M frozen weights "

@@ -21,9 +21,10 @@ from .flops import BatchShape, step_flops
 from .layer_scores import LAYER_KINDS, text_labels
 from .objective import labelled_logits
 from .partial_plm import PartialPLM, get_plm
-from .run import Session, score_layers, score_neurons, scored, trainable
+from .preparation import score_layers, score_neurons, scored, trainable
 from .schedule import Stage
 from .scoring import evaluating, on_device
+from .session import Session
 from .trainer import batch_shape, make_collator
 
 LAYERS = ("evenly", "first", *LAYER_KINDS)

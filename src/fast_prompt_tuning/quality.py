@@ -15,8 +15,11 @@ from . import run
 from .config import RunConfig, load
 from .errors import ConfigError
 from .plan import PAPER_TABLE2, PAPER_TASKS, paper_rows
+from .preparation import evaluate_partial, full_size
 from .report import spent_flops, stopped_at
 from .results import RunResult, load_result, write_atomic
+from .run_folder import differences
+from .session import open_session
 
 PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
 """What the paper reports for each task."""
@@ -122,7 +125,7 @@ def _config(
     if part is None:
         return config
     # A partial-only run: one stage for all steps, at the row's share of this model's layers and neurons.
-    full = run.full_size(config)
+    full = full_size(config)
     cut = PAPER_TASKS[task][1]
     stage = {
         "layers": {s: max(1, round(part["layers"] * (full.layers_in(s) or 1))) for s in cut},
@@ -139,18 +142,18 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
     record = folder / "quality.json"
     if record.is_file():
         found = load_result(folder)
-        if changed := run.differences(found.config, config.model_dump(mode="json")):
+        if changed := differences(found.config, config.model_dump(mode="json")):
             raise ConfigError(f"{str(folder)!r} was run otherwise: {'; '.join(changed)}; choose another --output")
         return found, float(json.loads(record.read_text(encoding="utf-8"))["value"])
     resume = (folder / "config.yaml").is_file()
-    session = run.open_session(config, ("train", "validation"), resume=resume)
+    session = open_session(config, ("train", "validation"), resume=resume)
     result = run.train(config, resume=resume, session=session)
     if result.status != "finished":
         raise KeyboardInterrupt  # a signal ended the run: the table ends with it, and goes on with the next command
     metric = PAPER_METRICS[str(config.data.task)]
     value = result.metrics[metric]
     if "part" in settings:
-        value = run.evaluate_partial(session, folder).result.values[metric]
+        value = evaluate_partial(session, folder).result.values[metric]
     write_atomic(record, json.dumps({"metric": metric, "value": value}) + "\n")
     return result, value
 
