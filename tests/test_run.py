@@ -245,6 +245,25 @@ def test_inits(tmp_path):
     assert len({float(v.sum()) for v in starts.values()}) == 4
 
 
+@pytest.mark.parametrize(("keep", "best", "evaluations"), [("last", 5, 2), ("best", 5, 2), ("best", 10, 2)])
+def test_the_prompt_that_is_kept_is_not_scored_again(tmp_path, monkeypatch, keep, best, evaluations):
+    asked = []
+    monkeypatch.setattr(run, "evaluate", lambda *args: asked.append(evaluate(*args)) or asked[-1])
+    offer = run._Best.offer
+    monkeypatch.setattr(
+        run._Best, "offer", lambda self, step, value, model: offer(self, step, -abs(step - best), model)
+    )
+    config = recipe(tmp_path / "run", train__keep=keep, method="pt")
+    result = run.train(config)
+    assert len(asked) == evaluations
+    assert result.flops["eval"] == sum(e.flops for e in asked)
+    session = open_session(config, ("validation",))
+    again = evaluate(session, load_prompt(result.prompt_folder))
+    assert again.result.values == result.metrics
+    written = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [w["prediction"] for w in written] == again.answers
+
+
 def test_keep_best_or_last(tmp_path, monkeypatch):
     prompts = {}
 

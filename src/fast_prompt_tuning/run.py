@@ -36,7 +36,7 @@ from .preparation import checked_schedule, scored_partial, trainable
 from .results import Point, RunResult, environment, save_result
 from .run_folder import check_folder, differences, log_of, prepare_folder, recipe_changes, write_log
 from .schedule import Schedule
-from .session import Session, evaluate, open_session, write_predictions
+from .session import Evaluation, Session, evaluate, open_session, write_predictions
 from .soft_prompt import (
     load_prompt,
     placement_of,
@@ -172,11 +172,15 @@ def _train(
 
     best = _Best(folder / "checkpoints", session.task.primary, full_tuning, reached)
 
+    scored = _Scored()
+
     def evaluate_prompt(step: int) -> dict[str, float]:
-        scored = evaluate(session, None if full_tuning else prompt_parameter(model).detach())
-        ledger.add("eval", scored.flops)
-        best.offer(step, scored.result.values[session.task.primary], model)
-        return dict(scored.result.values)
+        prompt = None if full_tuning else prompt_parameter(model).detach()
+        found = evaluate(session, prompt)
+        ledger.add("eval", found.flops)
+        is_best = best.offer(step, found.result.values[session.task.primary], model)
+        scored.keep(prompt, found, is_best)
+        return dict(found.result.values)
 
     trainer = PromptTrainer(
         model=model,
@@ -236,7 +240,7 @@ def _train(
     if (config.train.keep == "best" and status != "stopped") or (full_tuning and status == "stopped"):
         best.restore(model)  # all weights are too many to keep the last good ones: a stopped run has its best
     result = _finish(
-        session, model, trainer, schedule, partial, folder, ledger, best, status, reason, spent(), identity
+        session, model, trainer, schedule, partial, folder, ledger, best, scored, status, reason, spent(), identity
     )
     if status == "stopped":
         raise TrainingStopped(f"{reason} (saved in {folder / 'prompt'})")
@@ -320,22 +324,23 @@ class _Best:
         if parallel.rank() == 0:
             checkpoint.discard_best(folder, after=reached)
 
-    def offer(self, step: int, value: float, model: nn.Module) -> None:
-        """Keep the model's prompt if it is the best yet; the earlier one on a tie."""
+    def offer(self, step: int, value: float, model: nn.Module) -> bool:
+        """Keep the model's prompt if it is the best yet, and say so; the earlier one on a tie."""
         if value <= self.value:
-            return
+            return False
         self.step, self.value = step, value
         if not self.full_tuning:
             self.prompt = prompt_parameter(model).detach().cpu().clone()
         self.saved = self.folder / f"best-{step}"
         if parallel.rank() != 0:
-            return
+            return True
         try:
             with checkpoint.new_folder(self.saved) as work:
                 checkpoint.save_trained(work, model)
                 checkpoint.seal(work, step, {"value": value, "metric": self.primary})
         except CANNOT_WRITE as error:
             logger.warning("the best prompt, of step %d, cannot be written (%s); training goes on", step, error)
+        return True
 
     def restore(self, model: nn.Module) -> None:
         """Give the model its best prompt back, or all of its best weights."""
@@ -347,6 +352,26 @@ class _Best:
                     model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
 
 
+class _Scored:
+    """Scores of the last prompt and of the best on validation data, so that a run's end need not score them again."""
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.Tensor, Evaluation] | None = None
+        self._best: tuple[torch.Tensor, Evaluation] | None = None
+
+    def keep(self, prompt: torch.Tensor | None, found: Evaluation, is_best: bool) -> None:
+        if prompt is not None:
+            self._last = prompt.clone(), found
+            self._best = self._last if is_best else self._best
+
+    def of(self, prompt: torch.Tensor | None) -> Evaluation | None:
+        """What was found of exactly this prompt; None if it was not scored in this process."""
+        for pair in (self._last, self._best):
+            if pair is not None and prompt is not None and torch.equal(pair[0], prompt):
+                return pair[1]
+        return None
+
+
 def _finish(
     session: Session,
     model: nn.Module,
@@ -356,6 +381,7 @@ def _finish(
     folder: Path,
     ledger: FlopsLedger,
     best: _Best,
+    scored: _Scored,
     status: Any,
     reason: str | None,
     spent: dict[str, float],
@@ -365,8 +391,10 @@ def _finish(
     prompt = None if full_tuning else prompt_parameter(model).detach()
     # A test split, where one is loaded, has had no part in choosing the best prompt.
     split = "test" if "test" in session.examples else "validation"
-    final = evaluate(session, prompt, split)
-    ledger.add("eval", final.flops)
+    final = scored.of(prompt) if split == "validation" else None
+    if final is None:
+        final = evaluate(session, prompt, split)
+        ledger.add("eval", final.flops)
     log: list[dict[str, Any]] = list(trainer.state.log_history)
     curve = [
         Point(
