@@ -285,7 +285,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
                 "keep": "last",
                 "seed": cell.seed,
             },
-            "eval": {"batch_size": 32},
+            "eval": {"batch_size": 50},
             "output": f"{work}/run",
         }
         for section, values in METHODS[cell.method](task).items():
@@ -439,6 +439,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rate_table(results: Path) -> str:
+    """Markdown: the rates tried for each placement, and what a search in shorter runs would have chosen."""
+    tried: dict[tuple[str, str, str], dict[float, list[float]]] = {}
+    for path in sorted((results / "tuning").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        key = found["model"], found["task"], "after the text" if placement(found["method"]) == "suffix" else "in front"
+        curve = found["curve"]
+        tried.setdefault(key, {})[found["rate"]] = [curve[0]["metric"], settled(curve), curve[0]["step"]]
+    lines = [
+        "| model | task | prompt | rate: quality at the end | best rate | best at the first evaluation | points lost |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (model, task, where), rates in sorted(tried.items()):
+        best = max(rates, key=lambda r: rates[r][1])
+        early = max(rates, key=lambda r: rates[r][0])
+        ends = ", ".join(f"{r:g}: {rates[r][1]:.1f}" for r in sorted(rates))
+        lost = rates[best][1] - rates[early][1]
+        lines.append(
+            f"| {model} | {task} | {where} | {ends} | {best:g} | {early:g} (step {rates[early][2]}) | {lost:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
     """Targets that the committed results miss, or cannot show yet."""
     by = {(r["model"], r["task"], r["method"]): r for r in rows if r["seeds"] >= 3}
@@ -492,6 +515,8 @@ def main() -> None:
             print(f"{cell.path} lr {rate:g}: {values} ({record['minutes']:.1f} min)", flush=True)
     rows = summary(args.results)
     print(table(rows))
+    print()
+    print(rate_table(args.results))
     if args.check:
         missed = shortfalls(rows)
         if missed:

@@ -245,7 +245,7 @@ def generate(
             else:
                 padded = prompted_inputs(plm, fronts, tokens, left=left)
                 given = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask}
-            chosen, line = _Chosen(), [_LineEnd(tokenizer)] if stop_at_newline and num_beams == 1 else []
+            chosen, line = _Chosen(), [_LineEnd(tokenizer, plm.device)] if stop_at_newline and num_beams == 1 else []
             out = plm.generate(
                 **given,
                 max_new_tokens=max_new_tokens,
@@ -290,17 +290,17 @@ class _Chosen(LogitsProcessor):
 class _LineEnd(StoppingCriteria):
     """Ends a row once its first line that is not blank is over; `generate` then pads it."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.breaks, self.text, self.both = _line_tokens(tokenizer)
+    def __init__(self, tokenizer: Any, device: torch.device) -> None:
+        self.breaks, self.text, self.both = (tokens.to(device) for tokens in _line_tokens(tokenizer))
         self.start: int | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.start is None:
             self.start = input_ids.shape[1] - 1
         # A padded vocabulary has ids that no token stands for; the last entry is theirs.
-        new = input_ids[:, self.start :].cpu().clamp(max=len(self.text) - 1)
-        over = self.both[new[:, -1]] | (self.breaks[new[:, -1]] & self.text[new[:, :-1]].any(1))
-        return over.to(input_ids.device)
+        new = input_ids[:, self.start :].clamp(max=len(self.text) - 1)
+        last = new[:, -1]
+        return self.both[last] | (self.breaks[last] & self.text[new[:, :-1]].any(1))
 
 
 @functools.lru_cache(maxsize=4)
