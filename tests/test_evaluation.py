@@ -167,8 +167,9 @@ class Lines(Numbers):
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_the_first_line_is_kept_and_rows_end_with_it(generating, inputs, beams, placement, monkeypatch):
-    plm, prompt = generating.plm(), prompt_of(True)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "t5"])
+def test_the_first_line_is_kept_and_rows_end_with_it(family, inputs, beams, placement, monkeypatch):
+    plm, prompt = next(f for f in GENERATING if f.name == family).plm(), prompt_of(True)
     options = {"max_new_tokens": 9, "num_beams": beams, "placement": placement}
     whole = generate(plm, Lines(), prompt, inputs, **options)
     lengths = []
@@ -182,7 +183,8 @@ def test_the_first_line_is_kept_and_rows_end_with_it(generating, inputs, beams, 
     monkeypatch.setattr(type(plm), "generate", watched)
     first = generate(plm, Lines(), prompt, inputs, stop_at_newline=True, batch_size=1, **options)
     assert [p.text for p in first] == [p.text.split("\n")[0].strip() for p in whole]
-    if beams == 1 and any("\n" in p.text for p in whole):
+    if beams == 1 and family != "t5":  # whose answers are one token, again and again
+        assert any("\n" in p.text for p in whole)
         assert min(lengths) < max(lengths)
 
 
