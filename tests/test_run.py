@@ -118,6 +118,15 @@ def test_layers_are_chosen_by_their_scores(tmp_path, name, kind):
         assert partial.kept_layers(partial.stage)["decoder"] == result.kept_layers[1]["decoder"]
 
 
+@pytest.mark.parametrize(("examples", "warned"), [(1, False), (60, True)])
+def test_scoring_that_costs_what_the_stages_save_is_said(tmp_path, caplog, examples, warned):
+    changes = {"train__steps": 5, "train__eval_every": 5, "scoring__examples": examples}
+    result = run.train(recipe(tmp_path / "fr", method="fr", **changes))
+    plain = run.train(recipe(tmp_path / "pt", method="pt", **changes))
+    assert (result.flops["train"] + result.flops["score"] >= plain.flops["train"]) == warned
+    assert ("nothing is saved" in caplog.text) == warned
+
+
 def test_a_resumed_run_keeps_the_layers_it_began_with(tmp_path):
     changes = {"method": "ld", "scoring__keep_layers": "greedy", "scoring__layer_examples": 4}
     whole = run.train(recipe(tmp_path / "whole", **changes))

@@ -27,12 +27,12 @@ from .data import (
     train_split,
 )
 from .errors import CheckpointError, ConfigError, TrainingStopped
-from .flops import FlopsLedger
+from .flops import FlopsLedger, schedule_flops, step_flops
 from .growth import AutoSchedule, probe_examples
 from .models import describe_dtype
 from .partial_plm import PartialPLM
 from .placement import SuffixPromptModel
-from .preparation import checked_schedule, scored_partial, trainable
+from .preparation import calibration_batches, checked_schedule, scored_partial, trainable
 from .results import Point, RunResult, environment, save_result
 from .run_folder import check_folder, differences, log_of, prepare_folder, recipe_changes, write_log
 from .schedule import Schedule
@@ -46,6 +46,7 @@ from .trainer import (
     CANNOT_WRITE,
     PromptTrainer,
     StepGuard,
+    batch_shape,
     make_collator,
     make_optimizer,
     training_arguments,
@@ -122,11 +123,31 @@ def train(
             _check_fits(found, model, config.method == "full")
         ledger = FlopsLedger()
         partial = scored_partial(session, model, schedule, needed, folder, ledger)
+        _say_if_nothing_is_saved(session, schedule, ledger)
         if on_schedule:
             on_schedule(schedule, session.cost.full_stage)
         data = rows, held_out
         return _train(
             session, data, model, trained, schedule, partial, folder, ledger, identity, found, started, callbacks
+        )
+
+
+def _say_if_nothing_is_saved(session: Session, schedule: Schedule, ledger: FlopsLedger) -> None:
+    """Warn where scoring costs what the stages save: a short run does not earn it back."""
+    config = session.config
+    if not ledger["score"] or isinstance(schedule, AutoSchedule):
+        return
+    batch = calibration_batches(session, config.train.batch_size)[0]
+    shape = batch_shape(batch, config.prompt.tokens, session.cost)
+    batches = config.train.accumulate * parallel.size()
+    stages = batches * schedule_flops(session.cost, schedule, shape)
+    plain = batches * schedule.total_steps * step_flops(session.cost, None, shape)
+    if stages + ledger["score"] >= plain:
+        logger.warning(
+            "nothing is saved: the stages cost %.0f%% of plain prompt tuning and scoring another %.0f%%; train longer, "
+            "lower scoring.examples, reuse scores (scoring.path, scoring.layer_path), or take method=pt",
+            100 * stages / plain,
+            100 * ledger["score"] / plain,
         )
 
 
