@@ -78,9 +78,9 @@ MODELS = {"smollm2": lambda: "smollm2-135m", "gemma": base_model}
 """SmolLM2-135M-Instruct, and the base model Gemma 3 270M."""
 
 
-def small_batch(task: Task) -> list[dict[str, Any]]:
+def small_batch(task: Task, **more: Any) -> list[dict[str, Any]]:
     early = round(0.6 * task.steps)
-    return [{"batch": task.batch // 4, "steps": early}, {"steps": task.steps - early}]
+    return [{"batch": task.batch // 4, "steps": early, **more}, {"steps": task.steps - early}]
 
 
 METHODS: dict[str, Any] = {
@@ -91,6 +91,7 @@ METHODS: dict[str, Any] = {
     "cr": lambda task: {"method": "cr"},
     "ld-greedy": lambda task: {"method": "ld", "scoring": {"keep_layers": "greedy", "examples": 64}},
     "batch": lambda task: {"stages": small_batch(task)},
+    "batch-rate": lambda task: {"stages": small_batch(task, rate=0.5)},
     "small": lambda task: {"stages": [{"batch": task.batch // 4, "steps": task.steps}]},
     "auto": lambda task: {"method": "auto"},
     "suffix": lambda task: {"method": "pt", "prompt": {"placement": "suffix"}},

@@ -7,6 +7,7 @@ Source of the presets: Huang et al. 2022, "FPT: Improving Prompt Tuning Efficien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -45,6 +46,9 @@ def _per_stack(name: str, value: Size, stacks: tuple[str, ...]) -> dict[str, int
     return sizes
 
 
+_OPTIONAL = ("batch", "length", "rate")  # what a stage may say beside its size
+
+
 @dataclass(frozen=True)
 class Stage:
     """One size of the model and of its batches, kept for a number of steps.
@@ -57,6 +61,10 @@ class Stage:
         stacks: the stacks that are cut; a stack of the model that is not named here stays whole.
         batch: examples of each forward pass (and process) that the step trains on; None: all it is given.
         length: tokens an input is cut to, the soft prompt not counted; None: whole inputs.
+        rate: what the learning rate is multiplied by while the stage lasts; None: 1. A small batch's gradient is
+            noisy, and bears less: about the square root of its part of the batch, with optimizers that divide a
+            gradient by its size, as Adam does (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive
+            Gradient Algorithms").
 
     Raises:
         ScheduleError: sizes below one, unknown stacks, negative steps.
@@ -68,6 +76,7 @@ class Stage:
     stacks: tuple[str, ...] = ("decoder",)
     batch: int | None = None
     length: int | None = None
+    rate: float | None = None
     _layers: Mapping[str, int] = field(init=False, repr=False, compare=False)
     _ffn: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
@@ -81,6 +90,8 @@ class Stage:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
+        if self.rate is not None and (isinstance(self.rate, bool) or not 0 < self.rate < math.inf):
+            raise ScheduleError(f"rate={self.rate!r} must be a number above 0, or left out")
         layers, ffn = _per_stack("layers", self.layers, stacks), _per_stack("ffn", self.ffn, stacks)
         set_ = object.__setattr__
         set_(self, "stacks", stacks)
@@ -92,12 +103,15 @@ class Stage:
             set_(self, name, numbers.pop() if len(numbers) == 1 else MappingProxyType(sizes))
 
     def __hash__(self) -> int:
-        return hash(
-            (tuple(self._layers.items()), tuple(self._ffn.items()), self.steps, self.stacks, self.batch, self.length)
-        )
+        return hash((tuple(self._layers.items()), tuple(self._ffn.items()), *self._others))
+
+    @property
+    def _others(self) -> tuple[Any, ...]:
+        """What is not a size, in the order of the arguments."""
+        return self.steps, self.stacks, self.batch, self.length, self.rate
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stage, (dict(self._layers), dict(self._ffn), self.steps, self.stacks, self.batch, self.length)
+        return Stage, (dict(self._layers), dict(self._ffn), *self._others)
 
     def layers_in(self, stack: str) -> int | None:
         """Layers kept in `stack`; None where the stack stays whole."""
@@ -109,7 +123,7 @@ class Stage:
 
     def same_size(self, other: Stage) -> bool:
         """Whether both stages keep the same layers and widths, whatever their steps and batches."""
-        same: dict[str, Any] = {"steps": 0, "batch": None, "length": None}
+        same: dict[str, Any] = {"steps": 0, "batch": None, "length": None, "rate": None}
         return replace(self, **same) == replace(other, **same)
 
     def check_fits(self, full: Stage) -> None:
@@ -139,20 +153,19 @@ class Stage:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Stage(**d)` gives the stage back (tuples as lists)."""
         plain = lambda size: dict(size) if isinstance(size, Mapping) else size  # noqa: E731
-        small = {name: value for name in ("batch", "length") if (value := getattr(self, name)) is not None}
+        small = {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
         sizes = {"layers": plain(self.layers), "ffn": plain(self.ffn)}
         return {**sizes, "steps": self.steps, "stacks": list(self.stacks), **small}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Stage:
         """The inverse of `to_dict`."""
-        unknown = set(d) - {"layers", "ffn", "steps", "stacks", "batch", "length"}
+        unknown = set(d) - {"layers", "ffn", "steps", "stacks", *_OPTIONAL}
         if unknown or not {"layers", "ffn"} <= set(d):
-            raise ScheduleError(
-                f"stage={dict(d)!r} needs layers and ffn, may have steps, stacks, batch and length, and nothing else"
-            )
+            optional = ", ".join(("steps", "stacks", *_OPTIONAL))
+            raise ScheduleError(f"stage={dict(d)!r} needs layers and ffn, may have {optional}, and nothing else")
         stacks = tuple(d.get("stacks", ("decoder",)))
-        return cls(d["layers"], d["ffn"], d.get("steps", 0), stacks, d.get("batch"), d.get("length"))
+        return cls(d["layers"], d["ffn"], d.get("steps", 0), stacks, *(d.get(name) for name in _OPTIONAL))
 
     def __str__(self) -> str:
         def text(size: Size) -> str:
@@ -161,6 +174,7 @@ class Stage:
         parts = [f"{text(self.layers)} layers × {text(self.ffn)} neurons"]
         parts += [f"{self.batch} examples"] if self.batch is not None else []
         parts += [f"{self.length} tokens"] if self.length is not None else []
+        parts += [f"{self.rate:g} × learning rate"] if self.rate is not None else []
         return ", ".join(parts)
 
 
