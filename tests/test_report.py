@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
@@ -136,6 +137,15 @@ def test_results_are_read_back_and_others_refused(tmp_path):
             load_result(tmp_path)
     with pytest.raises(DataError, match="no result of a run"):
         load_result(tmp_path / "nowhere")
+
+
+def test_what_is_written_may_be_read_by_whom_the_user_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "result.json", "{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "result.json").stat().st_mode & 0o777 == 0o640
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -80,15 +80,15 @@ def environment(device: Any, **more: str) -> dict[str, str]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    work = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with work.open("x", encoding="utf-8") as file:  # not mkstemp, whose files nobody else may read
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(work, path)
     except BaseException:
-        Path(work).unlink(missing_ok=True)
+        work.unlink(missing_ok=True)
         raise
 
 
