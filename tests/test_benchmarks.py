@@ -61,13 +61,15 @@ def test_the_docs_quality_table_is_the_summary_of_the_committed_cells(quality):
     assert "\n".join(rows) in page
 
 
-def cell(model: str, task: str, method: str, seed: int, points: list[tuple[float, float]]) -> dict[str, Any]:
+def cell(
+    model: str, task: str, method: str, seed: int, points: list[tuple[float, float]], rate: float = 0.01
+) -> dict[str, Any]:
     return {
         "model": model,
         "task": task,
         "method": method,
         "seed": seed,
-        "rate": 0.01,
+        "rate": rate,
         "metric": "accuracy",
         "curve": [
             {"step": i, "metric": m, "flops": f, "cpu_seconds": 2 * f} for i, (f, m) in enumerate(points, start=1)
@@ -153,7 +155,7 @@ def test_missing_cells_begin_with_tuning_and_are_not_run_twice(quality, tmp_path
     args = argparse.Namespace(
         models=["gemma"], tasks=["topics"], methods=["pt", "batch"], seeds=[0, 1], results=tmp_path
     )
-    write(tmp_path, [cell("gemma", "topics", "pt", 0, PLAIN)])
+    write(tmp_path, [cell("gemma", "topics", "pt", 0, PLAIN, 0.03), cell("gemma", "topics", "batch", 0, FAST, 0.01)])
     named = []
     for missing in quality.cells_of(args):
         named.append(missing.path.stem)

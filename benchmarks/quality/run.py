@@ -258,7 +258,7 @@ def next_rate(tried: dict[float, float]) -> float | None:
     for rate in FIRST_RATES:
         if rate not in tried:
             return rate
-    best = RATES.index(max(tried, key=lambda r: tried[r]))
+    best = RATES.index(max(tried, key=tried.__getitem__))
     around = [RATES[i] for i in (best + 1, best - 1) if 0 <= i < len(RATES)]
     return next((rate for rate in around if rate not in tried), None)
 
@@ -338,8 +338,16 @@ def cells_of(args: argparse.Namespace) -> Iterator[Cell]:
         for model in args.models:
             for task in args.tasks:
                 for method in args.methods:
-                    if not (args.results / (cell := Cell(model, task, method, seed)).path).is_file():
+                    cell = Cell(model, task, method, seed)
+                    if not is_done(args.results, cell):
                         yield cell
+
+
+def is_done(results: Path, cell: Cell) -> bool:
+    """Whether a cell of the grid has been run, with the rate that is the best by now."""
+    path = results / cell.path
+    tried = tried_rates(results, cell.model, cell.task, cell.method)
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["rate"] == max(tried, key=tried.__getitem__)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -507,7 +515,7 @@ def main() -> None:
                 print("out of time: the same command goes on")
                 break
             tried = tried_rates(args.results, cell.model, cell.task, cell.method)
-            rate = cell.rate if cell.rate is not None else max(tried, key=lambda r: tried[r])
+            rate = cell.rate if cell.rate is not None else max(tried, key=tried.__getitem__)
             record = run_cell(cell, rate, args, sessions)
             path = args.results / cell.path
             path.parent.mkdir(parents=True, exist_ok=True)
