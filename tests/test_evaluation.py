@@ -188,6 +188,32 @@ def test_the_first_line_is_kept_and_rows_end_with_it(family, inputs, beams, plac
         assert min(lengths) < max(lengths)
 
 
+def test_scores_of_lines_are_those_of_a_batch_of_one_without_an_end_of_sequence(inputs):
+    class Endless(Lines):
+        eos_token_id = None
+
+    plm = next(f for f in GENERATING if f.name == "llama").plm()
+    options = {"max_new_tokens": 9, "stop_at_newline": True}
+    together = generate(plm, Endless(), prompt_of(True), inputs, **options)
+    same(together, generate(plm, Endless(), prompt_of(True), inputs, batch_size=1, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_generation_that_looks_a_step_ahead_is_scored_alike(family, inputs, monkeypatch):
+    """As `generate` does on devices where asking whether all rows have ended is slow."""
+    plm = next(f for f in GENERATING if f.name == family).plm()
+    expected = generate(plm, Numbers(), None, inputs, max_new_tokens=5)
+    original = type(plm).generate
+
+    def ahead(self, *args, logits_processor, **kwargs):
+        out = original(self, *args, logits_processor=logits_processor, **kwargs)
+        logits_processor[0](out.sequences, torch.randn(len(out.sequences), VOCAB))
+        return out
+
+    monkeypatch.setattr(type(plm), "generate", ahead)
+    same(generate(plm, Numbers(), None, inputs, max_new_tokens=5), expected)
+
+
 def test_labels_are_needed(inputs):
     plm = GENERATING[0].plm()
     for labels in ({}, {"a": []}):

@@ -233,7 +233,7 @@ def test_printing():
         (lambda: Stage(6, 10, stacks="encoder"), "stacks="),
         *(
             (lambda rate=rate: Stage(6, 10, rate=rate), f"rate={rate!r} must be a number above 0, or left out")
-            for rate in (0, -0.5, float("inf"), float("nan"), True)
+            for rate in (0, -0.5, float("inf"), float("nan"), True, "0.5")
         ),
         (lambda: Stage.from_dict({"layers": 6}), "needs layers and ffn"),
         (lambda: Stage.from_dict({"layers": 6, "ffn": 3, "width": 1}), "nothing else"),

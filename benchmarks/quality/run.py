@@ -7,10 +7,10 @@
 Every cell (model × task × method × seed) is one ordinary `fpt train` run and one JSON file under `results/`: what is
 there is not run again, so the command resumes, and `--models`, `--tasks`, `--methods`, `--seeds` and `--minutes` run
 any part of the grid. The learning rate of every placement of the prompt is tuned first, with plain prompt tuning and a
-seed of its own, on examples that are neither trained nor tested on, higher and lower until the best one has a worse
-neighbour on both sides; every method then has that rate. Tuning runs have all the steps: in runs of half of them a rate
-won that a whole run does not bear. Curves and tables are of the *test* split, on the full PLM, with the prompt of the
-last step.
+seed of its own, on examples that are neither trained nor tested on, higher and lower until neither neighbour of the
+best one is better; every method then has that rate. Tuning runs have all the steps: in runs of half of them a rate won
+that a whole run does not bear. Curves and tables are of the *test* split, on the full PLM, with the prompt of the last
+step.
 
 FLOPs count scoring and probing. Seconds are CPU seconds of training steps (user and system time of the process): wall
 clock would count whatever else the machine does.
@@ -257,7 +257,7 @@ def tried_rates(results: Path, model: str, task: str, method: str) -> dict[float
 
 
 def next_rate(tried: dict[float, float]) -> float | None:
-    """The rate to try next: both first ones, then neighbours of the best; None once both are known to be worse."""
+    """The rate to try next: both first ones, then neighbours of the best; None once neither is better."""
     for rate in FIRST_RATES:
         if rate not in tried:
             return rate
@@ -460,7 +460,7 @@ def rate_table(results: Path) -> str:
         curve = found["curve"]
         tried.setdefault(key, {})[found["rate"]] = [curve[0]["metric"], settled(curve), curve[0]["step"]]
     lines = [
-        "| model | task | prompt | rate: quality at the end | best rate | best at the first evaluation | points lost |",
+        "| model | task | prompt | rate: mean of the last two | best | best at the first evaluation | points lost |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (model, task, where), rates in sorted(tried.items()):

@@ -131,6 +131,8 @@ class ProgressiveCallback(TrainerCallback):
             raise ModelError(
                 "the PartialPLM is of another model than the Trainer's; make it of the model the Trainer is given"
             )
+        if getattr(args, "deepspeed", None) and any(stage.rate is not None for stage in self.schedule.stages):
+            raise ModelError("rate of a stage cannot be used with DeepSpeed, which steps by itself; leave it out")
         for stage in self.schedule.stages:
             self.partial.check(stage)  # again: by now FSDP or DeepSpeed may have sharded what a stage wants to cut
         if args.n_gpu > 1:

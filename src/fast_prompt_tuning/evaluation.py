@@ -260,10 +260,11 @@ def generate(
                 stopping_criteria=StoppingCriteriaList(line),
             )
             if num_beams == 1:
-                steps = torch.stack(chosen.steps, 1)
+                new = out.sequences[:, chosen.start :]
+                steps = torch.stack(chosen.steps[: new.shape[1]], 1)  # on some devices `generate` looks a step ahead
             else:
                 steps = plm.compute_transition_scores(out.sequences, out.scores, out.beam_indices).float()
-            new = out.sequences[:, -steps.shape[1] :]
+                new = out.sequences[:, -steps.shape[1] :]
             real = (new != pad) & torch.isfinite(steps)
             means = (steps.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)).tolist()
             texts = tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -281,14 +282,18 @@ class _Chosen(LogitsProcessor):
 
     def __init__(self) -> None:
         self.steps: list[torch.Tensor] = []
+        self.start = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.start = self.start if self.steps else input_ids.shape[1]
         self.steps.append(scores.max(-1).values.float() - scores.float().logsumexp(-1))
         return scores
 
 
 class _LineEnd(StoppingCriteria):
     """Ends a row once its first line that is not blank is over; `generate` then pads it."""
+
+    eos_token_id = None  # `generate` pads rows that have ended only where a criterion has this attribute
 
     def __init__(self, tokenizer: Any, device: torch.device) -> None:
         self.breaks, self.text, self.both = (tokens.to(device) for tokens in _line_tokens(tokenizer))

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,16 @@ def _say_if_nothing_is_saved(session: Session, schedule: Schedule, ledger: Flops
         return
     batch = calibration_batches(session, config.train.batch_size)[0]
     shape = batch_shape(batch, config.prompt.tokens, session.cost)
+    if config.prompt.placement == "suffix":
+        shape = replace(shape, placement="suffix", text_examples=0)
     batches = config.train.accumulate * parallel.size()
     stages = batches * schedule_flops(session.cost, schedule, shape)
     plain = batches * schedule.total_steps * step_flops(session.cost, None, shape)
     if stages + ledger["score"] >= plain:
         logger.warning(
             "nothing is saved: the stages cost %.0f%% of plain prompt tuning and scoring another %.0f%%; train longer, "
-            "lower scoring.examples, reuse scores (scoring.path, scoring.layer_path), or take method=pt",
+            "lower scoring.examples or scoring.layer_examples, reuse scores (scoring.path, scoring.layer_path), or "
+            "take method=pt",
             100 * stages / plain,
             100 * ledger["score"] / plain,
         )

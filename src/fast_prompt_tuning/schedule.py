@@ -90,7 +90,8 @@ class Stage:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
-        if self.rate is not None and (isinstance(self.rate, bool) or not 0 < self.rate < math.inf):
+        number = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool)
+        if self.rate is not None and not (number and 0 < self.rate < math.inf):
             raise ScheduleError(f"rate={self.rate!r} must be a number above 0, or left out")
         layers, ffn = _per_stack("layers", self.layers, stacks), _per_stack("ffn", self.ffn, stacks)
         set_ = object.__setattr__
