@@ -25,6 +25,7 @@ from toy import toy  # noqa: E402
 from fast_prompt_tuning import checkpoint, run, trainer  # noqa: E402
 from fast_prompt_tuning.config import load  # noqa: E402
 from fast_prompt_tuning.results import load_result  # noqa: E402
+from fast_prompt_tuning.scoring import NeuronScores  # noqa: E402
 from fast_prompt_tuning.soft_prompt import load_prompt  # noqa: E402
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3}
@@ -110,7 +111,7 @@ def intact(place: Path) -> int:
     if (place / "prompt").exists():
         load_prompt(place / "prompt")
     if (place / "scores.safetensors").exists():
-        run.NeuronScores.load(place / "scores.safetensors")
+        NeuronScores.load(place / "scores.safetensors")
     places = place / "checkpoints"
     for kind in ("checkpoint", "best"):
         for step in checkpoint.steps_of(places, kind):

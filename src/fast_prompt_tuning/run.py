@@ -419,7 +419,9 @@ def _finish(
     final = scored.of(prompt) if split == "validation" else None
     if final is None:
         final = evaluate(session, prompt, split)
-        ledger.add("eval", final.flops)
+        # A resumed run scores again what it no longer knows; like steps that are made twice, that counts once.
+        if status != "finished" or split != "validation" or full_tuning:
+            ledger.add("eval", final.flops)
     log: list[dict[str, Any]] = list(trainer.state.log_history)
     curve = [
         Point(
