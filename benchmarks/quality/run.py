@@ -124,7 +124,7 @@ SENTIMENT = {
 def squad_files(path: Path, folder: Path) -> dict[str, str]:
     """Answerable questions of a SQuAD 2.0 file, split by article: 9 to train, 3 to tune on, the rest to test on.
 
-    Of the paragraph, the sentence that holds the answer is kept: whole paragraphs take an hour a run here.
+    Of the paragraph, the sentence that holds the answer is kept: whole paragraphs are several times as long.
     """
     articles = json.loads(path.read_text(encoding="utf-8"))["data"]
     for article in articles:
@@ -256,12 +256,17 @@ def tried_rates(results: Path, model: str, task: str, method: str) -> dict[float
     return {r: settled(json.loads(p.read_text())["curve"]) for r, p in paths.items() if r and p.is_file()}
 
 
+def best_rate(tried: dict[float, float]) -> float:
+    """The rate that all methods of a placement take; of equals the first."""
+    return max(tried, key=tried.__getitem__)
+
+
 def next_rate(tried: dict[float, float]) -> float | None:
     """The rate to try next: both first ones, then neighbours of the best; None once neither is better."""
     for rate in FIRST_RATES:
         if rate not in tried:
             return rate
-    best = RATES.index(max(tried, key=tried.__getitem__))
+    best = RATES.index(best_rate(tried))
     around = [RATES[i] for i in (best + 1, best - 1) if 0 <= i < len(RATES)]
     return next((rate for rate in around if rate not in tried), None)
 
@@ -350,7 +355,7 @@ def is_done(results: Path, cell: Cell) -> bool:
     """Whether a cell of the grid has been run, with the rate that is the best by now."""
     path = results / cell.path
     tried = tried_rates(results, cell.model, cell.task, cell.method)
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["rate"] == max(tried, key=tried.__getitem__)
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["rate"] == best_rate(tried)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -518,7 +523,7 @@ def main() -> None:
                 print("out of time: the same command goes on")
                 break
             tried = tried_rates(args.results, cell.model, cell.task, cell.method)
-            rate = cell.rate if cell.rate is not None else max(tried, key=tried.__getitem__)
+            rate = cell.rate if cell.rate is not None else best_rate(tried)
             record = run_cell(cell, rate, args, sessions)
             path = args.results / cell.path
             path.parent.mkdir(parents=True, exist_ok=True)
