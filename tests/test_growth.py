@@ -237,3 +237,42 @@ def test_too_few_examples_to_hold_any_out(tmp_path):
     with pytest.raises((ConfigError, DataError), match="held-out"):
         run.train(settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_with_nothing_to_try_it_is_plain_prompt_tuning(tmp_path, caplog):
+    plain = config.load(recipe(tmp_path / "plain", batch_size=2).model_dump(mode="json"), ["method=pt"])
+    first = run.train(plain)
+    found = run.train(recipe(tmp_path / "auto", batch_size=2))
+    assert "nothing to try" in caplog.text
+    assert (found.steps, found.flops["train"]) == (24, first.flops["train"])
+    assert losses_of(tmp_path / "auto") == losses_of(tmp_path / "plain")
+
+
+def own_trainer(folder: Path, rate: float, **options: object) -> tuple[Trainer, AutoSchedule]:
+    plm = BY_NAME["llama"].plm()
+    model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
+    partial = PartialPLM(model)
+    schedule = AutoSchedule(default_ladder(partial.full_stage, 4), 24)
+    rows = BY_NAME["llama"].batch(size=16)
+    options = {"per_device_train_batch_size": 4, "learning_rate": rate, **options}
+    callback = AutoCallback(partial, schedule, BY_NAME["llama"].batch(seed=9, size=4))
+    return Trainer(
+        model=model, args=arguments(folder, **options), train_dataset=Rows(rows), callbacks=[callback]
+    ), schedule
+
+
+def test_epochs_in_place_of_steps(tmp_path):
+    trainer, _ = own_trainer(tmp_path, 0.05, max_steps=-1, num_train_epochs=6)
+    assert trainer.train().global_step == 24
+
+
+def test_a_checkpoint_carried_elsewhere_goes_on_and_says_what_is_missing(tmp_path, caplog):
+    options = {"max_steps": 26, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1000}
+    trainer, first = own_trainer(tmp_path / "a", 1e-9, **options)
+    assert trainer.train().global_step == 26
+    assert first.given_back
+    shutil.copytree(tmp_path / "a" / "checkpoint-1", tmp_path / "b" / "checkpoint-1")
+    trainer, again = own_trainer(tmp_path / "b", 1e-9, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
+    assert "stage_start.safetensors is missing" in caplog.text
+    assert again.entered == first.entered

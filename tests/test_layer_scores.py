@@ -13,6 +13,7 @@ from fast_prompt_tuning.errors import ScheduleError, ScoreError
 from fast_prompt_tuning.layer_scores import LayerScores, block_influence, greedy_removal, text_labels
 from fast_prompt_tuning.objective import labelled_logits
 from fast_prompt_tuning.partial_plm import PartialPLM, find_stacks, get_plm
+from fast_prompt_tuning.placement import SuffixPromptModel
 from fast_prompt_tuning.schedule import Stage
 from fast_prompt_tuning.scoring import NeuronScores, activation_scores
 
@@ -102,6 +103,21 @@ def test_greedy_removal_is_the_definition(family, text):
     by_score = PartialPLM(model, keep_layers="score", layer_scores=found)
     assert by_score.kept_layers(Stage(TO, 10, stacks=family.stacks)) == kept
     assert float(found.metadata["flops"]) > 0
+
+
+def test_a_prompt_after_the_text_is_scored_without(family):
+    if family.name in ("bert", "roberta"):
+        pytest.skip("not causal")
+    plm = family.plm()
+    model, found, down_to = SuffixPromptModel(plm, 3), batches(family), dict.fromkeys(family.stacks, 2)
+    pairs = [
+        (activation_scores(model, found), activation_scores(plm, found)),
+        (block_influence(model, found), block_influence(plm, found)),
+        (greedy_removal(model, found, down_to=down_to), greedy_removal(plm, found, down_to=down_to)),
+    ]
+    for mine, bare in pairs:
+        assert all(torch.equal(mine.scores[name], bare.scores[name]) for name in bare.scores)
+    assert pairs[2][0].metadata["flops"] == pairs[2][1].metadata["flops"]
 
 
 def test_sizes_are_nested(family):

@@ -405,10 +405,11 @@ def test_an_ffn_that_is_not_plain_is_refused_for_neurons_but_not_for_layers():
     logits(model, family.batch())
 
 
-def test_a_model_that_is_shrunk_already_is_refused():
+@pytest.mark.parametrize("sizes", [(3, FFN), (LAYERS, 10)], ids=["layers", "neurons"])
+def test_a_model_that_is_shrunk_already_is_refused(sizes):
     family = BY_NAME["llama"]
     model = family.peft()
-    PartialPLM(model).resize(family.stage(3, FFN))
+    PartialPLM(model, keep_neurons="first").resize(family.stage(*sizes))
     with pytest.raises(ModelError, match="shrunk by a PartialPLM"):
         PartialPLM(model)
     with pytest.raises(ModelError, match="shrunk by a PartialPLM"):

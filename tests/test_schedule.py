@@ -245,6 +245,7 @@ def test_printing():
         (lambda: Schedule.preset("cr", LARGE, total_steps=3), "total_steps=3 must be a whole .* at least 4 for 'cr'"),
         (lambda: Schedule.preset("pt", LARGE, total_steps=0), "total_steps=0 .* at least 1 for 'pt'"),
         (lambda: Schedule.preset("cr", LARGE, total_steps=10.0), "total_steps=10.0"),
+        (lambda: Schedule.preset("cr", LARGE, total_steps=10, stacks=[]), r"stacks=\[\] names no stack to cut"),
         (
             lambda: Schedule.preset("cr", Stage(24, 10), total_steps=10, stacks=("encoder",)),
             r"names the encoder, but this model has only \['decoder'\]",

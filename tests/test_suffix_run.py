@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from toy import toy
 
-from fast_prompt_tuning import run
+from fast_prompt_tuning import activation_scores, run
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import ConfigError
+from fast_prompt_tuning.preparation import calibration_batches, score_flops, trainable
 from fast_prompt_tuning.session import evaluate, open_session
 from fast_prompt_tuning.soft_prompt import load_prompt, placement_of
 
@@ -47,6 +49,16 @@ def test_the_cache_changes_the_cost_and_nothing_else(tmp_path):
     assert flops[0] < 0.9 * flops[1]
     plain = run.train(load(toy().recipe(tmp_path / "plain", method="pt", train__steps=20)))
     assert flops[0] < flops[1] < plain.flops["train"]
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_scoring_is_counted_as_it_is_run(tmp_path, placement):
+    session = open_session(load(toy().recipe(tmp_path / "run", prompt__placement=placement)), ("train",))
+    model, _ = trainable(session)
+    batch = calibration_batches(session, 8)[0]
+    with FlopCounterMode(display=False) as counter:
+        activation_scores(model, [batch])
+    assert score_flops(session, batch) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_runs_share_what_is_on_disk(tmp_path):

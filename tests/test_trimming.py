@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, config, run, soft_prompt_config
 from fast_prompt_tuning.data import IGNORED, Collator, encode
-from fast_prompt_tuning.errors import ConfigError, ScheduleError
+from fast_prompt_tuning.errors import ConfigError, ModelError, ScheduleError
 from fast_prompt_tuning.examples import load_examples
 from fast_prompt_tuning.flops import BatchShape, CostModel, schedule_flops, step_flops
 from fast_prompt_tuning.objective import label_loss
@@ -94,6 +94,49 @@ def test_nothing_to_cut_copies_nothing():
     for limits in ({}, {"batch": 4}, {"batch": 9}):
         cut = trim(batch, stage(**limits), decoder=True)
         assert all(cut[name] is batch[name] for name in batch)
+
+
+@given(st.integers(2, 40), st.integers(1, 40))
+def test_every_row_of_a_batch_has_its_turn(rows, batch):
+    ids = torch.arange(rows)[:, None]
+    turns = range(-(-rows // min(batch, rows)) + 1)
+    parts = [trim({"input_ids": ids}, stage(batch=batch), decoder=True, turn=t)["input_ids"].flatten() for t in turns]
+    assert all(len(set(part.tolist())) == min(batch, rows) for part in parts)
+    assert set(torch.cat(parts).tolist()) == set(range(rows))
+
+
+def test_batches_that_no_stage_cuts_are_the_users_own():
+    batch = {"inputs_embeds": torch.ones(4, 3, 2)}
+    assert trim(batch, stage(), decoder=True) is batch
+    with pytest.raises(ModelError, match=r"cuts input_ids, and the batch has only inputs_embeds"):
+        trim(batch, stage(length=2), decoder=True)
+
+
+def test_a_small_stage_takes_other_examples_in_every_epoch(tmp_path):
+    """Eight rows in batches of four, always the same two: half of each batch must not be left out for good."""
+    model = get_peft_model(BY_NAME["llama"].plm(), soft_prompt_config(BY_NAME["llama"].plm(), num_virtual_tokens=3))
+    partial = PartialPLM(model)
+    full = partial.full_stage
+    schedule = Schedule((dataclasses.replace(full, batch=1, steps=8), dataclasses.replace(full, steps=1)))
+    seen: list[list[int]] = []
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, model, inputs, **kwargs):
+            seen.append(inputs["input_ids"][:, 0].tolist())
+            return super().compute_loss(model, inputs, **kwargs)
+
+    rows = BY_NAME["llama"].batch(size=8)
+    rows["input_ids"][:, 0] = torch.arange(8)
+    InOrder(
+        model=model,
+        args=arguments(tmp_path, max_steps=9, per_device_train_batch_size=4),
+        train_dataset=Rows(rows),
+        callbacks=[ProgressiveCallback(partial, schedule)],
+    ).train()
+    assert sorted(sum(seen[:8], [])) == list(range(8))
 
 
 def test_a_classifiers_labels_are_one_a_row():

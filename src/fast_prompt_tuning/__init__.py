@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import ProgressiveCallback
+    from .callback import AutoCallback, ProgressiveCallback
     from .errors import FptError
+    from .growth import AutoSchedule
+    from .layer_scores import LayerScores, block_influence, greedy_removal
     from .objective import label_loss
     from .partial_plm import PartialPLM
     from .placement import SuffixPromptModel, load_soft_prompt, suffix_loss
@@ -30,8 +32,11 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 _EXPORTS = {
+    "AutoCallback": "callback",
+    "AutoSchedule": "growth",
     "DiskTextCache": "text_cache",
     "FptError": "errors",
+    "LayerScores": "layer_scores",
     "NeuronScores": "scoring",
     "PartialPLM": "partial_plm",
     "ProgressiveCallback": "callback",
@@ -40,6 +45,8 @@ _EXPORTS = {
     "SuffixPromptModel": "placement",
     "TextCache": "text_cache",
     "activation_scores": "scoring",
+    "block_influence": "layer_scores",
+    "greedy_removal": "layer_scores",
     "init_soft_prompt": "soft_prompt",
     "label_loss": "objective",
     "load_soft_prompt": "placement",
@@ -48,8 +55,11 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "AutoCallback",
+    "AutoSchedule",
     "DiskTextCache",
     "FptError",
+    "LayerScores",
     "NeuronScores",
     "PartialPLM",
     "ProgressiveCallback",
@@ -58,6 +68,8 @@ __all__ = [
     "SuffixPromptModel",
     "TextCache",
     "activation_scores",
+    "block_influence",
+    "greedy_removal",
     "init_soft_prompt",
     "label_loss",
     "load_soft_prompt",

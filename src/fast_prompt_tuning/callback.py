@@ -95,7 +95,9 @@ class ProgressiveCallback(TrainerCallback):
         @functools.wraps(own_batches)
         def get_batch_samples(epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
             stage = self.schedule.stage_at(trainer.state.global_step)
-            return own_batches((trim(batch, stage, decoder=decoder) for batch in epoch_iterator), *args, **kwargs)
+            turn = int(trainer.state.epoch or 0)
+            cut = (trim(batch, stage, decoder=decoder, turn=turn) for batch in epoch_iterator)
+            return own_batches(cut, *args, **kwargs)
 
         training_step.fpt_callback = self  # type: ignore[attr-defined]
         trainer.training_step = training_step  # type: ignore[method-assign]
@@ -154,8 +156,8 @@ class AutoCallback(ProgressiveCallback):
     """Grows the model when the full PLM's held-out loss says so (`growth.AutoSchedule`).
 
     Probes are measured on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
-    Trainer's log and decides as it did. The Trainer's `max_steps` should leave room for one window more than
-    `schedule.asked`, so that an abandoned stage can be made up for.
+    Trainer's log and decides as it did. The Trainer's `max_steps`, or its epochs, should leave room for one window more
+    than `schedule.asked`, so that an abandoned stage can be made up for.
 
     Args:
         partial, schedule: as `ProgressiveCallback`.
@@ -180,19 +182,30 @@ class AutoCallback(ProgressiveCallback):
             partial.check(stage)
         super().__init__(partial, schedule)
         self.probe, self.on_probe = {k: v for k, v in probe.items() if k != TAIL}, on_probe
+        self._most_steps = 0  # the Trainer's own, of `max_steps` or of its epochs
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.schedule.replay(state.log_history)
         super().on_train_begin(args, state, control, **kwargs)
-        state.max_steps = min(self.schedule.total_steps, args.max_steps)
+        self._most_steps = state.max_steps
+        state.max_steps = min(self.schedule.total_steps, self._most_steps)
+        start = _stage_start(args)
+        if state.global_step and self.schedule.may_go_back(state.global_step) and not start.is_file():
+            logger.warning(
+                "%s is missing (was the checkpoint moved?): should this stage be given up, the prompt goes back to that "
+                "of step %d, where this run goes on, not to the stage's first",
+                start,
+                state.global_step,
+            )
+            self._remember(self._trainer, start)
         self._consider(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._consider(state)
         # The flow callback has compared with the `max_steps` before a stage was given up.
-        state.max_steps = min(self.schedule.total_steps, args.max_steps)
+        state.max_steps = min(self.schedule.total_steps, self._most_steps)
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
 
@@ -206,7 +219,7 @@ class AutoCallback(ProgressiveCallback):
         trainer.log({PROBE: loss})  # into `state.log_history`, so into every checkpoint
         trainer.control.should_log = due  # a log of the Trainer's own at this step is still to come
         stage, decision = self.schedule.rung, self.schedule.tell(step, loss)
-        start = Path(trainer.args.output_dir) / "stage_start.safetensors"
+        start = _stage_start(trainer.args)
         if decision == "abandon":
             logger.info("step %d: the full model has learned nothing on stage %d: growing to the last", step, stage + 1)
             self._go_back(trainer, start)
@@ -242,6 +255,11 @@ class AutoCallback(ProgressiveCallback):
         with torch.no_grad():
             prompt.copy_(load_file(path)["prompt"])
         trainer.optimizer.state.pop(prompt, None)  # moments of gradients that led nowhere
+
+
+def _stage_start(args: TrainingArguments) -> Path:
+    """Where the prompt is kept that a stage which is given up goes back to."""
+    return Path(str(args.output_dir)) / "stage_start.safetensors"
 
 
 def _log_growth(partial: PartialPLM, step: int, before: Any, after: Any) -> None:

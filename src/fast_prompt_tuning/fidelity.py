@@ -21,9 +21,9 @@ from .flops import BatchShape, step_flops
 from .layer_scores import LAYER_KINDS, text_labels
 from .objective import labelled_logits
 from .partial_plm import PartialPLM, get_plm
-from .preparation import score_layers, score_neurons, scored, trainable
+from .preparation import score_layers, score_neurons, trainable
 from .schedule import Stage
-from .scoring import evaluating, on_device
+from .scoring import evaluating, on_device, scored_model
 from .session import Session
 from .trainer import batch_shape, make_collator
 
@@ -168,7 +168,7 @@ def report(
             )
             names.append(name)
     batches = _other_batches(session, examples)
-    loss, found = fidelity(scored(model), batches, cuts)
+    loss, found = fidelity(scored_model(model), batches, cuts)
     shapes = [batch_shape(batch, session.config.prompt.tokens, session.cost) for batch in batches]
     rows = [
         Fidelity(name, stage.to_dict(), *values, relative_flops=_relative(session, stage, shapes))

@@ -69,8 +69,7 @@ class AutoSchedule(Schedule):
 
     def clear(self) -> None:
         """Forget every probe: the state before the first step."""
-        few = self.asked < WINDOWS  # windows of a step would be judged by noise
-        self.entered = [Entered(len(self.ladder) - 1 if few else 0, 0)]
+        self.entered = [Entered(0 if self.tries else len(self.ladder) - 1, 0)]
         self.probes: list[tuple[int, float]] = []
         self.given_back = 0
 
@@ -105,6 +104,11 @@ class AutoSchedule(Schedule):
     # -- how it grows -------------------------------------------------------------------------------------------------
 
     @property
+    def tries(self) -> bool:
+        """Whether a stage before the last is tried; windows of a single step would be judged by noise."""
+        return len(self.ladder) > 1 and self.asked >= WINDOWS
+
+    @property
     def rung(self) -> int:
         """Place in the ladder of the stage that runs now."""
         return self.entered[-1].rung
@@ -114,6 +118,11 @@ class AutoSchedule(Schedule):
         if self.rung == len(self.ladder) - 1 or any(at == step for at, _ in self.probes):
             return False
         return step >= self.latest or (step - self.entered[-1].start) % self.window == 0
+
+    def may_go_back(self, step: int) -> bool:
+        """Whether the stage that runs after `step` steps may yet be given up: its first window has not been judged."""
+        start = self.entered[-1].start
+        return self.rung < len(self.ladder) - 1 and sum(at >= start for at, _ in self.probes) < 2
 
     def tell(self, step: int, loss: float) -> str | None:
         """Take note of the full PLM's loss after `step` steps, and grow if it is time.
@@ -177,7 +186,7 @@ def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
 def best_case(ladder: Sequence[Stage], total_steps: int) -> Schedule:
     """What `auto` costs at least: its first stage pays to the end of all the steps it may have. Probes come on top."""
     schedule = AutoSchedule(ladder, total_steps)
-    if total_steps >= WINDOWS and len(ladder) > 1:
+    if schedule.tries:
         early = schedule.latest
         return Schedule((replace(ladder[0], steps=early), replace(ladder[-1], steps=total_steps - early)))
     return Schedule(schedule.stages)

@@ -20,7 +20,7 @@ from .flops import BatchShape, CostModel, forward_flops
 from .objective import IGNORED, labelled_logits
 from .partial_plm import PartialPLM, StackModules, find_stacks, get_plm
 from .schedule import Stage
-from .scoring import Scores, describe, evaluating, on_device, real_masks, real_rows, run_stacks
+from .scoring import Scores, describe, evaluating, on_device, real_masks, real_rows, run_stacks, scored_model
 from .soft_prompt import prompt_length
 
 LAYER_KINDS = ("influence", "greedy")
@@ -43,7 +43,7 @@ def block_influence(
     One forward pass of the full model for each batch. The result does not depend on how examples are batched.
 
     Args:
-        model: PEFT model with its soft prompt (prepended as in training), or the bare PLM.
+        model: PEFT model with its soft prompt (prepended as in training), or the bare PLM; as `activation_scores`.
         batches: dicts of tensors as the model's forward takes them: `input_ids (B, T)`, `attention_mask (B, T)`,
             `labels`. Use *training* examples.
         metadata: more to keep with the scores (data set, seed), as strings.
@@ -52,7 +52,7 @@ def block_influence(
         ScoreError: no batch, or hidden states that are not finite.
         UnknownFamilyError, ModelError: as `PartialPLM`.
     """
-    plm = get_plm(model)
+    model, plm = scored_model(model), get_plm(model)
     stacks = find_stacks(plm)
     totals = {name: torch.zeros(len(s.layers), dtype=torch.float64) for name, s in stacks.items()}
     counts = dict.fromkeys(stacks, 0)
@@ -104,7 +104,7 @@ def greedy_removal(
     """
     if candidates is not None and (isinstance(candidates, bool) or candidates < 1):
         raise ScoreError(f"candidates={candidates!r} must be at least 1, or None for all layers")
-    plm = get_plm(model)
+    model, plm = scored_model(model), get_plm(model)
     stacks = find_stacks(plm)
     for name, size in down_to.items():
         if name not in stacks or not max(1, len(stacks[name].spec.always_kept)) <= size <= len(stacks[name].layers):

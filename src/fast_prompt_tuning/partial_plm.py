@@ -85,7 +85,7 @@ def find_stacks(plm: Any) -> dict[str, StackModules]:
         base = getattr(plm, "base_model", plm)
         parent = resolve(base, parent_path) if parent_path else base
         if parent is not None and attribute in parent.__dict__:
-            raise ModelError("this model is shrunk by a PartialPLM; call its restore() first")
+            raise ModelError(_SHRUNK)
         layers = parent._modules.get(attribute) if parent is not None else None
         count = families.layer_count(config, spec)
         if not isinstance(layers, nn.ModuleList) or len(layers) != count:
@@ -104,9 +104,14 @@ def find_stacks(plm: Any) -> dict[str, StackModules]:
                     found_in.append(modules)  # type: ignore[arg-type]
             ffn_in.append(found_in[0] if found_in else ())
             ffn_out.append(resolve(layer, spec.ffn_out))
+            if any(_narrowed_to(module) for module in (*ffn_in[-1], ffn_out[-1])):
+                raise ModelError(_SHRUNK)
         width = families.ffn_width(config, spec)
         stacks[name] = StackModules(name, spec, parent, attribute, layers, width, ffn_in, ffn_out)
     return stacks
+
+
+_SHRUNK = "this model is shrunk by a PartialPLM; call its restore() first"
 
 
 class _NarrowProjection:
@@ -148,6 +153,12 @@ class _NarrowProjection:
         return F.linear(x, self.weight, self.module.bias if self.keep_bias else self.bias)
 
 
+def _narrowed_to(module: nn.Module | None) -> _NarrowProjection | None:
+    """What stands in for a projection's own forward now."""
+    owner = getattr(getattr(module, "__dict__", {}).get("forward"), "__self__", None)
+    return owner if isinstance(owner, _NarrowProjection) else None
+
+
 def _check_projection(module: nn.Module | None, shape: tuple[int, int], where: str) -> None:
     plain = isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
     if not plain:
@@ -178,9 +189,8 @@ def cut_key(plm: Any, stack: str) -> str:
     order = {module: i for i, module in enumerate(parent._modules[attribute])}
     digest = hashlib.sha256(str(plm.dtype).encode())
     for layer in getattr(parent, attribute):
-        out = resolve(layer, spec.ffn_out)
-        narrow = getattr(getattr(out, "__dict__", {}).get("forward"), "__self__", None)
-        digest.update(f"{order[layer]}:{narrow.kept_key if isinstance(narrow, _NarrowProjection) else ''},".encode())
+        narrow = _narrowed_to(resolve(layer, spec.ffn_out))
+        digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())
     return digest.hexdigest()[:16]
 
 

@@ -119,7 +119,8 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
     if cache is not None and cache.plm is not plm:
         raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
     stack = "encoder" if plm.config.is_encoder_decoder else "decoder"
-    keys = [TextCache.key(cut_key(plm, stack), ids) for ids in texts] if cache is not None else []
+    cut = cut_key(plm, stack) if cache is not None else ""
+    keys = [TextCache.key(cut, ids) for ids in texts] if cache is not None else []
     rows: list[torch.Tensor | None] = [cache.get(key) for key in keys] if cache is not None else [None] * len(texts)
     # The same text twice in a batch (several prompts asked about it) is run once.
     missing: dict[tuple[int, ...], list[int]] = {}

@@ -20,7 +20,7 @@ from .flops import FlopsLedger, forward_flops
 from .growth import AutoSchedule
 from .layer_scores import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from .models import locate
-from .partial_plm import PartialPLM, get_plm
+from .partial_plm import PartialPLM
 from .placement import SuffixPromptModel
 from .plan import full_stage, load_config
 from .schedule import Schedule, Stage
@@ -149,12 +149,7 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
-    return activation_scores(scored(model), batches, kind=session.config.scoring.kind, metadata=_provenance(session))
-
-
-def scored(model: nn.Module) -> nn.Module:
-    """What neurons and layers are scored on: a prompt after the text leaves the text as it is without one."""
-    return get_plm(model) if isinstance(model, SuffixPromptModel) else model
+    return activation_scores(model, batches, kind=session.config.scoring.kind, metadata=_provenance(session))
 
 
 def _provenance(session: Session) -> dict[str, str]:
@@ -187,10 +182,8 @@ def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[st
     metadata = _provenance(session)
     if kind == "influence":
         flops = sum(_forward_of(session, batch) for batch in batches)
-        return block_influence(scored(model), batches, metadata={**metadata, "flops": flops})
-    return greedy_removal(
-        scored(model), batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata
-    )
+        return block_influence(model, batches, metadata={**metadata, "flops": flops})
+    return greedy_removal(model, batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata)
 
 
 def score_neurons(session: Session, model: nn.Module | None = None) -> NeuronScores:
@@ -213,8 +206,9 @@ def score_flops(session: Session, batch: dict[str, Any]) -> float:
 
 
 def _forward_of(session: Session, batch: dict[str, Any]) -> float:
-    shape = batch_shape(batch, session.config.prompt.tokens, session.cost)
-    return forward_flops(session.cost, None, shape, whole_last_layer=True)
+    prompt = session.config.prompt
+    in_front = 0 if prompt.placement == "suffix" else prompt.tokens  # as `scored_model`
+    return forward_flops(session.cost, None, batch_shape(batch, in_front, session.cost), whole_last_layer=True)
 
 
 def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from .data import (
 )
 from .errors import CheckpointError, ConfigError, TrainingStopped
 from .flops import FlopsLedger, schedule_flops, step_flops
-from .growth import AutoSchedule, probe_examples
+from .growth import WINDOWS, AutoSchedule, probe_examples
 from .models import describe_dtype
 from .partial_plm import PartialPLM
 from .placement import SuffixPromptModel
@@ -105,7 +105,15 @@ def train(
     model, trained = trainable(session)
     schedule, needed = checked_schedule(session, model)
     rows, held_out = session.encoded["train"], None
-    if isinstance(schedule, AutoSchedule):
+    if isinstance(schedule, AutoSchedule) and not schedule.tries:
+        logger.warning(
+            "method=auto has nothing to try here, so this is plain prompt tuning: train.batch_size=%d must be at least "
+            "4, or stages be named, and train.steps=%d be at least %d",
+            config.train.batch_size,
+            config.train.steps,
+            WINDOWS,
+        )
+    elif isinstance(schedule, AutoSchedule):
         step_examples = config.train.batch_size * config.train.accumulate * parallel.size()
         size = min(probe_examples(config.train.steps, step_examples), len(rows) // 4)
         held_out, rows = train_split(rows, size, config.train.seed)
@@ -176,7 +184,7 @@ def _train(
     """
     config = session.config
     rows, held_out = data
-    spare = schedule.window if isinstance(schedule, AutoSchedule) else 0
+    spare = schedule.window if isinstance(schedule, AutoSchedule) and held_out is not None else 0
     full_tuning = config.method == "full"
     reached, past = (found.step, found.record) if found else (0, {})
     history = log_of(found)

@@ -282,6 +282,8 @@ class Schedule:
             raise ScheduleError(
                 f"total_steps={total_steps!r} must be a whole number of at least {least} for {method!r}"
             )
+        if not chosen:
+            raise ScheduleError(f"stacks=[] names no stack to cut; this model has {list(full_stage.stacks)}")
         for stack in chosen:
             if stack not in full_stage.stacks:
                 raise ScheduleError(

@@ -23,6 +23,7 @@ from . import fingerprint
 from .errors import ScoreError
 from .objective import IGNORED, label_loss, selected_rows
 from .partial_plm import StackModules, find_stacks, get_plm
+from .placement import SuffixPromptModel
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,7 +119,8 @@ def activation_scores(
     its full size, in evaluation mode, and left as it was.
 
     Args:
-        model: PEFT model with its soft prompt (prepended as in training), or the bare PLM.
+        model: PEFT model with its soft prompt (prepended as in training), or the bare PLM; a `SuffixPromptModel`
+            stands for its PLM, since a prompt after the text leaves the text as it is without one.
         batches: dicts of tensors as the model's forward takes them: `input_ids (B, T)`, `attention_mask (B, T)`,
             `labels`. Use *training* examples.
         kind: `mean`: mean |a| (the paper's); `max`: largest |a|; `integrated_gradients`: mean |a ∫ ∂loss/∂a| along
@@ -134,7 +136,7 @@ def activation_scores(
         raise ScoreError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
         raise ScoreError(f"gradient_steps={gradient_steps!r} must be a whole number of at least 1")
-    plm = get_plm(model)
+    model, plm = scored_model(model), get_plm(model)
     stacks = find_stacks(plm)
     totals = {n: torch.zeros(len(s.layers), s.width, dtype=torch.float64) for n, s in stacks.items()}
     tokens = dict.fromkeys(stacks, 0)
@@ -165,6 +167,11 @@ def activation_scores(
             )
     counts = {"examples": examples, "tokens": sum(tokens.values())}
     return NeuronScores(scores, describe(plm, metadata, kind=kind, **counts))
+
+
+def scored_model(model: nn.Module) -> nn.Module:
+    """What neurons and layers are scored on: the PLM alone where the prompt stands after the text."""
+    return get_plm(model) if isinstance(model, SuffixPromptModel) else model
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .errors import ModelError
 from .objective import IGNORED
 from .schedule import Stage
 
@@ -22,10 +23,12 @@ it; `trim` takes it out."""
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool) -> dict[str, Any]:
+def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0) -> Mapping[str, Any]:
     """The batch as `stage` trains on it, without padding that no row needs any more.
 
-    Examples are taken at even distances, since a batch may be sorted by length. An input longer than `stage.length`
+    Examples are taken at even distances, since a batch may be sorted by length, and others in every turn: a loader that
+    deals the same batches in every epoch would else train on the same part of the data all along. An input longer than
+    `stage.length`
     loses tokens from its end, before the last `n_tail` ones where the batch has that entry; targets are never cut.
 
     Args:
@@ -33,15 +36,30 @@ def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool) -> dict[str, 
             positions are the input) or `(B, T_target)`. Padding on either side.
         stage: `batch` and `length` count, its sizes do not.
         decoder: for a decoder-only model.
+        turn: the epoch; each takes the rows behind those of the one before.
 
     Returns:
-        The same entries, less `n_tail`; the very same tensors where there is nothing to cut.
+        The same entries, less `n_tail`; the very same tensors where there is nothing to cut, and the batch itself where
+        the stage cuts nothing and there is no `n_tail`.
+
+    Raises:
+        ModelError: there is something to cut and no `input_ids`.
     """
+    cuts = stage.batch is not None or stage.length is not None
+    if not cuts and TAIL not in batch:
+        return batch
     found = {name: value for name, value in batch.items() if name != TAIL}
+    if not cuts:
+        return found
+    if "input_ids" not in found:
+        raise ModelError(
+            f"a stage with batch={stage.batch} and length={stage.length} cuts input_ids, and the batch has only "
+            f"{', '.join(found)}; leave batch and length out of the schedule's stages"
+        )
     tail = batch.get(TAIL)
     rows = len(found["input_ids"])
     if stage.batch is not None and stage.batch < rows:
-        picked = torch.tensor([i * rows // stage.batch for i in range(stage.batch)])
+        picked = torch.tensor(sorted((i * rows // stage.batch + turn) % rows for i in range(stage.batch)))
         found = {k: v[picked.to(v.device)] if _has_rows(v, rows) else v for k, v in found.items()}
         tail = tail[picked.to(tail.device)] if tail is not None else None
         if not decoder:
