@@ -54,6 +54,7 @@ def test_the_cache_changes_the_cost_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_scoring_is_counted_as_it_is_run(tmp_path, placement):
     session = open_session(load(toy().recipe(tmp_path / "run", prompt__placement=placement)), ("train",))
+    session.plm.set_attn_implementation("eager")  # PyTorch counts no fused attention on a CPU
     model, _ = trainable(session)
     batch = calibration_batches(session, 8)[0]
     with FlopCounterMode(display=False) as counter:
