@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from settings import BY_NAME, FAMILIES, FFN, HIDDEN, LAYERS, VOCAB, Settings
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 
 from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.evaluation import score_labels
@@ -166,6 +166,54 @@ def test_evaluation_and_generation_agree_with_the_uncached_model(placed):
     assert torch.equal(beams.sequences[:2], single)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "bart"])
+def test_generate_takes_what_the_plms_own_takes(name):
+    family = BY_NAME[name]
+    model = suffix_model(family).float()
+    plm, batch = model.plm, family.batch()
+    plm.generation_config.eos_token_id = None
+    with torch.no_grad():
+        model.soft_prompt.mul_(20)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    if not family.encoder_decoder:
+        inputs = {k: v.flip(1) for k, v in inputs.items()}  # padding on the left
+    usual = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, use_cache=False), usual)
+    plm.generation_config.cache_implementation = "static"
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5), usual)
+    plm.generation_config.cache_implementation = None
+    for options in ({"max_length": usual.shape[1]}, {"max_length": usual.shape[1], "min_length": usual.shape[1]}):
+        assert model.generate(**inputs, **options).shape == plm.generate(**inputs, **options).shape == usual.shape
+    beams = GenerationConfig(num_beams=3, max_new_tokens=5)
+    assert torch.equal(
+        model.generate(**inputs, generation_config=beams), model.generate(**inputs, num_beams=3, max_new_tokens=5)
+    )
+    several = GenerationConfig(do_sample=True, num_return_sequences=3, max_new_tokens=5)
+    assert model.generate(**inputs, generation_config=several).shape == (3 * len(usual), usual.shape[1])
+    before = plm.generation_config.to_dict()
+    with pytest.raises(ValueError, match="no_such_option"):
+        model.generate(**inputs, no_such_option=1)
+    assert plm.generation_config.to_dict() == before
+
+
+def test_a_prompt_and_a_target_the_decoder_has_no_positions_for():
+    model = SuffixPromptModel(BY_NAME["pegasus"].plm(), 20)
+    ids = torch.randint(3, VOCAB, (2, 60))
+    with pytest.raises(ModelError, match="a prompt of 20 tokens and a target of 60 need 80 positions"):
+        model(input_ids=ids[:, :10], labels=ids)
+
+
+def test_texts_run_under_autocast_are_other_texts():
+    plm = BY_NAME["llama"].plm()
+    cache = TextCache(plm)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        text_states(plm, [[5, 6, 7]], cache)
+        assert text_states(plm, [[5, 6, 7]], cache).ran == (0, 0)
+    found = text_states(plm, [[5, 6, 7]], cache)
+    assert found.ran == (1, 3)
+    assert torch.equal(found.states, text_states(plm, [[5, 6, 7]]).states)
+
+
 def greedy_alone(plm, prompt: torch.Tensor, text: list[int], new: int) -> list[int]:
     """The most probable next tokens, one full pass of the PLM for each."""
     embed, answer = plm.get_input_embeddings(), []
@@ -254,6 +302,15 @@ def test_broken_records_are_refused(tmp_path, content, message):
     (tmp_path / "soft_prompt.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_soft_prompt(BY_NAME["llama"].plm(), tmp_path)
+
+
+def test_a_folder_of_two_prompts_is_refused(tmp_path):
+    SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT).save_pretrained(tmp_path)
+    BY_NAME["llama"].peft().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="holds two prompts"):
+        load_soft_prompt(BY_NAME["llama"].plm(), tmp_path)
+    with pytest.raises(ConfigError, match="holds two prompts"):
+        export_prompt(tmp_path, tmp_path / "prompt.safetensors")
 
 
 def test_what_cannot_work_is_refused_before_any_step():

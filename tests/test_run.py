@@ -11,19 +11,24 @@ from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
-from toy import articles, toy
+from settings import BY_NAME
+from toy import articles, tokenizer, toy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
 from fast_prompt_tuning import models, run, trainer
+from fast_prompt_tuning import session as sessions
 from fast_prompt_tuning.config import RunConfig, load
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
+from fast_prompt_tuning.evaluation import Prediction
 from fast_prompt_tuning.layer_scores import LayerScores
 from fast_prompt_tuning.preparation import partial_of, score_neurons
 from fast_prompt_tuning.results import RunResult, load_result
 from fast_prompt_tuning.run_folder import read_log
 from fast_prompt_tuning.session import evaluate, open_session
 from fast_prompt_tuning.soft_prompt import load_prompt, prompt_parameter
+from fast_prompt_tuning.tasks import load_task
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__weight_decay": 1e-5}
 
@@ -642,3 +647,75 @@ def test_a_token_budget_bounds_batches_and_survives_a_stop(tmp_path):
     resumed = run.train(parts, resume=True)
     assert resumed.losses[-1] == whole.losses[-1]
     assert torch.equal(load_prompt(tmp_path / "parts" / "prompt"), load_prompt(tmp_path / "whole" / "prompt"))
+
+
+def own_task(tmp_path, base: str = "topics", **changes):
+    task = {**yaml.safe_load(getattr(toy(), base).read_text()), **changes}
+    files = {split: str(toy().folder / name) for split, name in task["source"]["files"].items()}
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump({**task, "source": {"files": files}}))
+    return str(path)
+
+
+def test_a_label_that_begins_with_another_can_win(tmp_path):
+    labels = {"sport": "sport ball", "business": "sport"}
+    session = open_session(recipe(tmp_path / "run", data__task=own_task(tmp_path, labels=labels)), ("validation",))
+    eos = session.tokenizer.eos_token_id
+    assert [ids[-1] for ids in session.choices.values()] == [eos, eos]
+    plain = open_session(recipe(tmp_path / "run"), ("validation",))
+    assert all(eos not in ids for ids in plain.choices.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_labels_are_scored_by_the_tokens_they_are_trained_on(tmp_path, name):
+    session = open_session(recipe(tmp_path / "run", model__path=str(toy().model(name))), ("train",))
+    rows = session.encoded["train"]
+    trained = {tuple(i for i in row if i >= 0) for row in rows["labels"]}
+    end = [] if name == "t5" else [session.tokenizer.eos_token_id]
+    assert {(*ids, *end) for ids in session.choices.values()} == trained
+
+
+def test_a_label_whose_end_is_never_trained_is_refused(tmp_path):
+    labels = {"sport": "big new sport", "business": "big new business"}
+    task = own_task(tmp_path, labels=labels, max_target_tokens=3)
+    with pytest.raises(ConfigError, match=r"takes 4 tokens with its end.*raise max_target_tokens"):
+        open_session(recipe(tmp_path / "run", data__task=task), ())
+
+
+def test_targets_of_several_lines(tmp_path, caplog, monkeypatch):
+    changes = {"decoder": {"input_template": "{{ text }}\nWord:", "target_template": " {{ first }}\n{{ first }}"}}
+    asked = []
+
+    def generate(*_, stop_at_newline, **__):
+        asked.append(stop_at_newline)
+        return [Prediction("a", 0.0)] * 12
+
+    monkeypatch.setattr(sessions, "generate", generate)
+    for one_line in (True, False):
+        task = own_task(tmp_path, "words", one_line=one_line, **changes)
+        caplog.clear()
+        session = open_session(recipe(tmp_path / "run", data__task=task), ("validation",))
+        assert ("set one_line: false" in caplog.text) == one_line
+        evaluate(session, None)
+    assert asked == [True, False]
+    assert load_task("cnn_dailymail").one_line is False
+
+
+def test_positions_are_those_of_each_stack(tmp_path):
+    """A prompt after the text stands in the decoder, which has its own positions."""
+    folder = tmp_path / "bart"
+    BY_NAME["bart"].plm().save_pretrained(folder)
+    tokenizer(eos=True).save_pretrained(folder)
+
+    def session(placement, inputs, targets):
+        settings = {"data__max_input_tokens": inputs, "data__max_target_tokens": targets, "prompt__tokens": 20}
+        return open_session(
+            recipe(tmp_path / "run", model__path=str(folder), prompt__placement=placement, **settings), ()
+        )
+
+    session("suffix", 60, 40)
+    session("prefix", 40, 60)
+    with pytest.raises(ConfigError, match=r"prompt.tokens=20 \+ data.max_target_tokens=60 need 80 positions.* 64"):
+        session("suffix", 40, 60)
+    with pytest.raises(ConfigError, match=r"prompt.tokens=20 \+ data.max_input_tokens=60 need 80 positions"):
+        session("prefix", 60, 40)

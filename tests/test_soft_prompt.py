@@ -305,3 +305,14 @@ def test_similarity_is_cosine_token_by_token():
             prompt_similarity(a, wrong)
         with pytest.raises(ConfigError, match="must have one shape"):
             similarity_matrix([a, wrong])
+
+
+def test_an_adapter_with_vectors_for_the_decoder_too_is_what_peft_uses_of_it(tmp_path):
+    plm = BY_NAME["t5"].plm()
+    stock = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
+    assert stock.num_transformer_submodules is None  # PEFT then makes it two
+    model = get_peft_model(plm, stock)
+    model.save_pretrained(tmp_path)
+    found = load_prompt(tmp_path)
+    assert found.shape[0] == 4
+    assert torch.equal(found, model.get_prompt(batch_size=1)[0, :4])

@@ -289,6 +289,12 @@ def test_bad_rows_can_be_skipped_counted_and_listed(tmp_path, caplog):
         topics(tmp_path, "{\n", on_bad_row="skip")
 
 
+def test_a_long_cell_is_no_malformed_file(tmp_path):
+    """Python's own limit is 131,072 characters; the text is cut to its tokens later."""
+    rows = topics(tmp_path, "text,label\n" + "a " * 70_000 + ",sport\nshort,business\n", "rows.csv")
+    assert [len(text) > 131_072 for text in rows["input"]] == [True, False]
+
+
 def test_skipping_in_glue_tsv(tmp_path):
     file = tmp_path / "train.tsv"
     file.write_bytes(b"sentence\tlabel\nfine\t1\nshort\n\xff\t0\nfine too\t0\nodd\t7\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from settings import BY_NAME
 
 import fast_prompt_tuning
+from fast_prompt_tuning import text_cache
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.placement import text_states
@@ -93,6 +95,44 @@ def test_the_longest_unused_go_first_and_what_this_run_uses_stays(tmp_path):
     assert text_states(plm, [TEXTS[2]], cache).ran == (0, 0)
     assert (tmp_path / "mine" / "thesis.safetensors").exists()
     assert text_states(plm, [[24, 4, 4, 4]], cache).ran == (1, 4)  # no room: this run uses all there is
+
+
+def test_several_processes_keep_one_budget(tmp_path):
+    plm = BY_NAME["llama"].plm()
+    size = 2**20 * 1.0
+    caches = [DiskTextCache(plm, tmp_path, budget_mib=8) for _ in range(4)]  # as four processes would have
+    states = torch.zeros(int(size / 8 / 4))
+    for i in range(40):
+        for number, cache in enumerate(caches):
+            cache.put(f"{number}-{i}", states)
+    written = sum(file.stat().st_size for file in files(tmp_path))
+    assert 0.9 * 8 * size < written < 1.3 * 8 * size
+
+
+def test_files_are_for_whom_the_umask_says_and_those_of_others_stay(tmp_path, monkeypatch):
+    plm = BY_NAME["llama"].plm()
+    before = os.umask(0o002)
+    try:
+        text_states(plm, TEXTS, DiskTextCache(plm, tmp_path))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files(tmp_path)} == {0o664}
+
+    def refused(*_, **__):
+        raise PermissionError("of another user")
+
+    monkeypatch.setattr(text_cache, "safe_open", refused)
+    assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path)).ran == (3, 4)
+    assert len(files(tmp_path)) == 3
+
+
+def test_mappings_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_cache, "MAPPINGS", 2)
+    plm = BY_NAME["llama"].plm()
+    cache = DiskTextCache(plm, tmp_path)
+    text_states(plm, TEXTS, cache)
+    assert text_states(plm, TEXTS, cache).ran == (0, 0)
+    assert len(cache) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

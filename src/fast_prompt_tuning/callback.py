@@ -194,8 +194,8 @@ class AutoCallback(ProgressiveCallback):
         start = _stage_start(args)
         if state.global_step and self.schedule.may_go_back(state.global_step) and not start.is_file():
             logger.warning(
-                "%s is missing (was the checkpoint moved?): should this stage be given up, the prompt goes back to what "
-                "it is at step %d, where this run goes on, not to the stage's first",
+                "%s is missing (was the checkpoint moved?): should this stage be given up, the prompt goes back to "
+                "what it is now, at step %d, not to the stage's first",
                 start,
                 state.global_step,
             )

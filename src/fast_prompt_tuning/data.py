@@ -246,6 +246,34 @@ def _cache_file(examples: datasets.Dataset, tokenizer: Any, settings: list[Any])
     return folder / f"{digest.hexdigest()[:32]}.arrow"
 
 
+def label_ids(
+    texts: Mapping[str, str], tokenizer: Any, *, decoder: bool, max_target_tokens: int
+) -> dict[str, list[int]]:
+    """Token ids by which each label word is scored: those that `encode` makes of its target.
+
+    For a decoder-only model without the EOS, unless one label's tokens begin another's: the shorter would always be the
+    likelier.
+
+    Args:
+        texts: label word -> its target text (`Task.choices`).
+
+    Raises:
+        ConfigError: a label takes more than `max_target_tokens` with its EOS, so training would never see its end.
+    """
+    words, targets = list(texts), _tokens(tokenizer, list(texts.values()), target=True)
+    before, after = ([], []) if decoder else _affixes(tokenizer, texts[words[0]], target=True)
+    eos = [tokenizer.eos_token_id]
+    whole = [[*before, *ids, *(after if set(eos) & set(after) else [*after, *eos])] for ids in targets]
+    for word, ids in zip(words, whole, strict=True):
+        if len(ids) > max_target_tokens:
+            raise ConfigError(
+                f"the label {word!r} takes {len(ids)} tokens with its end, more than max_target_tokens="
+                f"{max_target_tokens}: its end would never be trained; raise max_target_tokens"
+            )
+    begun = any(a != b and b[: len(a)] == a for a in targets for b in targets)
+    return dict(zip(words, targets if decoder and not begun else whole, strict=True))
+
+
 # --- batching ---
 
 

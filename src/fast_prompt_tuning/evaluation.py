@@ -251,7 +251,7 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,
-                use_cache=use_cache,
+                use_cache=use_cache or "past_key_values" in given,
                 pad_token_id=pad,
                 eos_token_id=tokenizer.eos_token_id,
                 return_dict_in_generate=True,

@@ -118,6 +118,7 @@ def _with_header(path: Path, cells: Iterator[tuple[int, list[str]]]) -> _Rows:
 
 def _read_quoted(path: Path, delimiter: str) -> _Rows:
     texts = (_decode(line, path, number) for number, line in _lines(path))
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a long text is cut later, as in JSONL
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     try:
         yield from _with_header(path, ((reader.line_num, cells) for cells in reader if cells))

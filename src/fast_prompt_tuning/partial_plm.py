@@ -179,7 +179,7 @@ def _check_projection(module: nn.Module | None, shape: tuple[int, int], where: s
 
 
 def cut_key(plm: Any, stack: str) -> str:
-    """What of a stack the PLM runs now, as a short text: kept layers and neurons, and the dtype it computes in.
+    """What of a stack the PLM runs now, as a short text: kept layers and neurons, and the dtypes it computes in.
 
     Two equal keys of one PLM mean the same computation; at its full size and in one dtype the key is always the same.
     """
@@ -187,7 +187,9 @@ def cut_key(plm: Any, stack: str) -> str:
     parent_path, _, attribute = spec.layers.rpartition(".")
     parent = resolve(plm.base_model, parent_path) if parent_path else plm.base_model
     order = {module: i for i, module in enumerate(parent._modules[attribute])}
-    digest = hashlib.sha256(str(plm.dtype).encode())
+    kind = plm.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ""
+    digest = hashlib.sha256(f"{plm.dtype}{autocast}".encode())
     for layer in getattr(parent, attribute):
         narrow = _narrowed_to(resolve(layer, spec.ffn_out))
         digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())

@@ -15,6 +15,7 @@ Sizes: B batch, T text tokens, P prompt length, D target tokens, H `d_model`, L 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
@@ -33,7 +35,14 @@ from . import families, fingerprint
 from .errors import ConfigError, ModelError
 from .objective import IGNORED, selected_rows
 from .partial_plm import cut_key
-from .soft_prompt import check_prompt_tokens, init_soft_prompt, load_prompt, save_suffix_prompt, suffix_record
+from .soft_prompt import (
+    check_prompt_tokens,
+    context_length,
+    init_soft_prompt,
+    load_prompt,
+    save_suffix_prompt,
+    suffix_record,
+)
 from .text_cache import TextCache
 
 logger = logging.getLogger(__name__)
@@ -254,6 +263,9 @@ def suffix_logits(
 
     Returns:
         `(logits (N, V), targets (N,), row of the batch (N,))`, as `objective.labelled_logits`.
+
+    Raises:
+        ModelError: as `check_suffix`; an encoder-decoder's decoder lacks positions for prompt and target.
     """
     check_suffix(plm)
     labels = labels.to(plm.device)
@@ -283,6 +295,12 @@ def suffix_logits(
             "use_cache": False,
         }
         aligned = F.pad(labels, (size, 0), value=IGNORED)
+        limit = context_length(plm)
+        if limit is not None and aligned.shape[1] > limit:
+            raise ModelError(
+                f"a prompt of {size} tokens and a target of {labels.shape[1]} need {aligned.shape[1]} positions in the "
+                f"decoder, which has {limit}; shorten one"
+            )
     index = (aligned.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
     with selected_rows(plm, lambda _: index):
         logits = plm(**inputs).logits
@@ -446,13 +464,22 @@ class SuffixPromptModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
-        """`plm.generate` with the prompt after the text; takes and gives what the PLM's own `generate` does."""
+        """`plm.generate` with the prompt after the text; takes and gives what the PLM's own `generate` does.
+
+        Only the cache is always a dynamic one, since it holds the text: `use_cache` and `cache_implementation` do not
+        count.
+        """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         texts = [row[keep].tolist() for row, keep in zip(input_ids, mask.bool(), strict=True)]
-        own = self.plm.generation_config
-        copies = max(options.get(n) or getattr(own, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
+        read = 1 if self.plm.config.is_encoder_decoder else input_ids.shape[1]
+        config, more = _generation_config(self.plm.generation_config, options, read)
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         inputs = generation_inputs(self.plm, self.soft_prompt.detach(), texts, copies=copies, cache=self.cache)
-        found = self.plm.generate(**inputs, **options)
+        own, self.plm.generation_config = self.plm.generation_config, config
+        try:
+            found = self.plm.generate(**inputs, **more)
+        finally:
+            self.plm.generation_config = own
         sequences = found if isinstance(found, torch.Tensor) else found.sequences
         if self.plm.config.is_encoder_decoder:
             sequences = sequences[:, len(self.soft_prompt) :]
@@ -463,6 +490,26 @@ class SuffixPromptModel(nn.Module):
             return sequences
         found.sequences = sequences
         return found
+
+
+def _generation_config(own: Any, options: dict[str, Any], read: int) -> tuple[Any, dict[str, Any]]:
+    """What `generate` would make of its options and the model's own config, for a text whose states are at hand.
+
+    Lengths are those of the tokens to come: `max_length` and `min_length` count the `read` ones, not the prompt.
+
+    Returns:
+        The config, and options that are none of its.
+    """
+    given = options.pop("generation_config", None)
+    config = GenerationConfig() if given is None else copy.deepcopy(given)
+    config.update(**own.to_dict(), defaults_only=True, allow_custom_entries=True)
+    more = config.update(**options)
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if getattr(config, total) and getattr(config, new) is None:
+            setattr(config, new, max(getattr(config, total) - read, 0))
+        setattr(config, total, None)
+    config.use_cache, config.cache_implementation = True, None
+    return config, more
 
 
 def _prompt_only(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

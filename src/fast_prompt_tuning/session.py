@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from . import metrics, parallel, tasks
 from .config import CacheConfig, RunConfig
-from .data import encode
+from .data import encode, label_ids
 from .errors import ConfigError, DataError
 from .evaluation import Prediction, batches_of, by_length, combine, generate, score_labels
 from .examples import load_examples
@@ -118,20 +118,29 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if config.prompt.placement == "suffix":
         check_suffix(plm)
     limit = context_length(plm)
-    longest = config.prompt.tokens + config.data.max_input_tokens
-    longest += session.max_target_tokens if session.decoder else 0
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"prompt.tokens={config.prompt.tokens} + data.max_input_tokens={config.data.max_input_tokens} + target "
-            f"need {longest} positions, but this model has {limit}; lower data.max_input_tokens"
-        )
+    for needs in _positions(session):
+        if limit is not None and sum(needs.values()) > limit:
+            what = " + ".join(f"{name}={value}" for name, value in needs.items())
+            raise ConfigError(f"{what} need {sum(needs.values())} positions, but this model has {limit}; lower one")
     choose_attention(plm, config.prompt.tokens + config.data.max_input_tokens + session.max_target_tokens)
     for split in splits:
         _load_split(session, split)
     if task.labels:
-        for word, text in task.choices(decoder=session.decoder).items():
-            session.choices[word] = tokenizer(text, add_special_tokens=not session.decoder)["input_ids"]
+        texts = task.choices(decoder=session.decoder)
+        most = session.max_target_tokens
+        session.choices = label_ids(texts, tokenizer, decoder=session.decoder, max_target_tokens=most)
     return session
+
+
+def _positions(session: Session) -> list[dict[str, int]]:
+    """What has to fit into the positions of the model, or of its encoder and of its decoder."""
+    prompt = {"prompt.tokens": session.config.prompt.tokens}
+    text = {"data.max_input_tokens": session.config.data.max_input_tokens}
+    target = {"data.max_target_tokens": session.max_target_tokens}
+    if session.decoder:
+        return [{**prompt, **text, **target}]
+    suffix = session.config.prompt.placement == "suffix"
+    return [text if suffix else {**prompt, **text}, {**prompt, **target} if suffix else target]
 
 
 def _load_split(session: Session, split: str) -> None:
@@ -149,6 +158,14 @@ def _load_split(session: Session, split: str) -> None:
     )
     for error in bad:
         logger.warning("skipped: %s", error)
+    lines = sum("\n" in target.strip() for target in examples["target"]) if session.decoder else 0
+    if lines and session.task.one_line and not session.task.labels:
+        logger.warning(
+            "%d targets of the split %r have several lines, but answers end with their first line; set one_line: false "
+            "in the task's file",
+            lines,
+            split,
+        )
     session.examples[split] = examples
     session.encoded[split] = encode(
         examples,
@@ -225,7 +242,7 @@ def _predict(
             max_new_tokens=session.max_target_tokens,
             num_beams=settings.num_beams,
             batch_size=settings.batch_size,
-            stop_at_newline=session.decoder,
+            stop_at_newline=session.decoder and task.one_line,
             **where,
         )
     if several > 1:

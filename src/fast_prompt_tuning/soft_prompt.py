@@ -192,11 +192,16 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
     """What is recorded of a saved prompt after the text; None where the folder holds none.
 
     Raises:
-        ConfigError: the record cannot be read, or is of a later version.
+        ConfigError: the record cannot be read, or is of a later version; the folder holds another prompt as well.
     """
     file = Path(path) / SUFFIX_FILES[1]
     if not file.is_file():
         return None
+    if (file.parent / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"{str(path)!r} holds two prompts: one in front of the text ('adapter_model.safetensors') and one after it "
+            f"({file.name!r}); save each in a folder of its own, or remove the one that is not wanted"
+        )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = record["format"] == 1 and record["placement"] == "suffix"
@@ -235,7 +240,8 @@ def load_prompt(path: str | Path) -> torch.Tensor:
         return found
     file = folder / "adapter_model.safetensors"
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, tokens = config.get("peft_type"), config.get("num_virtual_tokens")
         values = load_file(file)["prompt_embeddings"]
     except (OSError, KeyError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise ConfigError(
@@ -244,7 +250,8 @@ def load_prompt(path: str | Path) -> torch.Tensor:
         ) from error
     if kind != "PROMPT_TUNING" or values.ndim != 2:
         raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {kind!r}, not a soft prompt")
-    return values
+    # PEFT's default for encoder-decoders stores as many vectors again for the decoder, and uses the first half.
+    return values[:tokens]
 
 
 PLACES = {"prefix": "in front of the input", "suffix": "after the input (encoder-decoder: in front of the target)"}

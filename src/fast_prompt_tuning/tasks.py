@@ -152,6 +152,7 @@ class Task(_Frozen):
         no_answer: target where the list of answers is empty; a prediction of it means "".
         metric: key of `metrics.METRICS`.
         primary: the score that chooses checkpoints.
+        one_line: answers end with their first line; false where targets have several.
         max_target_tokens: longest target, and longest generation.
         stacks: stacks of an encoder-decoder that the preset schedules cut.
     """
@@ -175,6 +176,7 @@ class Task(_Frozen):
     no_answer: str | None = None
     metric: str
     primary: str
+    one_line: bool = True
     max_target_tokens: int = Field(ge=1)
     stacks: list[Literal["encoder", "decoder"]] = Field(default=["encoder", "decoder"], min_length=1)
 

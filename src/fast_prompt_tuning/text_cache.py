@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import time
+import uuid
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from . import fingerprint
 from .errors import ConfigError
@@ -85,14 +86,20 @@ OWN_FOLDER = "fpt-texts-1"
 """Nothing outside a folder of this name is ever counted or removed; the number is the format's."""
 
 
+MAPPINGS = 16384
+"""Files that a process maps at most: Linux allows 65,530 mappings, and a mapped file is read again at no cost but its
+checksum's."""
+
+
 class DiskTextCache(TextCache):
     """States of texts in files, memory-mapped, for every run of the same PLM to come.
 
     One safetensors file a text, in the dtype the PLM computes in, under `folder/fpt-texts-1/<model>/`, where the
     model's key stands for its weights, its config and the `transformers` version. A file appears whole or not at all,
     whatever is killed when; its checksum is verified when it is first read, and a damaged one is removed and computed
-    again. Several processes may share a folder. When the budget is spent, files that no run has used since this one
-    began go, the longest unused first; with none left, further texts are computed at every step.
+    again. Several processes may share a folder: each counts it anew whenever it has written a sixteenth of the budget.
+    When that is spent, files that no run has used since this one began go, the longest unused first; with none left,
+    further texts are computed at every step.
 
     Args:
         plm: as `TextCache`.
@@ -107,6 +114,7 @@ class DiskTextCache(TextCache):
         super().__init__(plm, budget_mib=budget_mib)
         self.root = Path(folder) / OWN_FOLDER
         self.folder = self.root / model_key(plm)
+        self._uncounted = 0  # bytes that this process has written since it last counted the folder
         self._began = time.time() - 1  # file systems date by a coarser clock, which may lag behind
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,13 +138,15 @@ class DiskTextCache(TextCache):
                 if opened.metadata()["crc32"] != _checksum(states):
                     raise ValueError("checksum")
             os.utime(file)  # used now: the last to go
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError, MemoryError):  # MemoryError: no further mapping to be had
             return None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning("%s is damaged (%s): computing it again", file.name, error)
             with contextlib.suppress(OSError):
                 file.unlink()
             return None
+        while len(self._kept) >= MAPPINGS:
+            del self._kept[next(iter(self._kept))]
         self._kept[key] = states
         return states
 
@@ -150,14 +160,17 @@ class DiskTextCache(TextCache):
             logger.warning("cache.budget_mib is spent: further texts run at every step")
             return
         states = states.cpu().contiguous()
-        number, work = tempfile.mkstemp(dir=self.folder, prefix=".")
-        os.close(number)
+        work = self.folder / f".{uuid.uuid4().hex}"
         try:
-            save_file({"states": states}, work, metadata={"crc32": _checksum(states)})
-            with open(work, "rb") as written:
+            with work.open("xb") as written:  # neither mkstemp nor save_file, whose files nobody else may read
+                written.write(save({"states": states}, metadata={"crc32": _checksum(states)}))
+                written.flush()
                 os.fsync(written.fileno())  # whole on the disk before it has its name
             os.replace(work, file)
             self.bytes += size
+            self._uncounted += size
+            if self._uncounted > self.budget / 16:  # other processes write too
+                self._make_room(0)
         except (OSError, SafetensorError) as error:  # a full disk costs time, not the run
             logger.warning("a text's states could not be kept in %s: %s", self.folder, error)
             with contextlib.suppress(OSError):
@@ -170,7 +183,7 @@ class DiskTextCache(TextCache):
 
     def _make_room(self, size: int) -> bool:
         """Count what the folder holds, remove what is left over and what no run uses; is there room for `size`?"""
-        found = []
+        found, self._uncounted = [], 0
         for file in self.root.glob("*/*"):
             with contextlib.suppress(OSError):  # another process was quicker
                 stat = file.stat()
