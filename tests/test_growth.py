@@ -92,6 +92,33 @@ def test_a_later_stage_can_be_given_up_too():
     assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 30), (8, 10), (None, 90)]
 
 
+COSTS = (0.25, 0.5, 1.0)
+
+
+def test_what_was_saved_is_spent_while_the_loss_falls():
+    schedule = AutoSchedule(LADDER, 120, COSTS)
+    assert played(schedule, falling(0.9))[:3] == [(72, "grow"), (120, "go on"), (130, "go on")]
+    # 72 steps at a quarter save 54; probes may cost 4% of 120
+    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 72), (None, 48 + 49)]
+    assert schedule.total_steps <= schedule.most_steps == 120 + 54
+
+
+def test_a_run_whose_loss_has_stopped_falling_ends_as_asked():
+    schedule = AutoSchedule(LADDER, 120, COSTS)
+    small = [8 * 0.9**i for i in range(9)]  # at 0, 10 … 70, 72
+    assert played(schedule, [*small, 3.0, 2.99, 3.01]) == [(72, "grow")]  # probed at 100, 110 and 120
+    assert schedule.total_steps == 120
+    schedule = AutoSchedule(LADDER, 120, COSTS)
+    assert played(schedule, [*small, 3.0, 3.2, 2.9, 2.9, 2.9]) == [(72, "grow"), (120, "go on"), (130, "go on")]
+    assert schedule.total_steps == 140
+
+
+def test_nothing_is_added_where_a_first_stage_was_given_up():
+    schedule = AutoSchedule(LADDER, 120, COSTS)
+    assert played(schedule, [8.0, 9.0]) == [(10, "abandon")]
+    assert schedule.total_steps == 130
+
+
 def test_short_runs_and_one_rung_are_plain():
     for schedule in (AutoSchedule(LADDER, WINDOWS - 1), AutoSchedule((FULL,), 100)):
         assert not any(schedule.wants_probe(step) for step in range(101))
@@ -100,11 +127,12 @@ def test_short_runs_and_one_rung_are_plain():
 
 
 @given(st.integers(1, 400), st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=20, max_size=20),
-       st.integers(1, 4))  # fmt: skip
-def test_whatever_the_probes_say(steps, losses, rungs):
+       st.integers(1, 4), st.booleans())  # fmt: skip
+def test_whatever_the_probes_say(steps, losses, rungs, priced):
     """It is a schedule at every moment, costs at most a window more than asked, and a replay decides the same."""
     ladder = (*(dataclasses.replace(FULL, batch=b) for b in range(1, rungs)), FULL)
-    schedule = AutoSchedule(ladder, steps)
+    costs = [0.2 * b for b in range(1, rungs)] + [1.0] if priced else None
+    schedule = AutoSchedule(ladder, steps, costs)
     log: list[dict[str, Any]] = []
     stream = iter([*losses, *itertools.repeat(1.0, 100)])
     step = 0
@@ -118,10 +146,12 @@ def test_whatever_the_probes_say(steps, losses, rungs):
         assert now.stage_at(step) == schedule.stage_at(step)
         assert now.boundaries == schedule.boundaries
         step += 1
-    assert len(log) <= WINDOWS
+    assert len(log) <= WINDOWS * (2 if priced else 1)
     assert schedule.stages[-1].batch is None
-    assert schedule.total_steps <= steps + schedule.window
-    again = AutoSchedule(ladder, steps)
+    assert schedule.total_steps <= schedule.most_steps <= steps + max(schedule.window, 0.6 * steps + 1 if priced else 0)
+    cost = sum(s.steps * (0.2 * s.batch if s.batch and priced else 1.0) for s in schedule.stages)
+    assert cost <= steps + schedule.window
+    again = AutoSchedule(ladder, steps, costs)
     again.replay([{"step": 0, "loss": 1.0}, *json.loads(json.dumps(log))])
     assert again.to_dict() == schedule.to_dict()
 
@@ -133,6 +163,9 @@ def test_the_default_ladder_and_what_is_refused():
         AutoSchedule((), 10)
     with pytest.raises(ScheduleError, match="total_steps"):
         AutoSchedule(LADDER, 0)
+    for costs in ([0.5, 1.0], [0.0, 0.5, 1.0], [0.5, 2.0, 1.0]):
+        with pytest.raises(ScheduleError, match=r"costs=.* must be 3 numbers above 0 and at most 1"):
+            AutoSchedule(LADDER, 120, costs)
     base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "method": "auto", "train": {"steps": 24},
             "output": "y"}  # fmt: skip
     with pytest.raises(ConfigError, match=r"stages\[0\].steps=3 with method='auto'; leave it out"):
@@ -197,6 +230,32 @@ def test_resumed_anywhere_it_decides_as_it_did(lr, tmp_path):
         assert losses_of(Path(again.output)) == losses_of(tmp_path / "whole")
         assert found.flops["train"] == first.flops["train"]
         assert found.flops["probe"] == first.flops["probe"]
+
+
+def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monkeypatch):
+    """Every probe is lower than the one before: what the small stage has saved is spent, and nothing else."""
+
+    def falling_with_steps(self, trainer):
+        self.on_probe()
+        return 8 * 0.9**trainer.state.global_step
+
+    monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
+    plain = run.train(config.load(recipe(tmp_path / "plain").model_dump(mode="json"), ["method=pt"]))
+    whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=60, eval_every=48)
+    first = run.train(whole)
+    assert [s["steps"] for s in first.schedule] == [14, 10 + 9]
+    assert 0.85 < first.flops["train"] / plain.flops["train"] < 1.0
+    assert (tmp_path / "whole" / "checkpoints" / "checkpoint-33").is_dir()
+    for reached in (14, 24, 25, 32, 33):
+        again = config.load(whole.model_dump(mode="json"), [f"output={tmp_path / f'cut-{reached}'}"])
+        shutil.copytree(tmp_path / "whole", again.output)
+        for checkpoint in (Path(again.output) / "checkpoints").glob("checkpoint-*"):
+            if int(checkpoint.name.split("-")[1]) > reached:
+                shutil.rmtree(checkpoint)
+        found = run.train(again, resume=True)
+        assert (found.steps, found.schedule, found.metrics) == (33, first.schedule, first.metrics)
+        assert losses_of(Path(again.output)) == losses_of(tmp_path / "whole")
+        assert found.flops["train"] == first.flops["train"]
 
 
 def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(tmp_path):

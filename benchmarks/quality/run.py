@@ -44,7 +44,9 @@ from base_model import base_model
 
 from fast_prompt_tuning import config, run
 from fast_prompt_tuning.console import quiet_libraries
+from fast_prompt_tuning.growth import PROBE
 from fast_prompt_tuning.results import write_atomic
+from fast_prompt_tuning.run_folder import read_log
 from fast_prompt_tuning.session import Session, open_session
 
 HERE = Path(__file__).parent
@@ -308,6 +310,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         clock = CpuSeconds()
         started = time.time()
         result = run.train(recipe, session=sessions[key], callbacks=[clock])
+        probes = [[r["step"], r[PROBE]] for r in read_log(Path(work) / "run" / "log.jsonl") if PROBE in r]
     if result.status != "finished":
         sys.exit(f"{result.status} ({result.reason}): the same command begins this cell again")
     flops = result.flops
@@ -328,6 +331,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         ],
         "flops": {k: flops[k] for k in ("train", "score", "probe")},
         "steps": result.steps,
+        "probes": probes,
         "schedule": result.schedule,
         "kept_layers": result.kept_layers,
         "minutes": (time.time() - started) / 60,
@@ -371,15 +375,10 @@ def load_grid(results: Path) -> dict[tuple[str, str, str], list[dict[str, Any]]]
 
 
 def mean_curve(cells: list[dict[str, Any]], axis: str = "flops") -> list[tuple[float, float]]:
-    """`(mean cost, mean metric)` at every evaluation that all seeds have."""
-    n = min(len(c["curve"]) for c in cells)
-    return [
-        (
-            statistics.fmean(c["curve"][i][axis] for c in cells),
-            statistics.fmean(c["curve"][i]["metric"] for c in cells),
-        )
-        for i in range(n)
-    ]
+    """`(mean cost, mean metric)` at every evaluation; a seed that has ended stays where it ended."""
+    n = max(len(c["curve"]) for c in cells)
+    at = [[c["curve"][min(i, len(c["curve"]) - 1)] for c in cells] for i in range(n)]
+    return [(statistics.fmean(p[axis] for p in points), statistics.fmean(p["metric"] for p in points)) for points in at]
 
 
 def cost_to_reach(curve: list[tuple[float, float]], target: float) -> float | None:

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .errors import ModelError, ScheduleError
 from .growth import PROBE, AutoSchedule
@@ -156,8 +163,8 @@ class AutoCallback(ProgressiveCallback):
     """Grows the model when the full PLM's held-out loss says so (`growth.AutoSchedule`).
 
     Probes are measured on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
-    Trainer's log and decides as it did. The Trainer's `max_steps`, or its epochs, should leave room for one window more
-    than `schedule.asked`, so that an abandoned stage can be made up for.
+    Trainer's log and decides as it did. The Trainer's `max_steps`, or its epochs, should be `schedule.most_steps`, so
+    that an abandoned stage can be made up for, and steps come on top that a small start has saved.
 
     Args:
         partial, schedule: as `ProgressiveCallback`.
@@ -190,7 +197,7 @@ class AutoCallback(ProgressiveCallback):
         self.schedule.replay(state.log_history)
         super().on_train_begin(args, state, control, **kwargs)
         self._most_steps = state.max_steps
-        state.max_steps = min(self.schedule.total_steps, self._most_steps)
+        self._set_end(state)
         start = _stage_start(args)
         if state.global_step and self.schedule.may_go_back(state.global_step) and not start.is_file():
             logger.warning(
@@ -204,10 +211,15 @@ class AutoCallback(ProgressiveCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._consider(state)
-        # The flow callback has compared with the `max_steps` before a stage was given up.
-        state.max_steps = min(self.schedule.total_steps, self._most_steps)
-        if state.global_step >= state.max_steps:
-            control.should_training_stop = True
+        self._set_end(state)
+        if state.global_step >= state.max_steps:  # the Trainer's own callback has compared with another end
+            DefaultFlowCallback().on_step_end(args, state, control)
+
+    def _set_end(self, state: TrainerState) -> None:
+        end = self.schedule.total_steps
+        # Where the end may yet be put off, it must not be reached before that is decided, in `on_step_end`.
+        later = self.schedule.may_go_on and state.global_step < end
+        state.max_steps = min(end + later, self._most_steps)
 
     def _consider(self, state: TrainerState) -> None:
         trainer: Any = self._trainer
@@ -223,6 +235,8 @@ class AutoCallback(ProgressiveCallback):
         if decision == "abandon":
             logger.info("step %d: the full model has learned nothing on stage %d: growing to the last", step, stage + 1)
             self._go_back(trainer, start)
+        elif decision == "go on":
+            logger.info("step %d: the full model's loss still falls: on to step %d", step, self.schedule.total_steps)
         elif decision == "grow":
             logger.info("step %d: the full model's loss is %.4f: the next stage", step, loss)
         if decision == "grow" or step == 0:

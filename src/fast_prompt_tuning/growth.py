@@ -7,6 +7,9 @@ window the *full* PLM's loss on held-out training examples is measured: a probe.
   it teaches reaches the full PLM, so the rest is plain prompt tuning, and the steps it took are given back;
 * goes on while its windows lower the loss, and ends when two in a row have not;
 * ends at the latest where the paper's last growth is, at 60% of the steps (Huang et al. 2022, Section 4.1).
+
+The last stage lasts to the end of the steps asked for, and goes on in further windows while they lower the loss, until
+the run has cost what plain prompt tuning would: what a small start saved is spent where the task needs it.
 """
 
 from __future__ import annotations
@@ -51,17 +54,22 @@ class AutoSchedule(Schedule):
 
     Args:
         ladder: stages from small to large, their `steps` ignored; the last is where plain prompt tuning would be.
-        total_steps: steps of the whole run; steps of an abandoned stage come on top.
+        total_steps: steps that plain prompt tuning would take; those of an abandoned stage come on top.
+        costs: what a step of each stage costs, relative to one of the last. Without, nothing is known to be saved, and
+            the run ends with `total_steps`.
 
     Raises:
-        ScheduleError: no stage, or fewer than one step.
+        ScheduleError: no stage, fewer than one step, or not one cost of at most 1 for each stage.
     """
 
-    def __init__(self, ladder: Sequence[Stage], total_steps: int):
+    def __init__(self, ladder: Sequence[Stage], total_steps: int, costs: Sequence[float] | None = None):
         if not ladder:
             raise ScheduleError("ladder=[] is empty; auto needs at least one stage")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of at least 1")
+        self.costs = tuple(costs) if costs is not None else (1.0,) * len(ladder)
+        if len(self.costs) != len(ladder) or not all(0 < cost <= 1 for cost in self.costs):
+            raise ScheduleError(f"costs={costs!r} must be {len(ladder)} numbers above 0 and at most 1, one a stage")
         self.ladder, self.asked = tuple(ladder), total_steps
         self.window = max(1, math.ceil(total_steps / WINDOWS))
         self.latest = max(1, round(total_steps * (1 - PAPER_SPLIT[-1])))
@@ -71,7 +79,7 @@ class AutoSchedule(Schedule):
         """Forget every probe: the state before the first step."""
         self.entered = [Entered(0 if self.tries else len(self.ladder) - 1, 0)]
         self.probes: list[tuple[int, float]] = []
-        self.given_back = 0
+        self.given_back = self.added = 0
 
     # -- what a schedule says -----------------------------------------------------------------------------------------
 
@@ -86,7 +94,7 @@ class AutoSchedule(Schedule):
 
     @property
     def total_steps(self) -> int:
-        return self.asked + self.given_back
+        return self.asked + self.given_back + self.added
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -109,14 +117,33 @@ class AutoSchedule(Schedule):
         return len(self.ladder) > 1 and self.asked >= WINDOWS
 
     @property
+    def most_steps(self) -> int:
+        """More steps than these it never has, whatever the probes say."""
+        return self.asked + max(self.window, math.ceil(self.latest * (1 - min(self.costs)))) * self.tries
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the last stage may yet be given more steps than it has."""
+        return self.rung == len(self.ladder) - 1 and self.added < self._room()
+
+    def _room(self) -> int:
+        """Steps of the last stage that what was saved before it pays for, probes allowed for."""
+        ends = [e.start for e in self.entered[1:]]
+        spent = [(end - e.start) * (1 - self.costs[e.rung]) for e, end in zip(self.entered, ends, strict=False)]
+        return max(0, math.floor(sum(spent) - self.given_back - PROBE_SHARE * self.asked))
+
+    @property
     def rung(self) -> int:
         """Place in the ladder of the stage that runs now."""
         return self.entered[-1].rung
 
     def wants_probe(self, step: int) -> bool:
         """Whether the full PLM's loss is to be measured when `step` steps are done."""
-        if self.rung == len(self.ladder) - 1 or any(at == step for at, _ in self.probes):
+        if any(at == step for at, _ in self.probes):
             return False
+        if self.rung == len(self.ladder) - 1:
+            left = self.total_steps - step
+            return self.may_go_on and left in (0, self.window, PATIENCE * self.window)
         return step >= self.latest or (step - self.entered[-1].start) % self.window == 0
 
     def may_go_back(self, step: int) -> bool:
@@ -130,17 +157,19 @@ class AutoSchedule(Schedule):
         Returns:
             None: the stage goes on. `grow`: the next one begins with the next step. `abandon`: the last one does,
             and the prompt should go back to what it was at this stage's start, when `given_back` steps are added.
+            `go on`: the last stage lasts a window longer.
         """
         self.probes.append((step, loss))
         start, last = self.entered[-1].start, len(self.ladder) - 1
+        if self.rung == last:
+            if step < self.total_steps or not self.may_go_on or _stale([v for _, v in self.probes]) >= PATIENCE:
+                return None
+            self.added = min(self.added + self.window, self._room())
+            return "go on"
         seen = [value for at, value in self.probes if at >= start]
-        if self.rung == last or len(seen) < 2:
+        if len(seen) < 2:
             return None
-        best, stale = seen[0], 0
-        for value in seen[1:]:
-            # Not "value > …": a loss that is no number is no progress.
-            stale = 0 if value <= best - LEAST_DROP * abs(best) else stale + 1
-            best = min(best, value)
+        stale = _stale(seen)
         if len(seen) == 2 and stale:
             self.given_back += step - start
             self.entered.append(Entered(last, step))
@@ -159,6 +188,16 @@ class AutoSchedule(Schedule):
         for entry in log:
             if PROBE in entry:
                 self.tell(int(entry["step"]), float(entry[PROBE]))
+
+
+def _stale(values: Sequence[float]) -> int:
+    """How many of the last values in a row were no progress over the best before them."""
+    best, stale = values[0], 0
+    for value in values[1:]:
+        # Not "value > …": a loss that is no number is no progress.
+        stale = 0 if value <= best - LEAST_DROP * abs(best) else stale + 1
+        best = min(best, value)
+    return stale
 
 
 def probe_examples(total_steps: int, step_examples: int) -> int:

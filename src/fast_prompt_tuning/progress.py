@@ -70,7 +70,8 @@ class ProgressReporter(TrainerCallback):
         self._work += self.relative(self.schedule.stage_at(state.global_step - 1))
         if self.bar is not None:
             numbers = "  ".join(filter(None, (self._numbers(state), self.metric)))
-            self.bar.update(self.task, completed=state.global_step, numbers=numbers)
+            end = min(self.schedule.total_steps, state.max_steps)
+            self.bar.update(self.task, completed=state.global_step, total=end, numbers=numbers)
 
     def _numbers(self, state: Any) -> str:
         last = self.schedule.index_at(max(state.global_step - 1, 0))

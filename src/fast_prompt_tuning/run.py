@@ -28,7 +28,7 @@ from .data import (
     train_split,
 )
 from .errors import CheckpointError, ConfigError, TrainingStopped
-from .flops import FlopsLedger, schedule_flops, step_flops
+from .flops import BatchShape, FlopsLedger, schedule_flops, step_flops
 from .growth import WINDOWS, AutoSchedule, probe_examples
 from .models import describe_dtype
 from .partial_plm import PartialPLM
@@ -36,7 +36,7 @@ from .placement import SuffixPromptModel
 from .preparation import calibration_batches, checked_schedule, scored_partial, trainable
 from .results import Point, RunResult, environment, save_result
 from .run_folder import check_folder, differences, log_of, prepare_folder, recipe_changes, write_log
-from .schedule import Schedule
+from .schedule import Schedule, Stage
 from .session import Evaluation, Session, evaluate, open_session, write_predictions
 from .soft_prompt import (
     load_prompt,
@@ -114,6 +114,7 @@ def train(
             WINDOWS,
         )
     elif isinstance(schedule, AutoSchedule):
+        schedule = AutoSchedule(schedule.ladder, schedule.asked, _step_costs(session, schedule.ladder))
         step_examples = config.train.batch_size * config.train.accumulate * parallel.size()
         size = min(probe_examples(config.train.steps, step_examples), len(rows) // 4)
         held_out, rows = train_split(rows, size, config.train.seed)
@@ -141,15 +142,28 @@ def train(
         )
 
 
+def _usual_shape(session: Session) -> BatchShape:
+    """A training batch of usual size; with a prompt after the text, the texts are kept."""
+    config = session.config
+    batch = calibration_batches(session, config.train.batch_size)[0]
+    shape = batch_shape(batch, config.prompt.tokens, session.cost)
+    suffix = config.prompt.placement == "suffix"
+    return replace(shape, placement="suffix", text_examples=0) if suffix else shape
+
+
+def _step_costs(session: Session, stages: Sequence[Stage]) -> list[float]:
+    """What a step of each stage costs, relative to one of the last."""
+    shape = _usual_shape(session)
+    flops = [step_flops(session.cost, stage, shape) for stage in stages]
+    return [min(1.0, each / flops[-1]) for each in flops]
+
+
 def _say_if_nothing_is_saved(session: Session, schedule: Schedule, ledger: FlopsLedger) -> None:
     """Warn where scoring costs what the stages save: a short run does not earn it back."""
     config = session.config
     if not ledger["score"] or isinstance(schedule, AutoSchedule):
         return
-    batch = calibration_batches(session, config.train.batch_size)[0]
-    shape = batch_shape(batch, config.prompt.tokens, session.cost)
-    if config.prompt.placement == "suffix":
-        shape = replace(shape, placement="suffix", text_examples=0)
+    shape = _usual_shape(session)
     batches = config.train.accumulate * parallel.size()
     stages = batches * schedule_flops(session.cost, schedule, shape)
     plain = batches * schedule.total_steps * step_flops(session.cost, None, shape)
@@ -184,7 +198,7 @@ def _train(
     """
     config = session.config
     rows, held_out = data
-    spare = schedule.window if isinstance(schedule, AutoSchedule) and held_out is not None else 0
+    spare = schedule.most_steps - schedule.asked if isinstance(schedule, AutoSchedule) else 0
     full_tuning = config.method == "full"
     reached, past = (found.step, found.record) if found else (0, {})
     history = log_of(found)
