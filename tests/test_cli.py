@@ -5,18 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors import safe_open
 from toy import articles, toy
+from transformers import AutoModelForCausalLM
 
-from fast_prompt_tuning import cli, console, demo
+from fast_prompt_tuning import Schedule, cli, console, demo
+from fast_prompt_tuning.config import load
+from fast_prompt_tuning.demo import reporting
+from fast_prompt_tuning.progress import ProgressReporter
+from fast_prompt_tuning.session import input_ids_of, open_session
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +76,109 @@ def test_train(fpt, tmp_path):
     assert os.path.isdir(record["prompt_folder"])
     assert "tuning on" in err
     out, _ = fpt("--quiet", "train", "--config", recipe, "--set", "train.steps=5", "--resume")
-    assert out == ""
+    assert "tuning on" not in out
+    assert "accuracy" in out
+    out, err = fpt("--quiet", "train", "--config", recipe, "--set", "train.steps=5", "--overwrite", "--json")
+    assert only_json(out)["metric"] == "accuracy"
+    assert "accuracy" not in err
+
+
+def test_quiet_commands_still_answer(fpt, made):
+    for command in (["eval", made / "topics"], ["compare", made / "topics"], ["ls", "tasks"]):
+        out, _ = fpt("--quiet", *command)
+        assert "topics" in out
+
+
+def test_eval_of_all_weights_is_of_them_alone(fpt, made, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "full", method="full")
+    fpt("-q", "train", "--config", recipe, "--set", "train.steps=4")
+    for more in (["--zero-shot"], [made / "topics"]):
+        _, err = fpt("eval", tmp_path / "full", *more, code=2)
+        assert "score it by itself" in err
+
+
+def test_eval_says_where_a_prompt_is_another_models(fpt, made, tmp_path, caplog):
+    changed = tmp_path / "model"
+    plm = AutoModelForCausalLM.from_pretrained(toy().llama)
+    with torch.no_grad():
+        plm.model.layers[0].mlp.up_proj.weight.mul_(2)
+    plm.save_pretrained(changed)
+    for file in toy().llama.glob("tokenizer*"):
+        shutil.copy(file, changed)
+    fpt("eval", made / "topics", "--set", f"model.path={changed}")
+    assert "was tuned on another model than" in caplog.text
+    caplog.clear()
+    fpt("eval", made / "topics")
+    assert "another model" not in caplog.text
+
+
+def test_a_submission_is_nothing_else(fpt, made, tmp_path):
+    for more in (["--zero-shot"], ["--partial", "3x12"], ["--output", tmp_path / "p.jsonl"]):
+        _, err = fpt("eval", made / "topics", "--submission", tmp_path / "s.tsv", *more, code=2)
+        assert "leave out --output, --zero-shot and --partial" in err
+
+
+def test_eval_on_a_partial_model_finds_the_scores_it_was_given(fpt, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
+    fpt("score", "--config", recipe, "--output", tmp_path / "s.safetensors")
+    fpt("-q", "train", "--config", recipe, "--set", f"scoring.path={tmp_path / 's.safetensors'}")
+    out, _ = fpt("eval", tmp_path / "run", "--partial", "3x12", "--json")
+    assert only_json(out)["partial"] == "3x12"
+
+
+def test_templates_on_the_command_line(fpt, tmp_path):
+    """The template's end stays, whatever is cut; any character may stand in it."""
+    files = {s: str(toy().folder / f"{s}.jsonl") for s in ("train", "validation")}
+    data = {"files": files, "labels": ["sport", "business"], "max_input_tokens": 8, "max_target_tokens": 4}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**toy().recipe(tmp_path / "run", method="pt"), "data": data}))
+    fpt("-q", "train", "-c", recipe, "--input-template", "😀 {{ text }}\\nTopic:", "--target-template", " {{ label }}")
+    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert all(row["input"].startswith("😀 ") for row in found)
+    settings = load(tmp_path / "run" / "config.yaml")
+    session = open_session(settings, ("train",))
+    ends = {tuple(ids[-2:]) for ids in input_ids_of(session, session.encoded["train"])}
+    assert ends == {tuple(session.tokenizer("Topic:")["input_ids"])}
+
+
+@pytest.mark.parametrize("command", ["score", "similarity", "export"])
+def test_folders_that_are_not_there_are_made(fpt, made, tmp_path, command):
+    target = tmp_path / "no" / "such" / ("p.safetensors" if command == "export" else "p.png")
+    fpt(
+        *{
+            "score": [
+                "score",
+                "-c",
+                made / "topics.yaml",
+                "--fidelity",
+                "evenly",
+                "--sizes",
+                "50",
+                "--picture",
+                target,
+            ],
+            "similarity": ["similarity", made / "topics", made / "topics", "--picture", target],
+            "export": ["export", made / "topics", target],
+        }[command]
+    )
+    assert target.is_file()
+
+
+def test_a_stopped_run_leaves_no_bar_behind(made, monkeypatch):
+    closed = []
+    monkeypatch.setattr(ProgressReporter, "close", lambda self: closed.append(self.bar is not None))
+    session = open_session(load(made / "topics.yaml"), ("train",))
+    terminal = Console(force_terminal=True, file=io.StringIO())
+
+    def broken_off():
+        with reporting(terminal, "a run", session) as (callbacks, hook):
+            hook(Schedule.constant(session.cost.full_stage, 4), session.cost.full_stage)
+            callbacks[0].on_train_begin(None, SimpleNamespace(max_steps=4), None)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert closed == [True]
 
 
 @pytest.mark.parametrize("name", ["topics", "words"])

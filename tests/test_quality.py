@@ -26,7 +26,7 @@ SMALL = [
     "model.dtype=float32",
     "model.device=cpu",
     "data.max_input_tokens=24",
-    "data.max_target_tokens=4",
+    "data.max_target_tokens=5",
     "data.on_bad_row=skip",
     "prompt.tokens=2",
     "scoring.examples=4",
@@ -117,7 +117,7 @@ def test_every_official_format_trains_and_evaluates(data, tmp_path, name, task):
         data__task=task,
         data__files=files,
         data__max_input_tokens=40,
-        data__max_target_tokens=4,
+        data__max_target_tokens=5,
         data__on_bad_row="skip",
         train__steps=2,
     )

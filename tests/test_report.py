@@ -96,6 +96,24 @@ def test_costs_are_relative_to_plain():
     assert (alone["relative_flops"], alone["relative_seconds"]) == (None, None)
 
 
+def test_a_run_is_compared_with_its_own_models_plain_run_on_its_own_data():
+    def of(model, data, **changes):
+        config = {"model": {"path": model}, "data": {"files": {"validation": f"{data}.jsonl"}}}
+        return result(config=config, fingerprints={"validation": data}, **changes)
+
+    runs = [
+        of("llama", "a"),
+        of("t5", "a", train=1e12),
+        of("llama", "b", train=4e12),
+        of("t5", "a", name="fpt", method="cr", train=5e11),
+        of("llama", "a", name="fpt", method="cr", train=5e11),
+        of("t5", "b", name="fpt", method="cr", train=5e11),
+    ]
+    rows = table_rows(runs)
+    assert [r["relative_flops"] for r in rows] == [1.0, 1.0, 1.0, 0.5, 0.25, None]
+    assert [r["task"] for r in rows[:3]] == ["own data a", "own data a", "own data b"]
+
+
 def test_table():
     console = Console(width=160, record=True, file=io.StringIO())
     runs = [result("zero-shot", "none", 0.0, 0.0, curve=False), result(), result("f[p]t", "cr", 1e12, 60.0)]

@@ -419,6 +419,8 @@ def test_an_earlier_run_is_never_lost(tmp_path):
         {"stages": [{"layers": 99, "ffn": 8, "steps": 10}]},
         {"train__steps": 2},
         {"prompt__tokens": 64},
+        {"train__report_to": ["trackio"]},
+        {"train__report_to": ["trakio"]},
     ):
         with pytest.raises(FptError):
             run.train(recipe(out, **changes), overwrite=True)

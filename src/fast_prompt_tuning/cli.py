@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_cost, cli_report, cli_study
-from .console import emit, people, plain, quiet_libraries, state
+from .console import emit, people, plain, progress, quiet_libraries, state
 from .errors import ConfigError, DataError, FptError, TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="fpt",
@@ -61,7 +63,9 @@ def demo(
     from .demo import demo as run_demo
 
     quiet_libraries()
-    record = run_demo(people(as_json), output=output, method=method, overwrite=overwrite, overrides=sets)
+    record = run_demo(
+        progress(as_json), people(as_json), output=output, method=method, overwrite=overwrite, overrides=sets
+    )
     if as_json:
         emit(record)
     if record["status"] == "interrupted":
@@ -85,15 +89,16 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Tune a soft prompt as a recipe says. Next: `fpt eval RUN`, `fpt predict RUN`."""
-    from .config import load
+    from .config import load, override
 
     given = {"on_bad_row": on_bad_row, "input_template": input_template, "target_template": target_template}
-    chosen = [f"data.{k}={json.dumps(v.replace(chr(92) + 'n', chr(10)))}" for k, v in given.items() if v is not None]
+    lines = {k: v.replace("\\n", "\n") for k, v in given.items() if v is not None}
+    chosen = [override(f"data.{name}", text) for name, text in lines.items()]
     if input_template or target_template:
         chosen.append("data.task=null")
     settings = load(config, [*sets, *chosen])  # first of all: a typing error must not wait for PyTorch
     from . import parallel, run
-    from .demo import reporter_hook
+    from .demo import reporting
     from .report import comparison_table, table_rows
     from .run_folder import check_folder
     from .session import open_session
@@ -104,19 +109,20 @@ def train(
         raise ConfigError("--allow-changed is for --resume; add it, or leave this out")
     check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     session = open_session(settings, ("train", "validation"), resume=resume)
+    told = progress(as_json)
     if parallel.rank() != 0:  # the main process speaks for all
-        out, as_json = Console(quiet=True), False
-    callbacks: list[Any] = []
-    hook = reporter_hook(out, settings.name or Path(settings.output).name, session, callbacks)
-    result = run.train(
-        settings,
-        overwrite=overwrite,
-        resume=resume,
-        allow_changed=allow_changed,
-        session=session,
-        callbacks=callbacks,
-        on_schedule=hook,
-    )
+        out = told = Console(quiet=True)
+        as_json = False
+    with reporting(told, settings.name or Path(settings.output).name, session) as (callbacks, hook):
+        result = run.train(
+            settings,
+            overwrite=overwrite,
+            resume=resume,
+            allow_changed=allow_changed,
+            session=session,
+            callbacks=callbacks,
+            on_schedule=hook,
+        )
     out.print(comparison_table([result]))
     out.print(f"run {plain(settings.output)}", highlight=False, soft_wrap=True)
     if as_json:
@@ -158,6 +164,15 @@ def evaluate(
             raise ConfigError(f"{str(path)!r} exists already; choose another name")
     if (output or submission) and len(runs) > 1:
         raise ConfigError("--output and --submission are for one prompt; give one RUN")
+    if submission and (output or zero_shot or partial):
+        raise ConfigError(
+            "--submission writes one prompt's answers on the full model; leave out --output, --zero-shot and --partial"
+        )
+    if settings.method == "full" and (zero_shot or len(runs) > 1):
+        raise ConfigError(
+            f"{str(runs[0])!r} is a run of all weights: without a prompt, or with another's, its model would be the "
+            "tuned one; score it by itself"
+        )
     if ensemble and len(runs) < 2:
         raise ConfigError("--ensemble needs at least two prompts; give more RUNs")
     from .partial_plm import PartialPLM
@@ -180,9 +195,13 @@ def evaluate(
         placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     session = open_session(settings, (split,))
+    for folder in runs:
+        _say_if_of_another_model(folder, session)
     if submission is not None:
         write_submission(session, prompts[str(runs[0])], split, submission)
         people(as_json).print(f"{plain(str(submission))} written", highlight=False)
+        if as_json:
+            emit({"split": split, "submission": str(submission)})
         return
     at = partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
     records = {}
@@ -279,9 +298,22 @@ def predict(
         raise DataError("there is no text to answer; give it as an argument, with --file, or on standard input")
 
 
+def _say_if_of_another_model(folder: Path, session: Any) -> None:
+    from . import fingerprint
+    from .results import load_result
+
+    if not (folder / "result.json").is_file() or session.config.method == "full":
+        return
+    tuned_on = load_result(folder).fingerprints.get("model")
+    if tuned_on is not None and tuned_on != fingerprint.of_model(session.plm):
+        logger.warning("%s was tuned on another model than %s", folder, session.config.model.path)
+
+
 def _tuned_model(folder: Path) -> list[str]:
     """The setting that a run of all weights needs to be used: its own model in place of the one it began with."""
-    return [f"model.path={json.dumps(str(folder / 'model'))}"] if (folder / "model").is_dir() else []
+    from .config import override
+
+    return [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
 
 
 def _file_lines(file: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .console import emit, people, quiet_libraries
+from .console import emit, people, progress, quiet_libraries
 from .errors import ConfigError
 from .growth import best_case, default_ladder
 from .schedule import Schedule
@@ -243,7 +243,7 @@ def reproduce(
             output=output,
             tasks=[t.strip() for t in tasks.split(",") if t.strip()],
             overrides=sets,
-            on_run=lambda task, row, what: out.print(f"{task} {row}: {what}", highlight=False),
+            on_run=lambda task, row, what: progress(as_json).print(f"{task} {row}: {what}", highlight=False),
         )
         note = "Metrics of the best prompt on validation data; costs relative to pt in percent."
     elif wanted and not set(wanted) - {"flops", "wallclock"}:

@@ -78,13 +78,14 @@ def score(
         record = study.report(session, selections, parts, examples)
         out.print(_fidelity_table(record))
         made["fidelity"] = record
-        if picture is not None:
-            from . import pictures
-
-            made["picture"] = str(pictures.save(pictures.fidelity(record["rows"], record["full_loss"]), picture))
-            out.print(plain(str(picture)), highlight=False, soft_wrap=True)
+        made |= {"picture": str(picture)} if picture is not None else {}
     if as_json:
-        emit(made)
+        emit(made)  # before the picture, which may fail
+    if picture is not None:
+        from . import pictures
+
+        pictures.save(pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"]), picture)
+        out.print(plain(str(picture)), highlight=False, soft_wrap=True)
 
 
 def _parts(text: str) -> list[float]:

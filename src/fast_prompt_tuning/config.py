@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -148,7 +149,9 @@ class TrainConfig(_Section):
     log_every: int = Field(10, ge=1, description="steps between log lines")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile layers for training steps: pays in runs of many steps")
-    report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="tensorboard, wandb, trackio"
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -250,6 +253,11 @@ def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files(__package__) / "recipes"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def override(key: str, value: Any) -> str:
+    """One of the `overrides` of `load`, whatever characters the value holds."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML does not join JSON's surrogate pairs
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

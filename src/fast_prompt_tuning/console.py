@@ -27,11 +27,14 @@ def quiet_libraries(transformers_only: bool = False) -> None:
         datasets.disable_progress_bars()
 
 
+def progress(as_json: bool = False) -> Console:
+    """Where work under way is told of: nowhere under --quiet, on standard error under --json."""
+    return Console(quiet=state["quiet"], stderr=as_json)
+
+
 def people(as_json: bool = False) -> Console:
-    """Where people's output goes: nowhere under --quiet, to standard error under --json."""
-    if state["quiet"]:
-        return Console(quiet=True, stderr=True)
-    return Console(stderr=as_json)
+    """Where people read results: on standard error under --json, and nowhere under both that and --quiet."""
+    return Console(quiet=state["quiet"] and as_json, stderr=as_json)
 
 
 def emit(value: Any) -> None:

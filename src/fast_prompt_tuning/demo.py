@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from . import run
-from .config import RunConfig, load
+from .config import RunConfig, load, override
 from .errors import ConfigError
 from .flops import BatchShape, step_flops
 from .page import find_runs, render
@@ -28,10 +29,15 @@ from .session import Session, open_session
 RECIPE = "bbc_topics_smollm2"
 
 
-def reporter_hook(
-    console: Console, title: str, session: Session, callbacks: list[TrainerCallback]
-) -> Callable[[Schedule, Any], None]:
-    """A hook for `run.train` that puts a progress reporter for its schedule into `callbacks`."""
+@contextmanager
+def reporting(
+    console: Console, title: str, session: Session
+) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule, Any], None]]]:
+    """Callbacks and a hook for `run.train`: the hook puts a progress reporter for the run's schedule among them.
+
+    However the run ends, the terminal is as it was.
+    """
+    callbacks: list[TrainerCallback] = []
 
     def hook(schedule: Schedule, full: Any) -> None:
         data = session.config.data
@@ -46,13 +52,16 @@ def reporter_hook(
         def relative(stage: Stage) -> float:
             return step_flops(session.cost, stage, shape) / whole
 
-        callbacks.append(ProgressReporter(console, title, schedule, full, relative))
+        callbacks.append(reporter := ProgressReporter(console, title, schedule, full, relative))
+        held.callback(reporter.close)
 
-    return hook
+    with ExitStack() as held:
+        yield callbacks, hook
 
 
 def demo(
     console: Console,
+    answers: Console,
     *,
     output: str,
     method: str = "cr",
@@ -77,7 +86,12 @@ def demo(
     configs: dict[str, RunConfig] = {
         name: load(
             RECIPE,
-            [*overrides, f"method={m}", f"output={json.dumps(str(folder / name))}", f"name={label}"],
+            [
+                *overrides,
+                f"method={m}",
+                override("output", str(folder / name)),
+                f"name={label}",
+            ],
         )
         for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
     }
@@ -100,13 +114,13 @@ def demo(
     console.print(f"  {results[0].primary} {results[0].metrics[results[0].primary]:.1f}%", highlight=False)
     for config in configs.values():
         console.print(f"[bold]{escape(str(config.name))}[/bold], {config.train.steps} steps", highlight=False)
-        callbacks: list[TrainerCallback] = []
-        hook = reporter_hook(console, str(config.name), session, callbacks)
-        results.append(run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook))
+        with reporting(console, str(config.name), session) as (callbacks, hook):
+            found = run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook)
+        results.append(found)
         if results[-1].status != "finished":
             break
-    console.print()
-    console.print(comparison_table(results, f"On the full model, {test} test articles no run has seen"))
+    answers.print()
+    answers.print(comparison_table(results, f"On the full model, {test} test articles no run has seen"))
     picture = draw_quality(results, folder / "quality.png")
     _show_predictions(console, Path(results[-1].config["output"]) / "predictions.jsonl")
     record = {

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from .errors import ConfigError
 from .report import flops_unit, size_text, task_of
 from .results import Point, RunResult
 
@@ -355,11 +356,19 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Save a figure as `.png` or `.svg`, on white."""
+    """Save a figure as `.png` or `.svg`, on white; its folder is made if need be.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
     path = Path(path)
-    with _style():
-        more: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-        figure.savefig(path, dpi=200, facecolor="white", **more)
+    more: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _style():
+            figure.savefig(path, dpi=200, facecolor="white", **more)
+    except OSError as error:
+        raise ConfigError(f"the picture {str(path)!r} cannot be written: {error.strerror or error}") from error
     return path
 
 

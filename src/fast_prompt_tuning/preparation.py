@@ -221,12 +221,18 @@ def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]
 
 def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
     """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
-    neurons, layers = folder / "scores.safetensors", folder / "layers.safetensors"
+    given = session.config.scoring
+
+    def file_of(name: str, path: str | None) -> Path | None:
+        return folder / name if (folder / name).is_file() else Path(path) if path else None
+
+    neurons = file_of("scores.safetensors", given.path)
+    layers = file_of("layers.safetensors", given.layer_path)
     return _cut_by(
         session.config,
         session.plm,
-        NeuronScores.load(neurons) if neurons.is_file() else None,
-        LayerScores.load(layers) if layers.is_file() else None,
+        NeuronScores.load(neurons) if neurons else None,
+        LayerScores.load(layers) if layers else None,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import run
-from .config import RunConfig, load
+from .config import RunConfig, load, override
 from .errors import ConfigError
 from .plan import PAPER_TABLE2, PAPER_TASKS, paper_rows
 from .preparation import evaluate_partial, full_size
@@ -120,7 +120,7 @@ def _config(
         "output": str(folder),
         "name": f"{task} {folder.name}",
     }
-    config = load(f"t5_paper_{plm}", [*(f"{k}={json.dumps(v)}" for k, v in chosen.items()), *overrides])
+    config = load(f"t5_paper_{plm}", [*(override(k, v) for k, v in chosen.items()), *overrides])
     part = settings.get("part")
     if part is None:
         return config
@@ -134,7 +134,7 @@ def _config(
         "stacks": list(cut),
     }
     # The full PLM, on which a run's best prompt is chosen, says nothing of one that is scored on the partial PLM.
-    return load(config.model_dump(mode="json"), [f"stages={json.dumps([stage])}", "train.keep=last"])
+    return load(config.model_dump(mode="json"), [override("stages", [stage]), "train.keep=last"])
 
 
 def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[RunResult, float]:

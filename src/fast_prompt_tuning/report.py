@@ -42,8 +42,11 @@ def human_seconds(seconds: float) -> str:
 
 def task_of(result: RunResult) -> str:
     """The task of a run as people call it: a built-in's name, or the stem of a file."""
-    task = result.config.get("data", {}).get("task")
-    return Path(task).stem if task else "own data"
+    data = result.config.get("data", {})
+    if data.get("task"):
+        return Path(data["task"]).stem
+    files = data.get("files") or {}
+    return " ".join(["own data", *(Path(files[s]).stem for s in ("validation",) if s in files)])
 
 
 def spent_flops(result: RunResult) -> float:
@@ -74,20 +77,24 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
     return end.metrics[metric] - stopped_at(plain, spent_flops(result), metric)
 
 
-def plain_runs(results: Sequence[RunResult]) -> dict[str, RunResult]:
-    """The first run of method `pt` of every task: what the others are compared with."""
-    return {task_of(r): r for r in reversed(results) if r.method == "pt"}
+def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | None:
+    """The first run of method `pt` that a run is compared with: the same task, model and validation examples."""
+
+    def what(found: RunResult) -> Any:
+        model = found.config.get("model", {})
+        return task_of(found), model.get("path"), model.get("revision"), found.fingerprints.get("validation")
+
+    return next((r for r in results if r.method == "pt" and what(r) == what(result)), None)
 
 
 def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """One plain record per run; costs relative to the first run of method `pt` on the same task, where there is one.
+    """One plain record per run; costs relative to its `plain_run`, where there is one.
 
     `flops` is `spent_flops`, `improve` is `improvement`.
     """
-    plains = plain_runs(results)
     rows = []
     for result in results:
-        plain, spent = plains.get(task_of(result)), spent_flops(result)
+        plain, spent = plain_run(result, results), spent_flops(result)
         base = plain.flops["train"] if plain else 0.0
         low, high = result.intervals[result.primary]
         rows.append(

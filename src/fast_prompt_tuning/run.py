@@ -16,6 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from . import checkpoint, fingerprint, parallel
 from .callback import AutoCallback, ProgressiveCallback
@@ -98,6 +99,8 @@ def train(
             not suffice, or another process ended; the last good prompt or checkpoint is there.
     """
     started = time.perf_counter()
+    if missing := sorted(set(config.train.report_to) - set(get_available_reporting_integrations())):
+        raise ConfigError(f"train.report_to names {missing[0]!r}, which is not installed: pip install {missing[0]}")
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     set_seed(config.train.seed)
     session = session or open_session(config, ("train", "validation"), resume=resume)

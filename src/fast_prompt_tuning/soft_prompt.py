@@ -266,13 +266,17 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
         Their shape.
 
     Raises:
-        ConfigError: no prompt there, or the file exists already.
+        ConfigError: no prompt there, or the file exists already or cannot be written.
     """
     values, path = load_prompt(folder), Path(output)
     if path.exists():
         raise ConfigError(f"output={str(path)!r} exists already; choose another name")
     metadata = {"place": PLACES[placement_of(folder)]}
-    save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"output={str(path)!r} cannot be written: {error}") from error
     return values.shape[0], values.shape[1]
 
 

@@ -470,7 +470,8 @@ def task_from_templates(
         labels: label value -> word, or the list of words, for a closed set.
         label_field: field with the label; default `label` where labels are given.
         answers: field with the list of acceptable answers.
-        truncate: field to shorten when an input is too long.
+        truncate: field to shorten when an input is too long; default: the template's only one, if it stands there
+            once and without a filter. With neither, an input loses its own end.
         metric: default: accuracy with labels, `squad_v2` with answers, else ROUGE.
         max_target_tokens: longest target.
         format: of the files, where their suffix does not say.
@@ -481,6 +482,7 @@ def task_from_templates(
     if labels is not None:
         labels = dict(labels) if isinstance(labels, Mapping) else {word: word for word in labels}
         label_field = label_field or "label"
+    truncate = truncate or _only_field(input_template)
     metric = metric or ("accuracy" if label_field else "squad_v2" if answers else "rouge")
     data = {
         "name": name,
@@ -497,6 +499,19 @@ def task_from_templates(
         "max_target_tokens": max_target_tokens,
     }
     return _validate(data, name)
+
+
+def _only_field(template: str) -> str | None:
+    """The field that a template reads, if it is the only one and is shown once, as it is."""
+    fields = _compile(template)[1]
+    if len(fields) != 1:
+        return None
+    (field,) = fields
+    try:
+        shown = _render_input(template, {field: "text"}, field)[1] >= 0
+    except (ConfigError, DataError):
+        return None
+    return field if shown else None
 
 
 # --- submissions ---

@@ -85,7 +85,7 @@ def training_arguments(
         logging_steps=config.train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a step whose loss is not finite is skipped, and its loss not counted
-        report_to=config.train.report_to or "none",
+        report_to=list[str](config.train.report_to) or "none",
         seed=config.train.seed,
         data_seed=config.train.seed,
         disable_tqdm=True,
