@@ -325,6 +325,15 @@ def test_epochs_in_place_of_steps(tmp_path):
     assert trainer.train().global_step == 24
 
 
+def test_a_trainer_of_few_steps_ends_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoCallback, "_measure", lambda self, trainer: 8 * 0.9**trainer.state.global_step)
+    for room, steps in ((0, 24), (3, 27), (99, 33)):
+        trainer, schedule = own_trainer(tmp_path / str(room), 0.05, max_steps=24 + room)
+        schedule.costs = (0.25, 1.0)
+        assert trainer.train().global_step == steps
+        assert schedule.total_steps >= steps
+
+
 def test_a_checkpoint_carried_elsewhere_goes_on_and_says_what_is_missing(tmp_path, caplog):
     options = {"max_steps": 26, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1000}
     trainer, first = own_trainer(tmp_path / "a", 1e-9, **options)

@@ -224,7 +224,7 @@ class AutoCallback(ProgressiveCallback):
     def _consider(self, state: TrainerState) -> None:
         trainer: Any = self._trainer
         step = state.global_step
-        if trainer is None or not self.schedule.wants_probe(step):
+        if trainer is None or step >= self._most_steps or not self.schedule.wants_probe(step):
             return
         loss = self._measure(trainer)
         due = trainer.control.should_log
