@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fast_prompt_tuning import config
-from fast_prompt_tuning.config import RunConfig, load, recipe_names
+from fast_prompt_tuning.config import RunConfig, load, override, recipe_names
 from fast_prompt_tuning.errors import ConfigError, ScheduleError
 from fast_prompt_tuning.schedule import Stage
 
@@ -289,3 +289,9 @@ def test_explanations_know_every_section():
         assert config._fields_at((section,))
     assert config._fields_at(("stages", 0)) == ["layers", "ffn", "batch", "length", "rate", "steps", "stacks"]
     assert config._fields_at(("nothing", "at", "all")) == []
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_an_override_holds_any_text(text):
+    found = load({**MINIMAL, "method": "pt"}, [override("name", text)]) if text else None
+    assert found is None or found.name == text

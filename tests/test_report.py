@@ -111,6 +111,10 @@ def test_a_run_is_compared_with_its_own_models_plain_run_on_its_own_data():
     ]
     rows = table_rows(runs)
     assert [r["relative_flops"] for r in rows] == [1.0, 1.0, 1.0, 0.5, 0.25, None]
+    one, other = (of(path, "a", method=m) for path, m in (("llama", "pt"), ("./llama/", "cr")))
+    for found in (one, other):
+        found.fingerprints["model"] = "123"  # one model by two names
+    assert table_rows([one, other])[1]["relative_flops"] == 1.0
     assert [r["task"] for r in rows[:3]] == ["own data a", "own data a", "own data b"]
 
 

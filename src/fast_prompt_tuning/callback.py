@@ -163,8 +163,9 @@ class AutoCallback(ProgressiveCallback):
     """Grows the model when the full PLM's held-out loss says so (`growth.AutoSchedule`).
 
     Probes are measured on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
-    Trainer's log and decides as it did. The Trainer's `max_steps`, or its epochs, should be `schedule.most_steps`, so
-    that an abandoned stage can be made up for, and steps come on top that a small start has saved.
+    Trainer's log and decides as it did. The Trainer's `max_steps`, or the steps of its epochs, should be at least
+    `schedule.most_steps`, so that an abandoned stage can be made up for, and steps come on top that a small start has
+    saved; with a constant learning rate, since one that falls would fall over steps that may never come.
 
     Args:
         partial, schedule: as `ProgressiveCallback`.
@@ -199,7 +200,7 @@ class AutoCallback(ProgressiveCallback):
         self._most_steps = state.max_steps
         self._set_end(state)
         start = _stage_start(args)
-        if state.global_step and self.schedule.may_go_back(state.global_step) and not start.is_file():
+        if state.global_step and self.schedule.may_go_back and not start.is_file():
             logger.warning(
                 "%s is missing (was the checkpoint moved?): should this stage be given up, the prompt goes back to "
                 "what it is now, at step %d, not to the stage's first",

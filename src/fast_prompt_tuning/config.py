@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -257,7 +258,10 @@ def recipe_names() -> list[str]:
 
 def override(key: str, value: Any) -> str:
     """One of the `overrides` of `load`, whatever characters the value holds."""
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML does not join JSON's surrogate pairs
+    pair = r"(?<!\\)((?:\\\\)*)(\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})"
+    # YAML reads JSON, but does not join the two halves by which it escapes an emoji.
+    joined = re.sub(pair, lambda m: m[1] + json.loads(f'"{m[2]}"'), json.dumps(value))
+    return f"{key}={joined}"
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

@@ -116,8 +116,7 @@ def score_labels(
         plm: the bare PLM (encoder-decoder or decoder-only).
         prompt: soft prompt `(P, H)`, None for zero-shot, or several: see `prompts_of`.
         inputs: token ids of each input, unpadded.
-        labels: label word -> its target token ids, as in training but without the end-of-sequence token for
-            decoder-only models.
+        labels: label word -> its target token ids, as in training (`data.label_ids`).
         length_normalize: divide each label's log-probability by its number of tokens.
         placement: `prefix` or `suffix`: where the prompt stands.
         cache: kept states of the texts, for `suffix`.

@@ -35,7 +35,7 @@ PROBE_EXAMPLES = (4, 16)
 """Fewest and most training examples of a probe: held out, and the same ones every time."""
 
 PROBE_SHARE = 0.04
-"""All probes of a run together cost at most this part of its steps, where the fewest examples allow it."""
+"""Probes up to the latest growth cost at most this part of a run's steps, where the fewest examples allow it."""
 
 PROBE = "probe_loss"
 """The key of a probe among what a Trainer logs."""
@@ -57,12 +57,19 @@ class AutoSchedule(Schedule):
         total_steps: steps that plain prompt tuning would take; those of an abandoned stage come on top.
         costs: what a step of each stage costs, relative to one of the last. Without, nothing is known to be saved, and
             the run ends with `total_steps`.
+        probe_cost: what a probe costs, relative to a step of the last stage.
 
     Raises:
-        ScheduleError: no stage, fewer than one step, or not one cost of at most 1 for each stage.
+        ScheduleError: no stage, fewer than one step, not one cost of at most 1 for each stage, or a negative one.
     """
 
-    def __init__(self, ladder: Sequence[Stage], total_steps: int, costs: Sequence[float] | None = None):
+    def __init__(
+        self,
+        ladder: Sequence[Stage],
+        total_steps: int,
+        costs: Sequence[float] | None = None,
+        probe_cost: float = 0.0,
+    ):
         if not ladder:
             raise ScheduleError("ladder=[] is empty; auto needs at least one stage")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
@@ -70,6 +77,9 @@ class AutoSchedule(Schedule):
         self.costs = tuple(costs) if costs is not None else (1.0,) * len(ladder)
         if len(self.costs) != len(ladder) or not all(0 < cost <= 1 for cost in self.costs):
             raise ScheduleError(f"costs={costs!r} must be {len(ladder)} numbers above 0 and at most 1, one a stage")
+        if not probe_cost >= 0:
+            raise ScheduleError(f"probe_cost={probe_cost!r} must be at least 0")
+        self.probe_cost = probe_cost
         self.ladder, self.asked = tuple(ladder), total_steps
         self.window = max(1, math.ceil(total_steps / WINDOWS))
         self.latest = max(1, round(total_steps * (1 - PAPER_SPLIT[-1])))
@@ -127,10 +137,14 @@ class AutoSchedule(Schedule):
         return self.rung == len(self.ladder) - 1 and self.added < self._room()
 
     def _room(self) -> int:
-        """Steps of the last stage that what was saved before it pays for, probes allowed for."""
-        ends = [e.start for e in self.entered[1:]]
-        spent = [(end - e.start) * (1 - self.costs[e.rung]) for e, end in zip(self.entered, ends, strict=False)]
-        return max(0, math.floor(sum(spent) - self.given_back - PROBE_SHARE * self.asked))
+        """Steps of the last stage that what was saved before it pays for, and the probes of all stages."""
+        starts = self.boundaries
+        saved = sum(
+            (end - e.start) * (1 - self.costs[e.rung]) for e, end in zip(self.entered, starts[1:], strict=False)
+        )
+        probes = sum(at <= starts[-1] for at, _ in self.probes) + PATIENCE + 1
+        left = saved - self.given_back - probes * self.probe_cost
+        return max(0, math.floor(left / (1 + self.probe_cost / self.window)))  # every window ends with a probe
 
     @property
     def rung(self) -> int:
@@ -146,8 +160,9 @@ class AutoSchedule(Schedule):
             return self.may_go_on and left in (0, self.window, PATIENCE * self.window)
         return step >= self.latest or (step - self.entered[-1].start) % self.window == 0
 
-    def may_go_back(self, step: int) -> bool:
-        """Whether the stage that runs after `step` steps may yet be given up: its first window has not been judged."""
+    @property
+    def may_go_back(self) -> bool:
+        """Whether the stage that runs now may yet be given up: its first window has not been judged."""
         start = self.entered[-1].start
         return self.rung < len(self.ladder) - 1 and sum(at >= start for at, _ in self.probes) < 2
 

@@ -499,6 +499,9 @@ def _generation_config(own: Any, options: dict[str, Any], read: int) -> tuple[An
 
     Returns:
         The config, and options that are none of its.
+
+    Raises:
+        ConfigError: `max_length` is at most `read`.
     """
     given = options.pop("generation_config", None)
     config = GenerationConfig() if given is None else copy.deepcopy(given)
@@ -507,6 +510,11 @@ def _generation_config(own: Any, options: dict[str, Any], read: int) -> tuple[An
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if getattr(config, total) and getattr(config, new) is None:
             setattr(config, new, max(getattr(config, total) - read, 0))
+            if total == "max_length" and config.max_new_tokens == 0:
+                raise ConfigError(
+                    f"max_length={config.max_length} leaves no room for an answer to {read} tokens; raise it, or set "
+                    "max_new_tokens"
+                )
         setattr(config, total, None)
     config.use_cache, config.cache_implementation = True, None
     return config, more

@@ -70,8 +70,10 @@ class ProgressReporter(TrainerCallback):
         self._work += self.relative(self.schedule.stage_at(state.global_step - 1))
         if self.bar is not None:
             numbers = "  ".join(filter(None, (self._numbers(state), self.metric)))
-            end = min(self.schedule.total_steps, state.max_steps)
-            self.bar.update(self.task, completed=state.global_step, total=end, numbers=numbers)
+            self.bar.update(self.task, completed=state.global_step, total=self._end(state), numbers=numbers)
+
+    def _end(self, state: Any) -> int:
+        return min(self.schedule.total_steps, state.max_steps)
 
     def _numbers(self, state: Any) -> str:
         last = self.schedule.index_at(max(state.global_step - 1, 0))
@@ -89,7 +91,7 @@ class ProgressReporter(TrainerCallback):
         if "loss" in logs:
             self.loss = logs["loss"]
             if self.bar is None and state.is_world_process_zero:
-                line = f"  step {state.global_step}/{state.max_steps}  {self._numbers(state)}"
+                line = f"  step {state.global_step}/{self._end(state)}  {self._numbers(state)}"
                 self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -80,11 +80,18 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
 def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | None:
     """The first run of method `pt` that a run is compared with: the same task, model and validation examples."""
 
-    def what(found: RunResult) -> Any:
-        model = found.config.get("model", {})
-        return task_of(found), model.get("path"), model.get("revision"), found.fingerprints.get("validation")
+    def data(found: RunResult) -> Any:
+        return task_of(found), found.fingerprints.get("validation")
 
-    return next((r for r in results if r.method == "pt" and what(r) == what(result)), None)
+    def of_one_model(one: RunResult, other: RunResult) -> bool:
+        marks = [r.fingerprints.get("model") for r in (one, other)]
+        if all(marks) and "full" not in (one.method, other.method):  # of all weights tuned, the model is another one
+            return marks[0] == marks[1]
+        paths = [r.config.get("model", {}) for r in (one, other)]
+        return all(paths[0].get(key) == paths[1].get(key) for key in ("path", "revision"))
+
+    same = (r for r in results if r.method == "pt" and data(r) == data(result) and of_one_model(r, result))
+    return next(same, None)
 
 
 def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from .data import (
     train_split,
 )
 from .errors import CheckpointError, ConfigError, TrainingStopped
-from .flops import BatchShape, FlopsLedger, schedule_flops, step_flops
+from .flops import BatchShape, FlopsLedger, forward_flops, schedule_flops, step_flops
 from .growth import WINDOWS, AutoSchedule, probe_examples
 from .models import describe_dtype
 from .partial_plm import PartialPLM
@@ -117,10 +117,10 @@ def train(
             WINDOWS,
         )
     elif isinstance(schedule, AutoSchedule):
-        schedule = AutoSchedule(schedule.ladder, schedule.asked, _step_costs(session, schedule.ladder))
         step_examples = config.train.batch_size * config.train.accumulate * parallel.size()
         size = min(probe_examples(config.train.steps, step_examples), len(rows) // 4)
         held_out, rows = train_split(rows, size, config.train.seed)
+        schedule = _priced(schedule, session, rows, size)
     if config.train.batch_tokens is not None:  # refused here, where an example is longer
         lengths = input_lengths(rows)
         LengthBatchSampler(lengths, config.train.batch_size, seed=0, max_tokens=config.train.batch_tokens)
@@ -154,11 +154,24 @@ def _usual_shape(session: Session) -> BatchShape:
     return replace(shape, placement="suffix", text_examples=0) if suffix else shape
 
 
-def _step_costs(session: Session, stages: Sequence[Stage]) -> list[float]:
-    """What a step of each stage costs, relative to one of the last."""
-    shape = _usual_shape(session)
-    flops = [step_flops(session.cost, stage, shape) for stage in stages]
-    return [min(1.0, each / flops[-1]) for each in flops]
+def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:
+    """The schedule with what its stages and a probe of so many examples cost, on the batches of an epoch."""
+    train, usual = session.config.train, _usual_shape(session)
+    lengths = input_lengths(rows)
+    batches = LengthBatchSampler(lengths, train.batch_size, seed=train.seed, max_tokens=train.batch_tokens)
+    shapes = [replace(usual, batch=len(b), input_tokens=max(lengths[i] for i in b)) for b in batches]
+
+    def flops(stage: Stage) -> float:
+        return sum(step_flops(session.cost, stage, shape) for shape in shapes)
+
+    full = flops(schedule.ladder[-1])
+    # Where the prompt stands after the text, a partial PLM has texts of its own to run: nothing is known to be saved.
+    own_texts = usual.placement == "suffix"
+    whole = [stage.is_full(schedule.ladder[-1]) or not own_texts for stage in schedule.ladder]
+    costs = [min(1.0, flops(s) / full) if w else 1.0 for s, w in zip(schedule.ladder, whole, strict=True)]
+    once = forward_flops(session.cost, None, replace(usual, batch=probe))
+    step = train.accumulate * parallel.size() * full / len(shapes)
+    return AutoSchedule(schedule.ladder, schedule.asked, costs, once / step)
 
 
 def _say_if_nothing_is_saved(session: Session, schedule: Schedule, ledger: FlopsLedger) -> None:
@@ -285,7 +298,8 @@ def _train(
     if trainer.skipped_in_a_row:
         guard.go_back()  # the run ended within a row of bad steps: its prompt is the one before them
     ledger.add("train", trainer.state.total_flos)
-    if status == "finished" and trainer.state.global_step % int(trainer.args.eval_steps or 1):
+    scored_at = [entry["step"] for entry in trainer.state.log_history if f"eval_{session.task.primary}" in entry]
+    if status == "finished" and trainer.state.global_step not in scored_at:
         trainer.evaluate()
     if (config.train.keep == "best" and status != "stopped") or (full_tuning and status == "stopped"):
         best.restore(model)  # all weights are too many to keep the last good ones: a stopped run has its best

@@ -162,7 +162,7 @@ def _load_split(session: Session, split: str) -> None:
     if lines and session.task.one_line and not session.task.labels:
         logger.warning(
             "%d targets of the split %r have several lines, but answers end with their first line; set one_line: false "
-            "in the task's file",
+            "in the task's file (and make one of templates given as settings)",
             lines,
             split,
         )

@@ -138,7 +138,9 @@ class DiskTextCache(TextCache):
                 if opened.metadata()["crc32"] != _checksum(states):
                     raise ValueError("checksum")
             os.utime(file)  # used now: the last to go
-        except (FileNotFoundError, PermissionError, MemoryError):  # MemoryError: no further mapping to be had
+        except (FileNotFoundError, PermissionError):
+            return None
+        except (MemoryError, RuntimeError):  # no further mapping to be had
             return None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning("%s is damaged (%s): computing it again", file.name, error)

@@ -28,8 +28,8 @@ def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0
 
     Examples are taken at even distances, since a batch may be sorted by length, and others in every turn: a loader that
     deals the same batches in every epoch would else train on the same part of the data all along. An input longer than
-    `stage.length`
-    loses tokens from its end, before the last `n_tail` ones where the batch has that entry; targets are never cut.
+    `stage.length` loses tokens from its end, before the last `n_tail` ones where the batch has that entry; targets are
+    never cut.
 
     Args:
         batch: `input_ids`, `attention_mask` `(B, T)` and `labels`, `(B, T)` for a decoder-only model (unlabelled
