@@ -236,13 +236,14 @@ def test_resumed_anywhere_it_decides_as_it_did(lr, tmp_path):
         assert found.flops["probe"] == first.flops["probe"]
 
 
+def falling_with_steps(self: AutoCallback, trainer: Trainer) -> float:
+    """In place of a probe's loss: always lower than before."""
+    self.on_probe()
+    return float(8 * 0.9**trainer.state.global_step)
+
+
 def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monkeypatch):
     """Every probe is lower than the one before: what the small stage has saved is spent, and nothing else."""
-
-    def falling_with_steps(self, trainer):
-        self.on_probe()
-        return 8 * 0.9**trainer.state.global_step
-
     monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
     plain = run.train(config.load(recipe(tmp_path / "plain").model_dump(mode="json"), ["method=pt"]))
     whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=60, eval_every=48)
@@ -271,10 +272,6 @@ def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monke
     ids=["token budget", "texts of its own", "accumulated"],
 )
 def test_a_run_that_goes_on_knows_what_was_saved(tmp_path, monkeypatch, changes):
-    def falling_with_steps(self, trainer):
-        self.on_probe()
-        return 8 * 0.9**trainer.state.global_step
-
     monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
     settings = recipe(tmp_path / "run", batch_size=8, steps=48).model_dump(mode="json")
     spent = {}
@@ -354,7 +351,7 @@ def test_epochs_in_place_of_steps(tmp_path):
 
 
 def test_a_trainer_of_few_steps_ends_with_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(AutoCallback, "_measure", lambda self, trainer: 8 * 0.9**trainer.state.global_step)
+    monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
     for room, steps in ((0, 24), (3, 27), (99, 34)):
         trainer, schedule = own_trainer(tmp_path / str(room), 0.05, max_steps=24 + room)
         schedule.costs = (0.25, 1.0)
