@@ -45,8 +45,8 @@ def task_of(result: RunResult) -> str:
     data = result.config.get("data", {})
     if data.get("task"):
         return Path(data["task"]).stem
-    files = data.get("files") or {}
-    return " ".join(["own data", *(Path(files[s]).stem for s in ("validation",) if s in files)])
+    file = (data.get("files") or {}).get("validation")
+    return f"own data {Path(file).stem}" if file else "own data"
 
 
 def spent_flops(result: RunResult) -> float:
