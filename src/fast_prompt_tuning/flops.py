@@ -425,12 +425,10 @@ def text_flops(
     name = "encoder" if len(cost.stacks) > 1 else next(iter(cost.stacks))
     stack, (layers, ffn) = cost.stacks[name], cost.sizes(stage)[name]
     scores = tokens * stack.attention_width if convention == "all" else 0
-    return (
-        2
-        * examples
-        * tokens
-        * (stack.outside + layers * (stack.attention + 2 * scores + stack.neuron * ffn + stack.other))
-    )
+    each = stack.outside + layers * (stack.attention + 2 * scores + stack.neuron * ffn + stack.other)
+    if name == "decoder" and convention == "all":
+        each -= stack.token_wise + stack.neuron * ffn  # of the last layer only keys and values are wanted
+    return 2 * examples * tokens * each
 
 
 def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
@@ -456,6 +454,9 @@ def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, 
     labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
     if shape.full_logits or convention == "linear":
         labels = length
+    elif not seq2seq:
+        left_out = shape.batch * (length - labels) * (stack.token_wise + stack.neuron * ffn)  # as in `_pass_flops`
+        forward, backward = forward - left_out, backward - left_out
     logits = shape.batch * labels * cost.head
     examples = shape.batch if shape.text_examples is None else shape.text_examples
     text = text_flops(cost, stage, examples, shape.input_tokens, convention=convention)  # type: ignore[arg-type]

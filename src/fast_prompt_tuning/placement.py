@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from . import families, fingerprint
 from .errors import ConfigError, ModelError
-from .objective import IGNORED, selected_rows
+from .objective import IGNORED, last_layer_rows, selected_rows
 from .partial_plm import cut_key
 from .soft_prompt import (
     check_prompt_tokens,
@@ -174,7 +174,8 @@ def _run_texts(plm: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
             hidden = plm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
             return [hidden[i, : len(text)].clone() for i, text in enumerate(texts)]
         past = DynamicCache()  # without a config, so that no layer crops: the window is the mask's matter
-        plm.base_model(input_ids=ids, attention_mask=torch.ones_like(mask), past_key_values=past, use_cache=True)
+        with last_layer_rows(plm, lambda _: torch.zeros(0, dtype=torch.long)):  # its keys and values are all it gives
+            plm.base_model(input_ids=ids, attention_mask=torch.ones_like(mask), past_key_values=past, use_cache=True)
         layers: Any = past.layers
         states = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])
         return [states[:, :, i, :, : len(text)].clone() for i, text in enumerate(texts)]
@@ -302,7 +303,7 @@ def suffix_logits(
                 f"decoder, which has {limit}; shorten one"
             )
     index = (aligned.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
-    with selected_rows(plm, lambda _: index):
+    with selected_rows(plm, lambda _: index), last_layer_rows(plm, lambda _: index):
         logits = plm(**inputs).logits
     found = aligned.reshape(-1).index_select(0, index)
     return logits, found, torch.div(index, aligned.shape[1], rounding_mode="floor")
