@@ -161,7 +161,7 @@ def test_whatever_the_probes_say(steps, losses, rungs, priced):
 
 
 def test_the_default_ladder_and_what_is_refused():
-    assert default_ladder(FULL, 16) == (dataclasses.replace(FULL, batch=4), FULL)
+    assert default_ladder(FULL, 16) == (dataclasses.replace(FULL, batch=4, rate=0.5), FULL)
     assert default_ladder(FULL, 3) == (FULL,)
     with pytest.raises(ScheduleError, match="ladder"):
         AutoSchedule((), 10)
@@ -209,7 +209,7 @@ def test_a_whole_run(kind, tmp_path):
     assert sum(s["steps"] for s in found.schedule) == found.steps
     assert found.schedule[0]["batch"] == 2
     assert "batch" not in found.schedule[-1]
-    assert found.steps == 24 if "abandon" not in log else 26
+    assert 24 <= found.steps <= 31  # more, while the loss falls, until the run has cost what a plain one does
 
 
 def losses_of(folder: Path) -> dict[int, float]:
