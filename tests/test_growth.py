@@ -216,6 +216,17 @@ def losses_of(folder: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_log(folder / "log.jsonl") if "loss" in r}
 
 
+def resumed_from(whole: config.RunConfig, reached: int) -> tuple[config.RunConfig, run.RunResult]:
+    """A finished run once more, as if it had been killed after the checkpoint of a step."""
+    folder = Path(f"{whole.output}-cut-{reached}")
+    shutil.copytree(whole.output, folder)
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > reached:
+            shutil.rmtree(checkpoint)
+    again = config.load(whole.model_dump(mode="json"), [f"output={folder}"])
+    return again, run.train(again, resume=True)
+
+
 @pytest.mark.parametrize("lr", [0.05, 1e-6], ids=["grows", "abandons"])
 def test_resumed_anywhere_it_decides_as_it_did(lr, tmp_path):
     """Before, at and after a growth; with a rate too low to teach anything the first window is given up."""
@@ -224,12 +235,7 @@ def test_resumed_anywhere_it_decides_as_it_did(lr, tmp_path):
     first = run.train(whole)
     assert first.steps == (26 if lr < 0.01 else 24)
     for reached in (1, 2, 3, 15):
-        again = config.load(whole.model_dump(mode="json"), [f"output={tmp_path / f'cut-{reached}'}"])
-        shutil.copytree(tmp_path / "whole", again.output)
-        for checkpoint in (Path(again.output) / "checkpoints").glob("checkpoint-*"):
-            if int(checkpoint.name.split("-")[1]) > reached:
-                shutil.rmtree(checkpoint)
-        found = run.train(again, resume=True)
+        again, found = resumed_from(whole, reached)
         assert found.schedule == first.schedule
         assert losses_of(Path(again.output)) == losses_of(tmp_path / "whole")
         assert found.flops["train"] == first.flops["train"]
@@ -255,12 +261,7 @@ def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monke
     evaluated = [r["step"] for r in read_log(tmp_path / "whole" / "log.jsonl") if "eval_accuracy" in r]
     assert evaluated == [31]  # once
     for reached in (14, 24, 25, 30, 31):
-        again = config.load(whole.model_dump(mode="json"), [f"output={tmp_path / f'cut-{reached}'}"])
-        shutil.copytree(tmp_path / "whole", again.output)
-        for checkpoint in (Path(again.output) / "checkpoints").glob("checkpoint-*"):
-            if int(checkpoint.name.split("-")[1]) > reached:
-                shutil.rmtree(checkpoint)
-        found = run.train(again, resume=True)
+        again, found = resumed_from(whole, reached)
         assert (found.steps, found.schedule, found.metrics) == (31, first.schedule, first.metrics)
         assert losses_of(Path(again.output)) == losses_of(tmp_path / "whole")
         assert found.flops["train"] == first.flops["train"]

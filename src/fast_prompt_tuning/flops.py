@@ -442,9 +442,9 @@ def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, 
     tokens = shape.batch * length
     linear = stack.attention + stack.neuron * ffn + stack.other
     scores = products * tokens * (length + (0 if seq2seq else shape.input_tokens)) * stack.attention_width
-    forward = tokens * stack.outside + layers * (tokens * linear + 2 * scores)
+    forward: float = tokens * stack.outside + layers * (tokens * linear + 2 * scores)
     # The text's keys and values have no gradient of their own, but stand in one tensor with those that have.
-    backward = tokens * stack.outside + layers * (tokens * linear + 4 * scores)
+    backward: float = tokens * stack.outside + layers * (tokens * linear + 4 * scores)
     if seq2seq:
         projections = tokens * (stack.cross_query + stack.cross_out)
         cross_scores = products * tokens * shape.input_tokens * stack.cross_width

@@ -165,10 +165,13 @@ def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int)
         return sum(step_flops(session.cost, stage, shape) for shape in shapes)
 
     full = flops(schedule.ladder[-1])
-    # Where the prompt stands after the text, a partial PLM has texts of its own to run: nothing is known to be saved.
-    own_texts = usual.placement == "suffix"
-    whole = [stage.is_full(schedule.ladder[-1]) or not own_texts for stage in schedule.ladder]
-    costs = [min(1.0, flops(s) / full) if w else 1.0 for s, w in zip(schedule.ladder, whole, strict=True)]
+
+    def relative(stage: Stage) -> float:
+        if usual.placement == "suffix" and not stage.is_full(schedule.ladder[-1]):
+            return 1.0  # a partial PLM has texts of its own to run: nothing is known to be saved
+        return min(1.0, flops(stage) / full)
+
+    costs = [relative(stage) for stage in schedule.ladder]
     once = forward_flops(session.cost, None, replace(usual, batch=probe))
     step = train.accumulate * parallel.size() * full / len(shapes)
     return AutoSchedule(schedule.ladder, schedule.asked, costs, once / step)
