@@ -335,9 +335,11 @@ def test_a_changed_recipe_is_taken_on_request(tmp_path):
     assert (result.status, result.steps, result.config["optim"]["lr"]) == ("finished", 14, 0.01)
     rates = [json.loads(r).get("learning_rate") for r in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [r for r in rates if r] == [0.05] * 5 + [0.01] * 9
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     other = recipe(tmp_path / "run", train__steps=14, optim__lr=0.01, prompt__tokens=4)
     with pytest.raises(CheckpointError, match=r"needs .*4, 16"):
         run.train(other, resume=True, allow_changed=True)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before  # its recipe above all
 
 
 def test_another_optimizer_on_request(tmp_path):

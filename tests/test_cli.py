@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from fast_prompt_tuning import Schedule, cli, console, demo
 from fast_prompt_tuning.config import load
 from fast_prompt_tuning.demo import reporting
+from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.progress import ProgressReporter
 from fast_prompt_tuning.session import input_ids_of, open_session
 
@@ -437,6 +439,11 @@ def test_plan_needs_the_config_only(fpt, tmp_path):
         refused(fpt, *arguments, option, "-1")
     refused(fpt, *arguments, "--method", "xx")
     refused(fpt, *arguments, "--compare", "pt,xx")
+    refused(fpt, *arguments, "--compare", ",")
+    refused(fpt, *arguments, "--target-tokens", "0")
+    assert "--compare has no --stages" in refused(fpt, *arguments, "--compare", "pt,cr", "--measure")
+    assert "batch above --batch-size 4" in refused(fpt, *arguments, "--stages", "5x24@8:100")
+    assert "length above --input-tokens 32" in refused(fpt, *arguments, "--stages", "5x24@4x33:100")
     refused(fpt, *arguments, "--stacks", "middle")
     refused(fpt, "plan", "--model", tmp_path / "none")
 
@@ -500,6 +507,9 @@ def test_reproduce_refuses(fpt):
     assert "large or xl" in refused(fpt, "reproduce", "table1", "--plm", "small")
     assert "--scale" in refused(fpt, "reproduce", "table1", "--columns", "wallclock", "--scale", "big")
     refused(fpt, "reproduce", "table1", "--plm", "small")
+    assert "names no task" in refused(
+        fpt, "reproduce", "table2", "--columns", "all", "--model", toy().t5, "--tasks", ",", "--data", toy().folder
+    )
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -568,6 +578,29 @@ def test_bad_folders_and_files(fpt, made, tmp_path):
     assert "not the folder of a run" in refused(fpt, "eval", tmp_path)
     assert "not the folder of a run" in refused(fpt, "predict", tmp_path, "text")
     assert "validatoin" in refused(fpt, "eval", made / "topics", "--split", "validatoin")
+    inside = recipe / "p.jsonl"  # a file is no folder
+    assert "is no folder" in refused(fpt, "eval", made / "topics", "--output", inside)
+    assert "is no folder" in refused(fpt, "score", "--config", recipe, "--output", inside)
+    assert "no submission format" in refused(fpt, "eval", made / "topics", "--submission", tmp_path / "answers.tsv")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "report.html").write_text("mine")
+    assert "holds a report.html already" in refused(fpt, "demo", "--output", tmp_path / "demo")
+
+
+def test_a_home_folder_is_a_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = load(toy().recipe(Path("~/run"), model__path="~/model"))
+    assert (settings.output, settings.model.path) == (str(tmp_path / "run"), str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"cache\.folder=.* lies inside output"):
+        load(toy().recipe(Path("~/run"), cache__folder=f"{tmp_path}/run/texts"))
+
+
+def test_lines_of_a_file_with_a_byte_order_mark(fpt, made, tmp_path):
+    line = json.dumps({"text": "the ball"}) + "\n"
+    (tmp_path / "lines.jsonl").write_text("\ufeff" + line + line, encoding="utf-8")
+    out, _ = fpt("predict", made / "topics", "--file", tmp_path / "lines.jsonl", "--json")
+    one, other = map(json.loads, out.splitlines())
+    assert one == other
 
 
 def test_usage(fpt):

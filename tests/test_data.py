@@ -476,3 +476,20 @@ def test_calibration_is_a_seeded_sample():
         train_calibration(examples, 0, 0)
     with pytest.raises(DataError, match="no training examples"):
         train_calibration(examples.select([]), 1, 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=80),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.integers(100, 500),
+)
+def test_every_share_of_a_batch_keeps_to_the_budget(lengths, batch, shares, budget):
+    sampler = LengthBatchSampler(lengths, batch * shares, seed=0, max_tokens=budget, shares=shares)
+    batches = list(sampler)
+    assert sorted(i for rows in batches for i in rows) == list(range(len(lengths)))
+    for rows in batches:
+        for rank in range(shares):
+            mine = rows[len(rows) * rank // shares : len(rows) * (rank + 1) // shares]
+            assert len(mine) * max((lengths[i] for i in mine), default=0) <= budget

@@ -273,3 +273,16 @@ def test_an_ensemble_agrees_by_probabilities_or_votes():
     with pytest.raises(DataError, match="use votes for generated"):
         combine([Prediction("text", -1.0)])
     assert combine([Prediction("x", -1.0), Prediction("y", -2.0), Prediction("y", -3.0)], "votes").text == "y"
+
+
+def test_a_model_whose_output_is_no_number_answers_nothing(caplog):
+    plm = BY_NAME["llama"].plm()
+    good = score_labels(plm, None, [[5, 6]], {"a": [7], "b": [8]})
+    assert good[0].text in ("a", "b")
+    with torch.no_grad():
+        plm.get_output_embeddings().weight[:] = float("nan")
+    (found,) = score_labels(plm, None, [[5, 6]], {"a": [7], "b": [8]})
+    assert found.text == ""
+    assert math.isnan(found.score)
+    assert "1 of 1 inputs have no answer: the model's output is not a number" in caplog.text
+    assert combine([found, *good]).text == ""

@@ -17,15 +17,18 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from settings import BY_NAME
 from test_callback import Rows, arguments
-from toy import toy
+from toy import FILLER, toy
 from transformers import Trainer
 
 from fast_prompt_tuning import PartialPLM, Schedule, config, run, soft_prompt_config
 from fast_prompt_tuning.callback import AutoCallback
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
+from fast_prompt_tuning.flops import step_flops
 from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder, probe_examples
+from fast_prompt_tuning.preparation import checked_schedule, trainable
 from fast_prompt_tuning.run_folder import read_log
 from fast_prompt_tuning.schedule import Stage
+from fast_prompt_tuning.session import open_session
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 
 FULL = Stage(12, 64)
@@ -370,3 +373,44 @@ def test_a_checkpoint_carried_elsewhere_goes_on_and_says_what_is_missing(tmp_pat
     trainer.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-1"))
     assert "stage_start.safetensors is missing" in caplog.text
     assert again.entered == first.entered
+
+
+def full_disk(*_args: Any, **_kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("lr", [0.05, 1e-6], ids=["grows", "abandons"])
+def test_a_full_disk_ends_no_run(lr, tmp_path, monkeypatch, caplog):
+    settings = recipe(tmp_path / "whole", save_every=24, eval_every=24).model_dump(mode="json")
+    whole = run.train(config.load(settings, [f"optim.lr={lr}"]))
+    monkeypatch.setattr("fast_prompt_tuning.callback.save_file", full_disk)
+    found = run.train(config.load(settings, [f"optim.lr={lr}", f"output={tmp_path / 'full'}"]))
+    assert "stage_start.safetensors cannot be written" in caplog.text
+    assert (found.schedule, found.metrics) == (whole.schedule, whole.metrics)
+
+
+def test_small_stages_are_a_part_of_the_batches_that_there_are(tmp_path):
+    """A budget of tokens leaves room for fewer examples than `batch_size`."""
+    found = run.train(recipe(tmp_path / "run", batch_size=16, batch_tokens=60))
+    assert [stage.get("batch") for stage in found.schedule] == [1, None]
+    assert found.schedule[0]["rate"] < 0.6
+
+
+def test_a_prices_target_is_counted_once(tmp_path):
+    """What a stage of short inputs costs: a decoder's rows hold their targets."""
+    row = {"text": " ".join(FILLER), "answer": " ".join([*FILLER, "ball"])}
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 32)
+    settings = recipe(tmp_path / "run").model_dump(mode="json")
+    settings["data"] = {
+        "files": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")},
+        "input_template": "{{ text }}", "target_template": "{{ answer }}", "max_input_tokens": 20,
+        "max_target_tokens": 16,
+    }  # fmt: skip
+    session = open_session(config.load(settings, ["stages=[{length: 4}]"]), ("train", "validation"))
+    schedule, _ = checked_schedule(session, trainable(session)[0])
+    priced = run._priced(schedule, session, session.encoded["train"], 4)
+    usual = run._usual_shape(session)  # all rows are alike
+    assert (usual.input_tokens, usual.target_tokens) == (10, 12)
+    small, full = (step_flops(session.cost, stage, usual) for stage in schedule.ladder)
+    assert priced.costs == (pytest.approx(small / full), 1.0)

@@ -85,7 +85,7 @@ def test_the_card_states_base_model_quality_and_cost(run, uploads):
     assert head["base_model"] == "some/model"
     assert head["library_name"] == "peft"
     assert "| accuracy | 91.25 | 88.00 – 94.50 |" in card
-    assert "| 1 | 2 | 10 | 4 |" in card
+    assert "| 1 | 2 | 10 | all | 4 |" in card
     assert "2 TFLOPs" in card
     assert "torch 2.13.0" in card
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from settings import BY_NAME, FFN, LAYERS, VOCAB, Settings
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel
 
 from fast_prompt_tuning import families
 from fast_prompt_tuning.errors import ModelError
@@ -275,3 +276,30 @@ def test_models_that_do_not_predict_the_next_token_are_refused():
     headless = SimpleNamespace(get_output_embeddings=lambda: None)
     with pytest.raises(ModelError, match="has no LM head; use a"), selected_rows(headless, lambda shape: None):
         pass
+
+
+def test_layers_that_pytorch_runs_again_are_left_whole():
+    """As FSDP checkpoints activations: a wrapper around each layer."""
+    family = BY_NAME["llama"]
+    model, batch = family.peft(), padded(family, "right")
+    wanted = label_loss(model, batch)
+    layer = type(model.get_base_model().model.layers[0])
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layer))
+    found = label_loss(model, batch)
+    found.backward()
+    assert torch.equal(found, wanted)
+
+
+def test_a_feed_forward_layer_in_chunks():
+    torch.manual_seed(0)
+    bert = BertLMHeadModel(
+        BertConfig(
+            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=24, is_decoder=True, chunk_size_feed_forward=3,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(4, VOCAB, (2, 6))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    torch.testing.assert_close(label_loss(bert, batch), bert(**batch).loss)

@@ -19,7 +19,7 @@ from fast_prompt_tuning.config import load
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.page import figures, find_runs, render, samples
 from fast_prompt_tuning.pictures import losses, quality, schedules
-from fast_prompt_tuning.report import average_rows, improvement, stopped_at, table_rows
+from fast_prompt_tuning.report import average_rows, by_task, improvement, stopped_at, table_rows
 from fast_prompt_tuning.results import save_result
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -120,6 +120,21 @@ def test_costs_are_compared_within_a_task_and_averaged_over_tasks():
     assert (pt["name"], pt["values"], pt["average"], pt["improve"]) == ("pt", {"a": 50.0, "b": 70.0}, 60.0, None)
     assert (cr["average"], cr["relative_flops"], cr["improve"]) == (55.0, 0.375, 5.0)
     assert (ld["values"], ld["average"], ld["relative_flops"]) == ({"b": 50.0}, None, None)  # not the same tasks
+    named = [result(f"{m}-{t}", config={"data": {"task": t}}) for m in ("plain", "fast") for t in ("a", "b")]
+    assert [(row["name"], row["average"]) for row in average_rows(named)] == [("plain", 50.0), ("fast", 50.0)]
+
+
+def test_runs_of_other_data_or_another_metric_are_another_table():
+    def own(folder, **changes):
+        return result(config={"data": {"task": None, "files": {"validation": f"{folder}/dev.csv"}}}, **changes)
+
+    graded = {"metrics": {"rougeL": 50.0}, "intervals": {"rougeL": (40.0, 60.0)}, "primary": "rougeL"}
+    found = [own("x/tickets"), own("x/mails"), own("x/mails", **graded)]
+    assert by_task(found) == {
+        "own data tickets/dev": found[:1],
+        "own data mails/dev, accuracy": found[1:2],
+        "own data mails/dev, rougeL": found[2:],
+    }
 
 
 def test_runs_are_found(runs, tmp_path):
@@ -133,6 +148,17 @@ def test_runs_are_found(runs, tmp_path):
     ):
         with pytest.raises(DataError, match=said):
             find_runs(paths)
+
+
+def test_result_files_in_one_folder_are_runs_of_their_own(runs, tmp_path):
+    for name in ("pt", "cr"):
+        shutil.copy(runs / name / "result.json", tmp_path / f"{name}.json")
+    write_predictions(tmp_path, ("sport", "sport", "sport"))  # whose?
+    found = find_runs([tmp_path / "pt.json", tmp_path / "cr.json"])
+    assert [r.result.name for r in found] == ["plain", NASTY]
+    assert samples(found) == []
+    with pytest.raises(DataError, match="named twice"):
+        find_runs([tmp_path / "pt.json", tmp_path / "pt.json"])
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -198,6 +224,9 @@ def test_samples_show_where_runs_differ_and_what_is_right_and_wrong(tmp_path):
         ("a", "sport", 100.0),
         ("b", "business", 0.0),
     ]
+    other = (tmp_path / "b" / "predictions.jsonl").read_text().replace("text 0", "another text")
+    (tmp_path / "b" / "predictions.jsonl").write_text(other)  # numbered alike
+    assert "Right" not in dict(samples(find_runs([tmp_path])))
     (tmp_path / "a" / "predictions.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(DataError, match="not a run's predictions"):
         samples(find_runs([tmp_path]))

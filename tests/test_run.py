@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -721,3 +722,62 @@ def test_positions_are_those_of_each_stack(tmp_path):
         session("suffix", 40, 60)
     with pytest.raises(ConfigError, match=r"prompt.tokens=20 \+ data.max_input_tokens=60 need 80 positions"):
         session("prefix", 60, 40)
+
+
+def own_rows(folder: Path, split: str, targets: list[str]) -> str:
+    path = folder / f"{split}.jsonl"
+    rows = [{"text": f"news {i}", "answer": target, "label": target} for i, target in enumerate(targets)]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_rows_without_an_answer_are_refused_before_any_step(where, tmp_path):
+    files = {
+        split: own_rows(tmp_path, split, ["ball", "" if split == where else "goal", "match"])
+        for split in ("train", "validation")
+    }
+    data = {"files": files, "input_template": "{{ text }}", "target_template": "{{ answer }}", "max_input_tokens": 16}
+    data |= {"max_target_tokens": 4}
+    settings = toy().recipe(tmp_path / "run") | {"data": data}
+    with pytest.raises(DataError, match=f"the split '{where}' has 1 examples without a target, '1' is the first"):
+        run.train(load(settings))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_labels_that_become_the_same_tokens_are_refused(name, tmp_path):
+    files = {split: own_rows(tmp_path, split, ["спорт", "дело"]) for split in ("train", "validation")}
+    data = {
+        "files": files,
+        "input_template": "{{ text }}",
+        "target_template": "{{ label }}",
+        "labels": ["спорт", "дело"],  # all of it is unknown to the tokenizer
+        "max_input_tokens": 16,
+        "max_target_tokens": 4,
+    }
+    settings = toy().recipe(tmp_path / "run", model__path=str(toy().model(name))) | {"data": data}
+    with pytest.raises(ConfigError, match="labels 'спорт' and 'дело' become the same tokens"):
+        run.train(load(settings))
+
+
+def test_scores_of_another_kind_than_asked_for_are_refused(tmp_path):
+    made = run.train(load(recipe_of(tmp_path / "first", keep_layers="influence")))
+    assert made.status == "finished"
+    path = tmp_path / "first" / "layers.safetensors"
+    for settings, said in (
+        (
+            {"keep_layers": "greedy", "layer_path": str(path)},
+            "scoring.layer_path holds influence scores",
+        ),
+        ({"layer_path": str(path)}, "layer_path=.* is not used with keep_layers='evenly'"),
+        ({"keep_neurons": "first", "path": "x"}, "path='x' is not used with keep_neurons='first'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run.train(load(recipe_of(tmp_path / "second", **settings)))
+    with pytest.raises(ConfigError, match="path='x' is not used with init='vocab'"):
+        load(toy().recipe(tmp_path / "third", prompt__path="x"))
+
+
+def recipe_of(output: Path, **scoring: str) -> dict[str, object]:
+    return toy().recipe(output, method="ld", **{f"scoring__{key}": value for key, value in scoring.items()})

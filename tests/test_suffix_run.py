@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
+from settings import BY_NAME
 from torch.utils.flop_counter import FlopCounterMode
 from toy import toy
 
-from fast_prompt_tuning import activation_scores, run
+from fast_prompt_tuning import SuffixPromptModel, activation_scores, parallel, run
 from fast_prompt_tuning.config import load
-from fast_prompt_tuning.errors import ConfigError
+from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.preparation import calibration_batches, score_flops, trainable
 from fast_prompt_tuning.session import evaluate, open_session
 from fast_prompt_tuning.soft_prompt import load_prompt, placement_of
+from fast_prompt_tuning.trainer import PromptTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -108,3 +110,34 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message
     recipe = {**{"prompt__placement": "suffix"}, **changes}
     with pytest.raises(ConfigError, match=message):
         load(toy().recipe(tmp_path, **recipe))
+
+
+def test_a_step_in_parts_counts_the_texts_of_all_of_them(tmp_path, monkeypatch):
+    spent = []
+    for parts in (1, 2, 4):
+        monkeypatch.setattr(PromptTrainer, "begin_step", lambda self, n=parts: setattr(self, "parts", n))
+        found = run.train(suffix_run(tmp_path / str(parts), method="pt", train__batch_size=8))
+        spent.append(found.flops["train"])
+    # Parts are padded by themselves in the model, and counted as one batch.
+    assert spent == pytest.approx([spent[0]] * 3, rel=0.03)
+
+
+def test_a_session_serves_runs_with_and_without_gradient_checkpointing(tmp_path):
+    settings = load(toy().recipe(tmp_path / "one", method="pt", train__gradient_checkpointing=True))
+    session = open_session(settings, ("train", "validation"))
+    run.train(settings, session=session)
+    assert not session.plm.is_gradient_checkpointing
+    run.train(suffix_run(tmp_path / "other", method="pt"), session=session)
+
+
+def test_a_stock_trainer_is_told_why_it_cannot_checkpoint_gradients():
+    model = SuffixPromptModel(BY_NAME["llama"].plm(), 3)
+    with pytest.raises(ModelError, match="cannot be trained with gradient checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
+
+
+def test_several_gpus_in_one_process_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    parallel.check_one_gpu(torch.device("cpu"))
+    with pytest.raises(ConfigError, match="2 GPUs in one process"):
+        parallel.check_one_gpu(torch.device("cuda"))

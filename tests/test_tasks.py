@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fast_prompt_tuning import examples, tasks
 from fast_prompt_tuning.errors import ConfigError, DataError
 from fast_prompt_tuning.examples import load_examples, render_rows
-from fast_prompt_tuning.tasks import load_task, task_from_templates
+from fast_prompt_tuning.tasks import Replace, load_task, task_from_templates
 
 DATA = Path(__file__).parent / "data"
 PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed"
@@ -556,3 +556,27 @@ def test_submissions_refuse_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match="no submission format"):
         tasks.write_submission(load_task("xsum"), tmp_path / "b.tsv", ["0"], ["a"])
     assert not (tmp_path / "b.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"), [(b"\xff,sport", "not UTF-8"), (b'"a" b,sport', "malformed")], ids=["bytes", "quotes"]
+)
+def test_bad_rows_of_a_table_can_be_skipped(bad, said, tmp_path):
+    bad_rows: list[DataError] = []
+    text = b"text,label\na,sport\n" + bad + b"\nb,sport\n"
+    rows = topics(tmp_path, text, name="rows.csv", on_bad_row="skip", bad_rows=bad_rows)
+    assert len(rows) == 2
+    (error,) = bad_rows
+    assert said in str(error)
+    assert "rows.csv:3" in str(error)
+
+
+def test_an_open_quote_that_swallows_rows_is_no_bad_row(tmp_path):
+    with pytest.raises(DataError, match="malformed"):
+        topics(tmp_path, b'text,label\na,sport\n"b,sport\nc,sport\nd,sport\n', name="rows.csv", on_bad_row="skip")
+
+
+def test_a_replacement_that_does_not_fit_its_pattern():
+    with pytest.raises(ValueError, match=r"by '\\\\9' does not fit the pattern 'a'"):
+        Replace(field="text", pattern="a", by="\\9")
+    assert Replace(field="text", pattern="(a)", by=r"\1").by == r"\1"

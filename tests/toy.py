@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 TOPICS = {"sport": ["ball", "goal", "team", "match"], "business": ["bank", "market", "profit", "stock"]}
 FILLER = ["the", "a", "of", "news", "today", "and", "big", "small", "new", "old"]
 WORDS = ["Topic", "Word", ":", "story", *FILLER, *TOPICS, *(w for words in TOPICS.values() for w in words)]
+WORDS += ["positive", "negative"]  # labels of a built-in task
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<extra_id_0>"]  # the ids that the configs of settings.py name
 
 

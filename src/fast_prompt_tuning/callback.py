@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     DefaultFlowCallback,
@@ -190,6 +191,7 @@ class AutoCallback(ProgressiveCallback):
             partial.check(stage)
         super().__init__(partial, schedule)
         self.probe, self.on_probe = {k: v for k, v in probe.items() if k != TAIL}, on_probe
+        self._begun_with: torch.Tensor | None = None
         self._most_steps = 0  # the Trainer's own, of `max_steps` or of its epochs
 
     def on_train_begin(
@@ -197,7 +199,7 @@ class AutoCallback(ProgressiveCallback):
     ) -> None:
         self.schedule.replay(state.log_history)
         super().on_train_begin(args, state, control, **kwargs)
-        self._most_steps = state.max_steps
+        self._most_steps, self._begun_with = state.max_steps, None
         self._set_end(state)
         start = _stage_start(args)
         if state.global_step and self.schedule.may_go_back and not start.is_file():
@@ -259,16 +261,22 @@ class AutoCallback(ProgressiveCallback):
 
     def _remember(self, trainer: Any, path: Path) -> None:
         """Keep the prompt as it is where a stage begins, for a resumed run too."""
+        self._begun_with = prompt_parameter(self.partial.model).detach().cpu().clone()
         if trainer.is_world_process_zero():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            work = path.with_name(f".{path.name}")
-            save_file({"prompt": prompt_parameter(self.partial.model).detach().cpu().contiguous()}, work)
-            os.replace(work, path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                work = path.with_name(f".{path.name}")
+                save_file({"prompt": self._begun_with}, work)
+                os.replace(work, path)
+            except (OSError, SafetensorError) as error:
+                logger.warning("%s cannot be written (%s); training goes on", path, error)
 
     def _go_back(self, trainer: Any, path: Path) -> None:
         prompt = prompt_parameter(self.partial.model)
+        if self._begun_with is None:  # resumed since the stage began
+            self._begun_with = load_file(path)["prompt"]
         with torch.no_grad():
-            prompt.copy_(load_file(path)["prompt"])
+            prompt.copy_(self._begun_with)
         trainer.optimizer.state.pop(prompt, None)  # moments of gradients that led nowhere
 
 

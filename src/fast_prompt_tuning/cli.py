@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_cost, cli_report, cli_study
-from .console import emit, people, plain, progress, quiet_libraries, state
+from .console import check_output, emit, people, plain, progress, quiet_libraries, state
 from .errors import ConfigError, DataError, FptError, TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ def evaluate(
 
     settings = load(_run_file(runs[0], "config.yaml"), [*_tuned_model(runs[0]), *sets])
     for path in (output, submission):
-        if path is not None and path.exists():
-            raise ConfigError(f"{str(path)!r} exists already; choose another name")
+        if path is not None:
+            check_output(path)
     if (output or submission) and len(runs) > 1:
         raise ConfigError("--output and --submission are for one prompt; give one RUN")
     if submission and (output or zero_shot or partial):
@@ -178,8 +178,9 @@ def evaluate(
     from .partial_plm import PartialPLM
     from .preparation import partial_of
     from .session import evaluate as score
-    from .session import open_session, write_predictions, write_submission
+    from .session import open_session, task_of, write_predictions, write_submission
     from .soft_prompt import load_prompt, placement_of, stack_prompts
+    from .tasks import check_submission
 
     quiet_libraries()
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
@@ -194,6 +195,8 @@ def evaluate(
             raise ConfigError("--ensemble needs prompts that stand in one place: some are before the text, some after")
         placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
+    if submission is not None:
+        check_submission(task_of(settings))
     session = open_session(settings, (split,))
     for folder in runs:
         _say_if_of_another_model(folder, session)
@@ -318,7 +321,7 @@ def _tuned_model(folder: Path) -> list[str]:
 
 def _file_lines(file: Path) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8", newline="\n") as lines:  # other line ends are part of a text
+        with file.open(encoding="utf-8-sig", newline="\n") as lines:  # other line ends are part of a text
             for line in lines:
                 yield line.rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -327,8 +330,8 @@ def _file_lines(file: Path) -> Iterator[str]:
 
 def _stdin_lines() -> Iterator[str]:
     try:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
+        for number, line in enumerate(sys.stdin):
+            yield (line if number else line.removeprefix("\ufeff")).rstrip("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 text ({error.reason})", file="standard input") from error
 
@@ -343,6 +346,8 @@ def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:
         except (ValueError, RecursionError):
             pass
     fields = sorted(task.input_fields(decoder=decoder))
+    if not fields:
+        raise DataError(f"task {task.name!r} has an input template without a field: there is nothing to answer to")
     name = task.truncate or fields[0]
     # Fields beside the main text (a headline) may be empty; a task of several real questions wants JSON.
     others = {f: "" for f in fields if f != name}

@@ -77,13 +77,13 @@ def plan(
         from .tasks import load_task
 
         found = load_task(task)
-        target_tokens = target_tokens or found.max_target_tokens
+        target_tokens = found.max_target_tokens if target_tokens is None else target_tokens
         chosen = chosen or tuple(s for s in found.stacks if s in full.stacks) or None
     shape = BatchShape(
         batch=batch_size,
         input_tokens=input_tokens,
         prompt_tokens=prompt_tokens,
-        target_tokens=target_tokens or 10,
+        target_tokens=10 if target_tokens is None else target_tokens,
         placement="suffix" if placement == "suffix" else "prefix",
         text_examples=0 if placement == "suffix" else None,
     )
@@ -92,6 +92,10 @@ def plan(
     out = people(as_json)
     if compare:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
+        if stages or measure or placement == "suffix":
+            raise ConfigError("--compare has no --stages, --measure or --placement suffix; plan one method with them")
+        if not methods:
+            raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
         found_plans = plans.compare(config, methods, shape, total_steps=steps, stacks=chosen, **common)
         if as_json:
             emit({name: p.to_dict() for name, p in found_plans.items()})
@@ -99,7 +103,7 @@ def plan(
         out.print(_comparison(found_plans))
         return
     if stages:
-        schedule = Schedule.from_dict(_parse_stages(stages, chosen or full.stacks))
+        schedule = Schedule.from_dict(_parse_stages(stages, chosen or full.stacks, batch_size, input_tokens))
     elif method == "auto":
         schedule = best_case(default_ladder(full, batch_size), steps)
     else:
@@ -131,14 +135,17 @@ def _text_lines(texts: Any, examples: int) -> str:
     )
 
 
-def _parse_stages(text: str, stacks: tuple[str, ...]) -> list[dict[str, Any]]:
-    stages = []
+def _parse_stages(text: str, stacks: tuple[str, ...], batch_size: int, input_tokens: int) -> list[dict[str, Any]]:
+    stages: list[dict[str, Any]] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+)(?:x(\d+))?)?:(\d+)", part.strip())
         if found is None:
             raise ConfigError(f"--stages {part!r} is not LAYERSxFFN[@BATCH[xTOKENS]]:STEPS, for example 8x384:100")
         numbers = dict(zip(("layers", "ffn", "batch", "length", "steps"), found.groups(), strict=True))
         stages.append({"stacks": list(stacks), **{k: int(v) for k, v in numbers.items() if v is not None}})
+        for name, option, limit in (("batch", "--batch-size", batch_size), ("length", "--input-tokens", input_tokens)):
+            if stages[-1].get(name, 0) > limit:
+                raise ConfigError(f"--stages {part!r} has a {name} above {option} {limit}; lower it")
     return stages
 
 
@@ -235,6 +242,8 @@ def reproduce(
         from .quality import run_table
 
         quiet_libraries()
+        if not tasks.strip(" ,"):
+            raise ConfigError(f"--tasks {tasks!r} names no task, for example mnli,squad2")
         rows = run_table(
             table,
             plm=plm,

@@ -22,16 +22,15 @@ def compare(
 ) -> None:
     """Runs side by side: quality, FLOPs, time, Improve. Next: `fpt report RUN…`, `fpt eval RUN…`."""
     from .page import find_runs
-    from .report import average_rows, average_table, comparison_table, table_rows, task_of
+    from .report import average_rows, average_table, by_task, comparison_table, table_rows
 
     results = [run.result for run in find_runs(folders)]
-    tasks = list(dict.fromkeys(map(task_of, results)))
+    tasks = by_task(results)
     if as_json:
         emit({"runs": table_rows(results), "averages": average_rows(results) if len(tasks) > 1 else []})
         return
     out = people()
-    for task in tasks:
-        of_task = [r for r in results if task_of(r) == task]
+    for task, of_task in tasks.items():
         gains = any(row["improve"] is not None for row in table_rows(of_task))
         out.print(comparison_table(of_task, plain(f"{task}, on the full model"), improve=gains))
     if len(tasks) > 1:

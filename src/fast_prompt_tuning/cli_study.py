@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .console import emit, people, plain, quiet_libraries
+from .console import check_output, emit, people, plain, quiet_libraries
 from .errors import ConfigError
 
 
@@ -45,8 +45,8 @@ def score(
     if not (output or layers or fidelity):
         raise ConfigError("there is nothing to make; give --output, --layers or --fidelity")
     for path in (output, layers, picture):
-        if path is not None and path.exists():
-            raise ConfigError(f"{str(path)!r} exists already; choose another name")
+        if path is not None:
+            check_output(path)
     if picture and picture.suffix not in (".png", ".svg"):
         raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
     if layers is not None and settings.scoring.keep_layers not in ("influence", "greedy"):

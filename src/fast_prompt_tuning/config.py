@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, ScheduleError
 from .growth import AutoSchedule, default_ladder
@@ -21,6 +22,9 @@ METHOD_NAMES = (*METHODS, "auto", "full")
 """The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
 weights, the baseline."""
 
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path as people write it: `~` is their home."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -29,7 +33,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which PLM."""
 
-    path: str = Field(min_length=1, description="hub id, local folder, .gguf file, or smollm2-135m")
+    path: UserPath = Field(min_length=1, description="hub id, local folder, .gguf file, or smollm2-135m")
     revision: str | None = Field(None, description="revision on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the frozen weights")
     device: str | None = Field(None, description="torch device; default CUDA where there is one")
@@ -38,11 +42,15 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which task, which files of it, and how much of each text."""
 
-    task: str | None = Field(None, min_length=1, description="a built-in task (fpt ls tasks) or a task's YAML file")
+    task: UserPath | None = Field(
+        None, min_length=1, description="a built-in task (fpt ls tasks) or a task's YAML file"
+    )
     input_template: str | None = Field(None, description="Jinja template of the input, in place of a task")
     target_template: str | None = Field(None, description="Jinja template of the target, in place of a task")
     labels: list[str] | None = Field(None, description="with templates: the closed set of the field `label`")
-    files: dict[str, str] = Field(default_factory=dict, description="split -> local file, in place of the task's own")
+    files: dict[str, UserPath] = Field(
+        default_factory=dict, description="split -> local file, in place of the task's own"
+    )
     train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
     validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
     test_limit: int | None = Field(None, ge=1, description="test on at most this many examples; default all")
@@ -68,16 +76,21 @@ class PromptConfig(_Section):
     tokens: int = Field(20, ge=1, description="virtual tokens P")
     init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
     text: str | None = Field(None, description="the text of init: text")
-    path: str | None = Field(None, description="the saved prompt of init: prompt")
+    path: UserPath | None = Field(None, description="the saved prompt of init: prompt")
     placement: Literal["prefix", "suffix"] = Field(
         "prefix", description="before the text (the paper's), or after it; an encoder-decoder's: before the target"
     )
 
     @model_validator(mode="after")
     def _needs(self) -> PromptConfig:
-        for init in ("text", "path"):
-            if self.init == {"text": "text", "path": "prompt"}[init] and not getattr(self, init):
-                raise ValueError(f"init={self.init!r} needs prompt.{init}; set it")
+        for name, init in (("text", "text"), ("path", "prompt")):
+            value = getattr(self, name)
+            if self.init == init and not value:
+                raise ValueError(f"init={self.init!r} needs prompt.{name}; set it")
+            if self.init != init and value is not None:
+                raise ValueError(
+                    f"{name}={value!r} is not used with init={self.init!r}; leave it out, or set init={init}"
+                )
         return self
 
 
@@ -86,7 +99,7 @@ class CacheConfig(_Section):
 
     tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
     budget_mib: float = Field(2048, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
-    folder: str | None = Field(None, description="of tier disk, shared by runs; default in $FPT_CACHE")
+    folder: UserPath | None = Field(None, description="of tier disk, shared by runs; default in $FPT_CACHE")
 
 
 class StageConfig(_Section):
@@ -113,12 +126,23 @@ class ScoringConfig(_Section):
 
     examples: int = Field(256, ge=1, description="training examples the neurons are scored on (the paper: 1000)")
     kind: Literal["mean", "max", "integrated_gradients"] = Field("mean", description="activation score")
-    path: str | None = Field(None, description="scores made before with fpt score, instead of scoring again")
+    path: UserPath | None = Field(None, description="scores made before with fpt score, instead of scoring again")
     keep_layers: Literal["evenly", "first", "influence", "greedy"] = Field("evenly", description="which layers stay")
     layer_examples: int = Field(16, ge=1, description="training examples layers are chosen on (influence, greedy)")
     layer_candidates: int | None = Field(4, ge=1, description="layers greedy tries a round; null: all that are left")
-    layer_path: str | None = Field(None, description="layer scores made before with fpt score")
+    layer_path: UserPath | None = Field(None, description="layer scores made before with fpt score")
     keep_neurons: Literal["activation", "first"] = Field("activation", description="which neurons stay")
+
+    @model_validator(mode="after")
+    def _used(self) -> ScoringConfig:
+        if self.path is not None and self.keep_neurons != "activation":
+            raise ValueError(f"path={self.path!r} is not used with keep_neurons={self.keep_neurons!r}; leave one out")
+        if self.layer_path is not None and self.keep_layers not in ("influence", "greedy"):
+            raise ValueError(
+                f"layer_path={self.layer_path!r} is not used with keep_layers={self.keep_layers!r}; leave it out, or "
+                "set keep_layers to influence or greedy, whichever the scores are of"
+            )
+        return self
 
 
 class OptimConfig(_Section):
@@ -183,7 +207,7 @@ class RunConfig(_Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)  # type: ignore[arg-type]
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)  # type: ignore[arg-type]
-    output: str = Field(min_length=1, description="folder of the run")
+    output: UserPath = Field(min_length=1, description="folder of the run")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -197,6 +221,12 @@ class RunConfig(_Section):
                 )
             if self.train.compile:
                 raise ValueError("train.compile cannot be used with prompt.placement='suffix'; leave it out")
+        output = Path(self.output).resolve()
+        if self.cache.folder is not None and output in Path(self.cache.folder).resolve().parents:
+            raise ValueError(
+                f"cache.folder={self.cache.folder!r} lies inside output={self.output!r}, which must be the run's own; "
+                "choose a folder beside it"
+            )
         if self.train.compile and self.train.gradient_checkpointing:
             raise ValueError("train.compile cannot be used with train.gradient_checkpointing; leave one of them out")
         if self.stages is not None:

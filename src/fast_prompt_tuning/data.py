@@ -258,12 +258,21 @@ def label_ids(
         texts: label word -> its target text (`Task.choices`).
 
     Raises:
-        ConfigError: a label takes more than `max_target_tokens` with its EOS, so training would never see its end.
+        ConfigError: a label takes more than `max_target_tokens` with its EOS, so training would never see its end; or
+            two become the same tokens.
     """
     words, targets = list(texts), _tokens(tokenizer, list(texts.values()), target=True)
     before, after = ([], []) if decoder else _affixes(tokenizer, texts[words[0]], target=True)
     eos = [tokenizer.eos_token_id]
     whole = [[*before, *ids, *(after if set(eos) & set(after) else [*after, *eos])] for ids in targets]
+    first: dict[tuple[int, ...], str] = {}
+    for word, ids in zip(words, whole, strict=True):
+        if first.setdefault(tuple(ids), word) != word:
+            raise ConfigError(
+                f"the labels {first[tuple(ids)]!r} and {word!r} become the same tokens and cannot be told apart: the "
+                "tokenizer lacks their characters, or the target's template leaves their difference out; choose other "
+                "label words (data.labels), or another template or model"
+            )
     for word, ids in zip(words, whole, strict=True):
         if len(ids) > max_target_tokens:
             raise ConfigError(
@@ -347,8 +356,9 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
         seed: seed of the order, together with the epoch.
         window: batches in a window. 1: no sorting; more: less padding.
         drop_last: leave out a random remainder so that every batch is full.
-        max_tokens: the most tokens of a batch, padding included. Which examples share a batch then stays the same at
-            every epoch, so that all have as many batches and a resumed run finds its place.
+        max_tokens: the most tokens of a batch's share, padding included. Which examples share a batch then stays the
+            same at every epoch, so that all have as many batches and a resumed run finds its place.
+        shares: processes that a batch is dealt to, in parts of like size.
 
     Raises:
         ConfigError: `batch_size` or `window` below 1, a negative seed, an example longer than `max_tokens`, or
@@ -365,6 +375,7 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
         window: int = 32,
         drop_last: bool = False,
         max_tokens: int | None = None,
+        shares: int = 1,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("window", window, 1), ("seed", seed, 0)):
             if value < least:
@@ -378,7 +389,7 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
                 "raise it or lower data.max_input_tokens"
             )
         self.size, self.seed, self.window, self.drop_last = batch_size, seed, window, drop_last
-        self.max_tokens, self.epoch = max_tokens, 0
+        self.max_tokens, self.shares, self.epoch = max_tokens, shares, 0
         full, rest = divmod(len(self.lengths), batch_size)
         self._count = full + bool(rest and not drop_last)
         if max_tokens is not None:
@@ -405,7 +416,8 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
             longest = 0
             for i, length in zip(window.tolist(), self.lengths[window].tolist(), strict=True):
                 longest = max(longest, length)
-                over = self.max_tokens is not None and (len(batch) + 1) * longest > self.max_tokens
+                largest = -(-(len(batch) + 1) // self.shares)  # rows of the largest share with this one
+                over = self.max_tokens is not None and largest * longest > self.max_tokens
                 if batch and (over or len(batch) == self.size):
                     batches.append(batch)
                     batch, longest = [], length

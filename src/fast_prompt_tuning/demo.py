@@ -81,8 +81,9 @@ def demo(
         raise ConfigError(
             f"--method {method!r} must be ld, fr, cr or auto: plain prompt tuning is what it is compared with"
         )
-    if (folder / "result.json").exists() and not overwrite:
-        raise ConfigError(f"output={output!r} holds a demo already; add --overwrite or choose another --output")
+    there = [name for name in ("result.json", "report.html", "quality.png") if (folder / name).exists()]
+    if there and not overwrite:
+        raise ConfigError(f"output={output!r} holds a {there[0]} already; add --overwrite or choose another --output")
     configs: dict[str, RunConfig] = {
         name: load(
             RECIPE,

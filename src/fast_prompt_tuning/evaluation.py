@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +24,12 @@ from .objective import IGNORED, labelled_logits, last_layer_rows, selected_rows
 from .placement import generation_inputs, suffix_logits, text_states
 from .text_cache import TextCache
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model answered for one example, and how sure it was.
+    """What the model answered for one example, and how sure it was. No answer where its scores are no numbers.
 
     `score` is the total log-probability of the chosen label (label scoring), or of the generated tokens per token
     (generation, greedy and beam). `label_scores` holds every label's, for ensembles.
@@ -141,9 +145,20 @@ def score_labels(
             if length_normalize:
                 table = table / lengths
             for i, row in zip(picked, table, strict=True):
-                best = int(row.argmax())
-                found[i] = Prediction(words[best], float(row[best]), dict(zip(words, row.tolist(), strict=True)))
+                found[i] = _likeliest(words, row)
+    lost = sum(prediction.text == "" for prediction in found.values())
+    if lost:
+        logger.warning("%d of %d inputs have no answer: the model's output is not a number", lost, len(inputs))
     return [found[i] for i in range(len(inputs))]
+
+
+def _likeliest(words: Sequence[str], scores: torch.Tensor) -> Prediction:
+    """The label with the highest of the scores `(number of labels,)`."""
+    table = dict(zip(words, scores.tolist(), strict=True))
+    if scores.isnan().any():
+        return Prediction("", math.nan, table)
+    best = int(scores.argmax())
+    return Prediction(words[best], float(scores[best]), table)
 
 
 def _log_probability(logits: torch.Tensor, targets: torch.Tensor, sequence: torch.Tensor, size: int) -> torch.Tensor:
@@ -355,6 +370,4 @@ def combine(answers: Sequence[Prediction], how: str = "probabilities") -> Predic
         raise DataError("ensemble='probabilities' needs labels; use votes for generated answers")
     words = list(tables[0] or {})
     mean = torch.tensor([[t[w] for w in words] for t in tables if t]).softmax(-1).mean(0)
-    best = int(mean.argmax())
-    log = mean.log().tolist()
-    return Prediction(words[best], log[best], dict(zip(words, log, strict=True)))
+    return _likeliest(words, mean.log())

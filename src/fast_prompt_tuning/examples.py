@@ -117,13 +117,46 @@ def _with_header(path: Path, cells: Iterator[tuple[int, list[str]]]) -> _Rows:
 
 
 def _read_quoted(path: Path, delimiter: str) -> _Rows:
-    texts = (_decode(line, path, number) for number, line in _lines(path))
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # a long text is cut later, as in JSONL
-    reader = csv.reader(texts, delimiter=delimiter, strict=True)
-    try:
-        yield from _with_header(path, ((reader.line_num, cells) for cells in reader if cells))
-    except csv.Error as error:
-        raise DataError(f"malformed: {error}", file=str(path), line=reader.line_num) from None
+    bad: list[DataError] = []
+    at = 0  # the line read last: undecodable ones do not reach the reader
+
+    def texts() -> Iterator[str]:
+        nonlocal at
+        for at, line in _lines(path):
+            try:
+                yield _decode(line, path, at)
+            except DataError as error:
+                bad.append(error)
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        while True:
+            begun = at
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                wrong = DataError(f"malformed: {error}", file=str(path), line=at)
+                if at > begun + 1:  # an open quote has swallowed rows: not one bad row, nobody knows how many
+                    raise wrong from None
+                bad.append(wrong)
+            else:
+                if cells:
+                    yield at, cells
+
+    yield from _between(_with_header(path, records()), bad)
+
+
+def _between(rows: _Rows, bad: list[DataError]) -> _Rows:
+    """Rows, and what could not be read as one, in the order of the file."""
+    for row in rows:
+        yield from bad
+        bad.clear()
+        yield row
+    yield from bad
 
 
 def _read_csv(path: Path) -> _Rows:
@@ -148,11 +181,7 @@ def _read_glue_tsv(path: Path) -> _Rows:
             if text:
                 yield number, text.split("\t")
 
-    for row in _with_header(path, cells()):
-        yield from bad
-        bad.clear()
-        yield row
-    yield from bad
+    yield from _between(_with_header(path, cells()), bad)
 
 
 def _read_squad(path: Path) -> _Rows:

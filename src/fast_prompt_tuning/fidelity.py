@@ -198,7 +198,8 @@ def _other_batches(session: Session, examples: int) -> list[dict[str, torch.Tens
     drawn = train_calibration(rows, used + examples, seed)
     if len(drawn) >= used + examples:
         taken = {tuple(ids) for ids in train_calibration(rows, used, seed)["input_ids"]}
-        drawn = drawn.select([i for i, ids in enumerate(drawn["input_ids"]) if tuple(ids) not in taken])
+        others = [i for i, ids in enumerate(drawn["input_ids"]) if tuple(ids) not in taken]
+        drawn = drawn.select(others) if others else drawn  # every text may be there several times
     collate = make_collator(session.tokenizer, session.plm)
     drawn = drawn.select(range(min(examples, len(drawn))))
     indices = by_length(drawn["input_ids"])

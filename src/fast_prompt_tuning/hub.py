@@ -26,9 +26,10 @@ def hub_id(path: str) -> str | None:
 def model_card(result: RunResult) -> str:
     """The card (Markdown with YAML front matter) of a run's prompt."""
     config = result.config
-    base, task = config["model"]["path"], config["data"]["task"] or "custom"
+    named, task = hub_id(config["model"]["path"]), config["data"]["task"] or "custom"
+    base = named or Path(config["model"]["path"]).name  # the path is this machine's own
     data = ModelCardData(
-        base_model=hub_id(base),
+        base_model=named,
         library_name="fast-prompt-tuning" if config["prompt"].get("placement") == "suffix" else "peft",
         tags=["prompt-tuning", "soft-prompt", "fast-prompt-tuning", f"task:{Path(task).stem}"],
     )
@@ -37,7 +38,7 @@ def model_card(result: RunResult) -> str:
         for name, value in result.metrics.items()
     )
     stages = "\n".join(
-        f"| {i} | {size_text(s['layers'])} | {size_text(s['ffn'])} | {s['steps']} |"
+        f"| {i} | {size_text(s['layers'])} | {size_text(s['ffn'])} | {s.get('batch') or 'all'} | {s['steps']} |"
         for i, s in enumerate(result.schedule, 1)
     )
     after = config["prompt"].get("placement") == "suffix"
@@ -56,7 +57,7 @@ model = PeftModel.from_pretrained(base_model, "this repository")"""
 {data.to_yaml()}
 ---
 
-# Soft prompt for {Path(task).stem} on {Path(base).name}
+# Soft prompt for {Path(task).stem} on {base.split("/")[-1]}
 
 {config["prompt"]["tokens"]} virtual tokens {place} the input of `{base}` (revision
 {config["model"]["revision"] or "default"}), tuned with the method `{result.method}` of fast-prompt-tuning. The model's
@@ -74,11 +75,12 @@ weights are unchanged.
 
 ## Training
 
-{result.steps} steps, {human_flops(result.flops["train"])} of training and {human_flops(result.flops["score"])} of
-scoring, {human_seconds(result.train_seconds)} of training steps.
+{result.steps} steps, {human_flops(result.flops["train"])} of training and
+{human_flops(result.flops["score"] + result.flops["probe"])} of scoring and probing,
+{human_seconds(result.train_seconds)} of training steps.
 
-| stage | layers | FFN neurons | steps |
-| --- | --- | --- | --- |
+| stage | layers | FFN neurons | examples of a batch | steps |
+| --- | --- | --- | --- | --- |
 {stages}
 
 Model fingerprint {result.fingerprints.get("model", "?")}. Versions: {versions}.

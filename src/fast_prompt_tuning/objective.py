@@ -60,6 +60,8 @@ def _token_wise_parts(plm: Any, layer: nn.Module) -> list[tuple[Sequence[nn.Modu
         module = resolve(layer, path)
         if module is not None:
             parts.append(((module,), module))
+    if getattr(plm.config, "chunk_size_feed_forward", 0):
+        return parts  # the FFN is given a few positions at a time
     out = resolve(layer, spec.ffn_out)
     for paths in spec.ffn_in:
         modules = [resolve(layer, p) for p in paths]
@@ -75,8 +77,8 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
     A hook takes their rows out before each such part, another puts the results back among zeros, so that the layer's
     own forward meets the shapes it expects. Hidden states at the other positions come out wrong: nothing may read
     them. Without effect where there is nothing to leave out or it cannot be told: encoder-decoders (every decoder
-    position has a label), unregistered families, gradient checkpointing, which runs layers again later, and compiled
-    layers, which hooks would have compiled once more.
+    position has a label), unregistered families, gradient checkpointing (by `transformers` or PyTorch's wrapper), which
+    runs layers again later, and compiled layers, which hooks would have compiled once more.
 
     Args:
         rows: `(B, T) shape → (N,)` function giving the positions in row-major order.
@@ -89,7 +91,8 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
             layer = resolve(getattr(plm, "base_model", plm), f"{spec.layers}.-1")
         except UnknownFamilyError:
             pass
-    if layer is None or getattr(layer, "gradient_checkpointing", False) or layer._compiled_call_impl is not None:
+    again = getattr(layer, "gradient_checkpointing", False) or hasattr(layer, "_checkpoint_wrapped_module")
+    if layer is None or again or layer._compiled_call_impl is not None:
         yield
         return
     index: torch.Tensor | None = None

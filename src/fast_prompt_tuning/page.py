@@ -18,6 +18,7 @@ from .errors import DataError
 from .metrics import METRICS
 from .report import (
     average_rows,
+    by_task,
     human_flops,
     human_seconds,
     number,
@@ -25,7 +26,6 @@ from .report import (
     signed,
     size_text,
     table_rows,
-    task_of,
 )
 from .results import RunResult, load_result
 from .soft_prompt import load_prompt, placement_of, similarity_matrix
@@ -38,7 +38,9 @@ LONG = 280
 
 @dataclass(frozen=True)
 class Run:
-    """A run's result and the folder it lies in."""
+    """A run's result and the folder it lies in; of a result file by another name that file, since what lies beside may
+    be another run's.
+    """
 
     folder: Path
     result: RunResult
@@ -54,7 +56,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         inside = sorted(p.parent for p in path.glob("*/result.json")) if path.is_dir() else []
         try:
-            runs = [Run(path if path.is_dir() else path.parent, load_result(path))]
+            runs = [Run(path.parent if path.name == "result.json" else path, load_result(path))]
         except DataError:
             if not inside:
                 raise
@@ -78,7 +80,7 @@ def _first(run: Run) -> int:
 def figures(runs: Sequence[Run]) -> dict[str, tuple[str, Figure]]:
     """Every picture of the runs: file stem -> (what it shows, figure)."""
     found: dict[str, tuple[str, Figure | None]] = {}
-    for n, (task, results) in enumerate(_by_task(runs).items()):
+    for n, (task, results) in enumerate(by_task([run.result for run in runs]).items()):
         suffix = f"-{n + 1}" if n else ""
         if any(r.curve and r.steps for r in results):
             for against, what in (("flops", "training compute"), ("seconds", "training time")):
@@ -121,7 +123,7 @@ def render(runs: Sequence[Run]) -> str:
         "size": size_text,
     }
     environment.filters.update(shown)
-    tasks = _by_task(runs)
+    tasks = by_task(results)
     return environment.get_template("report.html").render(
         title=f"{' and '.join(_models(results))} on {', '.join(tasks)}",
         tasks={task: {"metric": rs[0].primary, "rows": table_rows(rs)} for task, rs in tasks.items()},
@@ -129,7 +131,11 @@ def render(runs: Sequence[Run]) -> str:
         pictures=drawn,
         runs=runs,
         stages=[(r.name, _stages(r)) for r in results if len(r.schedule) > 1],
-        samples={task: found for task in tasks if (found := samples([r for r in runs if task_of(r.result) == task]))},
+        samples={
+            t: found
+            for t, rs in tasks.items()
+            if (found := samples([r for r in runs if any(r.result is x for x in rs)]))
+        },
         settings=_settings(results),
         recipes=[(r.name, yaml.safe_dump(r.config, sort_keys=False, allow_unicode=True)) for r in results if r.config],
         versions=_columns([r.environment for r in results]),
@@ -172,11 +178,10 @@ def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _by_task(runs: Sequence[Run]) -> dict[str, list[RunResult]]:
-    found: dict[str, list[RunResult]] = {}
-    for run in runs:
-        found.setdefault(task_of(run.result), []).append(run.result)
-    return found
+def _with(runs: Sequence[Run], results: Sequence[RunResult]) -> list[Run]:
+    """The runs that have these results."""
+    wanted = set(map(id, results))
+    return [run for run in runs if id(run.result) in wanted]
 
 
 def _models(results: Sequence[RunResult]) -> list[str]:
@@ -231,11 +236,21 @@ def samples(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
     Returns:
         (heading, examples) pairs; each example has `input`, `gold` and one answer per run with its score in percent.
     """
-    answered = [(run.result.name, found) for run in runs if (found := _predictions(run))]
+    answered = [(run.result, found) for run in runs if (found := _predictions(run))]
     if not answered:
         return []
-    names, tables = [name for name, _ in answered], [table for _, table in answered]
-    shared = [i for i in tables[0] if all(i in table for table in tables[1:])]
+    names, tables = [result.name for result, _ in answered], [table for _, table in answered]
+    models = [result.config.get("model", {}).get("path") for result, _ in answered]
+
+    def same(i: str, n: int) -> bool:
+        """Whether run n has answered example i of the first run, and not one of other data that is numbered alike."""
+        one, other = tables[0][i], tables[n].get(i)
+        # The input's template is the model family's.
+        return other is not None and (
+            one["gold"] == other["gold"] and (one["input"] == other["input"] or models[0] != models[n])
+        )
+
+    shared = [i for i in tables[0] if all(same(i, n) for n in range(1, len(tables)))]
     examples = [
         {
             "input": tables[0][i]["input"],

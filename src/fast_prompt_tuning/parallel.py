@@ -47,6 +47,19 @@ def start(device: str | None) -> str | None:
     return str(state.device) if device in (None, "cuda") else device
 
 
+def check_one_gpu(device: torch.device) -> None:
+    """Raise where the Trainer would spread one process over several GPUs (`torch.nn.DataParallel`).
+
+    Raises:
+        ConfigError: the model is on one of several visible GPUs, and this is the only process.
+    """
+    if device.type == "cuda" and size() == 1 and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs in one process: torch.nn.DataParallel cannot train a prompt; start one "
+            "process per GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
 def stop() -> None:
     """Leave the group of processes, at the very end."""
     if distributed.is_available() and distributed.is_initialized():

@@ -67,7 +67,7 @@ def _figure(height: float) -> Figure:
 
 def _name(text: str, longest: int = 28) -> str:
     """A run's name for a legend: one line, not too long, and no leading underscore, which would hide it."""
-    line = " ".join(text.split())
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())  # XML has no control characters
     line = line if len(line) <= longest else line[: longest - 1] + "…"
     return f" {line}" if line.startswith("_") else line
 

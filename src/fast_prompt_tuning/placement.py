@@ -453,6 +453,13 @@ class SuffixPromptModel(nn.Module):
             self.cache.forget(self._cut)  # type: ignore[union-attr]
         self._cut = cut
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: as `check_suffix`."""
+        raise ModelError(
+            "a prompt after the text cannot be trained with gradient checkpointing, which drops the text's states; "
+            "leave it out: the text keeps no activations here anyway"
+        )
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the prompt, and where it stands; `load_soft_prompt(plm, folder)` reads it.
 

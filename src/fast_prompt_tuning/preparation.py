@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +88,21 @@ def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule, Need
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
     if given is not None:
         PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
+        _check_kind("scoring.path", given.metadata, "scoring.kind", config.scoring.kind)
     down_to = fewest_layers(tried, full) if config.scoring.keep_layers in LAYER_KINDS else {}
     given_layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
     if given_layers is not None:
         PartialPLM(model, keep_layers="score", layer_scores=given_layers)
+        _check_kind("scoring.layer_path", given_layers.metadata, "scoring.keep_layers", config.scoring.keep_layers)
     return schedule, Needed(partial, scores, given, down_to, given_layers)
+
+
+def _check_kind(path: str, metadata: Mapping[str, str], setting: str, wanted: str) -> None:
+    found = metadata.get("kind", wanted)
+    if found != wanted:
+        raise ConfigError(
+            f"{path} holds {found} scores, but {setting}={wanted!r}; set {setting}={found}, or score again"
+        )
 
 
 def fewest_layers(stages: Iterable[Stage], full: Stage) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,12 +42,24 @@ def human_seconds(seconds: float) -> str:
 
 
 def task_of(result: RunResult) -> str:
-    """The task of a run as people call it: a built-in's name, or the stem of a file."""
+    """The task of a run as people call it: a built-in's name, the stem of a task's file, or folder and stem of data."""
     data = result.config.get("data", {})
     if data.get("task"):
         return Path(data["task"]).stem
     file = (data.get("files") or {}).get("validation")
-    return f"own data {Path(file).stem}" if file else "own data"
+    return f"own data {'/'.join(Path(file).with_suffix('').parts[-2:])}" if file else "own data"
+
+
+def by_task(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Runs of one task and one metric, in order, by the name of their table."""
+    metrics: dict[str, set[str]] = {}
+    for result in results:
+        metrics.setdefault(task_of(result), set()).add(result.primary)
+    found: dict[str, list[RunResult]] = {}
+    for result in results:
+        task = task_of(result)
+        found.setdefault(task if len(metrics[task]) == 1 else f"{task}, {result.primary}", []).append(result)
+    return found
 
 
 def spent_flops(result: RunResult) -> float:
@@ -140,7 +153,9 @@ def average_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
     tasks = list(dict.fromkeys(r["task"] for r in records))
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        name = record["name"].replace(record["task"], "").strip(" -_/.,:") or record["method"]
+        # Between other characters than letters and digits alone: the task "a" is in the name "plain-a" once.
+        own = rf"(?<![^\W_]){re.escape(record['task'])}(?![^\W_])"
+        name = re.sub(own, "", record["name"]).strip(" -_/.,:") or record["method"]
         groups.setdefault(name, []).append(record)
 
     def mean(runs: list[dict[str, Any]], what: str) -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from .data import (
 )
 from .errors import CheckpointError, ConfigError, TrainingStopped
 from .flops import BatchShape, FlopsLedger, forward_flops, schedule_flops, step_flops
-from .growth import WINDOWS, AutoSchedule, probe_examples
+from .growth import WINDOWS, AutoSchedule, default_ladder, probe_examples
 from .models import describe_dtype
 from .partial_plm import PartialPLM
 from .placement import SuffixPromptModel
@@ -105,14 +106,18 @@ def train(
     set_seed(config.train.seed)
     session = session or open_session(config, ("train", "validation"), resume=resume)
     session.config = config
+    parallel.check_one_gpu(session.plm.device)
     model, trained = trainable(session)
     schedule, needed = checked_schedule(session, model)
     rows, held_out = session.encoded["train"], None
+    if isinstance(schedule, AutoSchedule) and config.stages is None and config.train.batch_tokens is not None:
+        # A quarter of the batches that there are, not of those that the budget leaves no room for.
+        batches = _batches(config, input_lengths(rows))
+        schedule = AutoSchedule(default_ladder(schedule.ladder[-1], median_high(map(len, batches))), config.train.steps)
     if isinstance(schedule, AutoSchedule) and not schedule.tries:
         logger.warning(
-            "method=auto has nothing to try here, so this is plain prompt tuning: train.batch_size=%d must be at least "
-            "4, or stages be named, and train.steps=%d be at least %d",
-            config.train.batch_size,
+            "method=auto has nothing to try here, so this is plain prompt tuning: batches must have at least 4 "
+            "examples (train.batch_size, train.batch_tokens), or stages be named, and train.steps=%d be at least %d",
             config.train.steps,
             WINDOWS,
         )
@@ -122,18 +127,15 @@ def train(
         held_out, rows = train_split(rows, size, config.train.seed)
         schedule = _priced(schedule, session, rows, size)
     if config.train.batch_tokens is not None:  # refused here, where an example is longer
-        lengths = input_lengths(rows)
-        LengthBatchSampler(lengths, config.train.batch_size, seed=0, max_tokens=config.train.batch_tokens)
+        _batches(config, input_lengths(rows))
     identity = _identity(session)
     folder = Path(config.output)
     with ExitStack() as held:
         # All that can be refused has been: only now is an earlier run replaced, or a folder made.
         parallel.on_main(lambda: held.enter_context(checkpoint.locked(folder)))
         found = parallel.on_main(
-            lambda: _prepare(config, identity, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+            lambda: _prepare(config, identity, model, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
         )
-        if found is not None:
-            _check_fits(found, model, config.method == "full")
         ledger = FlopsLedger()
         partial = scored_partial(session, model, schedule, needed, folder, ledger)
         _say_if_nothing_is_saved(session, schedule, ledger)
@@ -143,6 +145,12 @@ def train(
         return _train(
             session, data, model, trained, schedule, partial, folder, ledger, identity, found, started, callbacks
         )
+
+
+def _batches(config: RunConfig, lengths: Sequence[int]) -> LengthBatchSampler:
+    """An epoch's batches of one process."""
+    train = config.train
+    return LengthBatchSampler(lengths, train.batch_size, seed=train.seed, max_tokens=train.batch_tokens)
 
 
 def _usual_shape(session: Session) -> BatchShape:
@@ -158,8 +166,9 @@ def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int)
     """The schedule with what its stages and a probe of so many examples cost, on the batches of an epoch."""
     train, usual = session.config.train, _usual_shape(session)
     lengths = input_lengths(rows)
-    batches = LengthBatchSampler(lengths, train.batch_size, seed=train.seed, max_tokens=train.batch_tokens)
-    shapes = [replace(usual, batch=len(b), input_tokens=max(lengths[i] for i in b)) for b in batches]
+    batches = _batches(session.config, lengths)
+    target = usual.target_tokens if session.decoder else 0  # a decoder's rows hold their targets
+    shapes = [replace(usual, batch=len(b), input_tokens=max(max(lengths[i] for i in b) - target, 0)) for b in batches]
 
     def flops(stage: Stage) -> float:
         return sum(step_flops(session.cost, stage, shape) for shape in shapes)
@@ -172,7 +181,7 @@ def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int)
         return min(1.0, flops(stage) / full)
 
     costs = [relative(stage) for stage in schedule.ladder]
-    once = forward_flops(session.cost, None, replace(usual, batch=probe))
+    once = parallel.size() * forward_flops(session.cost, None, replace(usual, batch=probe))  # every process probes
     step = train.accumulate * parallel.size() * full / len(shapes)
     return AutoSchedule(schedule.ladder, schedule.asked, costs, once / step)
 
@@ -270,7 +279,7 @@ def _train(
     guard.trainer = trainer
     if isinstance(schedule, AutoSchedule) and partial is not None and held_out is not None:
         probe = make_collator(session.tokenizer, session.plm)(list(held_out))
-        counted = lambda: ledger.add("probe", trainer.probe_flops(probe))  # noqa: E731
+        counted = lambda: ledger.add("probe", parallel.size() * trainer.probe_flops(probe))  # noqa: E731
         trainer.add_callback(AutoCallback(partial, schedule, probe, on_probe=counted))
         schedule.replay(history)
     elif partial is not None:
@@ -298,6 +307,8 @@ def _train(
         finally:
             if partial is not None:
                 partial.restore()
+            if config.train.gradient_checkpointing:
+                session.plm.gradient_checkpointing_disable()  # the session may serve other runs
     if trainer.skipped_in_a_row:
         guard.go_back()  # the run ended within a row of bad steps: its prompt is the one before them
     ledger.add("train", trainer.state.total_flos)
@@ -325,12 +336,19 @@ def _identity(session: Session) -> dict[str, Any]:
 
 
 def _prepare(
-    config: RunConfig, identity: dict[str, Any], *, overwrite: bool, resume: bool, allow_changed: bool
+    config: RunConfig,
+    identity: dict[str, Any],
+    model: nn.Module,
+    *,
+    overwrite: bool,
+    resume: bool,
+    allow_changed: bool,
 ) -> checkpoint.Checkpoint | None:
     """Make the folder ready to be written, and find the checkpoint to go on from.
 
     Raises:
         ConfigError: as `prepare_folder`; or model, data or the number of processes have changed since the checkpoint.
+        CheckpointError: the checkpoint is of another method or another prompt than `model` has.
     """
     folder, places = Path(config.output), Path(config.output) / "checkpoints"
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
@@ -346,7 +364,9 @@ def _prepare(
             f"changed since the checkpoint of step {found.step if found else 0}: {'; '.join(changed)}; set it back, or "
             "add --allow-changed to go on all the same"
         )
-    prepare_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    if found is not None:
+        _check_fits(found, model, config.method == "full")
+    prepare_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)  # writes the new recipe
     if changed:
         logger.warning("going on although changed: %s", "; ".join(changed))
         if any(c.startswith(("scoring", "fingerprints.model")) for c in changed):

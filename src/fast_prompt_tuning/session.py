@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,8 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     choose_attention(plm, config.prompt.tokens + config.data.max_input_tokens + session.max_target_tokens)
     for split in splits:
         _load_split(session, split)
+    if "train" in session.examples:
+        _check_targets(session)
     if task.labels:
         texts = task.choices(decoder=session.decoder)
         most = session.max_target_tokens
@@ -174,6 +177,17 @@ def _load_split(session: Session, split: str) -> None:
         max_input_tokens=data.max_input_tokens,
         max_target_tokens=session.max_target_tokens,
     )
+
+
+def _check_targets(session: Session) -> None:
+    for split in ("train", "validation"):
+        rows = session.examples.get(split)
+        empty = [i for i, target in zip(rows["id"], rows["target"], strict=True) if not target] if rows else []
+        if empty:
+            raise DataError(
+                f"the split {split!r} has {len(empty)} examples without a target, {empty[0]!r} is the first: there is "
+                "nothing to learn from them, or to score; leave these rows out of the file, or give them an answer"
+            )
 
 
 def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
@@ -295,7 +309,13 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
     """One JSON object a line: id, input, gold answers, prediction, score."""
     lines = [
         json.dumps(
-            {"id": i, "input": text, "gold": gold, "prediction": answer, "score": round(found.score, 6)},
+            {
+                "id": i,
+                "input": text,
+                "gold": gold,
+                "prediction": answer,
+                "score": round(found.score, 6) if math.isfinite(found.score) else None,
+            },
             ensure_ascii=False,
         )
         for i, text, gold, answer, found in zip(

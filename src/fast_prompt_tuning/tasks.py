@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import jinja2
 import jinja2.meta
@@ -127,6 +127,14 @@ class Replace(_Frozen):
         except re.error as error:
             raise ValueError(f"pattern {value!r} is no regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Replace:
+        try:
+            re.compile(f"{self.pattern}|").sub(self.by, "")  # matches the empty text: its template is looked at
+        except (re.error, IndexError) as error:
+            raise ValueError(f"by {self.by!r} does not fit the pattern {self.pattern!r}: {error}") from None
+        return self
 
 
 class Task(_Frozen):
@@ -517,6 +525,19 @@ def _only_field(template: str) -> str | None:
 # --- submissions ---
 
 
+def check_submission(task: Task) -> None:
+    """Raise where a task's benchmark has no submission format of ours.
+
+    Raises:
+        ConfigError: the task's source is neither GLUE with labels nor SQuAD.
+    """
+    if task.source.format != "squad" and not (task.source.format == "glue_tsv" and task.labels):
+        raise ConfigError(
+            f"task {task.name!r} has no submission format (source.format={task.source.format!r}); "
+            "it must be glue_tsv with labels, or squad"
+        )
+
+
 def write_submission(task: Task, path: str | Path, ids: Sequence[str], predictions: Sequence[str]) -> None:
     r"""Predictions on a test split in the benchmark's format: GLUE TSV (`index\tprediction`) or SQuAD JSON.
 
@@ -530,6 +551,7 @@ def write_submission(task: Task, path: str | Path, ids: Sequence[str], predictio
         ConfigError: the task has no submission format.
         DataError: lengths differ, an id repeats, a prediction is no label, or the file exists or cannot be written.
     """
+    check_submission(task)
     if len(ids) != len(predictions):
         raise DataError(f"{len(ids)} ids but {len(predictions)} predictions; give one id per prediction")
     if len(set(ids)) != len(ids):
@@ -537,27 +559,19 @@ def write_submission(task: Task, path: str | Path, ids: Sequence[str], predictio
     if task.source.format == "squad":
         answers = dict(zip(ids, map(task.postprocess, predictions), strict=True))
         text = json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
-    elif task.source.format == "glue_tsv" and task.labels:
-        spelling = {word: key for key, word in reversed(task.labels.items())}
+    else:
+        spelling = {word: key for key, word in reversed((task.labels or {}).items())}
         text = "index\tprediction\n"
         for row_id, prediction in zip(ids, predictions, strict=True):
             word = task.postprocess(prediction)
             if word not in spelling:
                 raise DataError(f"prediction {prediction!r} for id {row_id!r} is no label; expected {list(spelling)}")
             text += f"{row_id}\t{spelling[word]}\n"
-    else:
-        _no_submission(task)
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "x", encoding="utf-8", newline="\n") as handle:
             handle.write(text)
     except FileExistsError:
         raise DataError("the file exists; choose another name", file=str(path)) from None
     except OSError as error:
         raise DataError(f"cannot write the file: {error.strerror}", file=str(path)) from None
-
-
-def _no_submission(task: Task) -> NoReturn:
-    raise ConfigError(
-        f"task {task.name!r} has no submission format (source.format={task.source.format!r}); "
-        "it must be glue_tsv with labels, or squad"
-    )

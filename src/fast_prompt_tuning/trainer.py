@@ -40,7 +40,7 @@ from .flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops
 from .objective import IGNORED, label_loss
 from .partial_plm import find_stacks, get_plm
 from .placement import SuffixPromptModel, suffix_loss
-from .schedule import Schedule, Stage
+from .schedule import Schedule
 from .soft_prompt import load_prompt, prompt_parameter
 
 logger = logging.getLogger(__name__)
@@ -233,11 +233,14 @@ class PromptTrainer(Trainer):
         size = -(-rows // self.parts)
         starts = range(0, rows, size)
         total: Any = 0.0
+        self._texts: list[tuple[tuple[int, int], int]] = []
         for start in starts:
             part = {k: v[start : start + size] for k, v in inputs.items()}
             last = start == starts[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 total = total + super().training_step(model, part, num_items)
+            if isinstance(self.model, SuffixPromptModel):
+                self._texts.append((self.model.text_ran, self.model.text_tokens))
         return total  # type: ignore[no-any-return]
 
     def begin_step(self) -> None:
@@ -280,7 +283,8 @@ class PromptTrainer(Trainer):
             input_lengths(self.train_dataset),  # type: ignore[arg-type]
             self.args.per_device_train_batch_size * parallel.size(),
             seed=self.args.data_seed or 0,
-            max_tokens=self.batch_tokens and self.batch_tokens * parallel.size(),
+            max_tokens=self.batch_tokens,
+            shares=parallel.size(),
         )
         # Not accelerate.prepare: it would deal out whole batches, each of another length, and repeat rows at the end.
         return DataLoader(
@@ -384,11 +388,15 @@ class PromptTrainer(Trainer):
             return
         mine = checkpoint.load_state(Path(folder), f"process_{min(parallel.rank(), self._processes(folder) - 1)}")
         checkpoint.set_random_state(mine["random"])
+        counts = self._load_counts(folder)
+        self._tr_loss += mine["loss"]
+        self._globalstep_last_logged = counts["logged"]
+
+    def _load_counts(self, folder: str) -> dict[str, Any]:
         counts = checkpoint.load_state(Path(folder), "counts")
         for name in _COUNTS:
             setattr(self, name, counts[name])
-        self._tr_loss += mine["loss"]
-        self._globalstep_last_logged = counts["logged"]
+        return counts
 
     @staticmethod
     def _processes(folder: str) -> int:
@@ -401,29 +409,32 @@ class PromptTrainer(Trainer):
         """Load the checkpoint of a run that has made all its steps; `train` would make one more of it."""
         self._load_from_checkpoint(folder)
         self.state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
+        self._load_counts(folder)
 
     # -- what is counted ----------------------------------------------------------------------------------------------
 
     def floating_point_ops(self, inputs: Any) -> float:  # type: ignore[override]
         """FLOPs of the training step on `inputs`, at the stage it ran on (`flops.py`, convention `all`)."""
-        shape, stage = self._shape(inputs), self.schedule.stage_at(self.state.global_step)
         if self.full_tuning:
-            return 3 * forward_flops(self.cost, None, shape)  # weight gradients cost one more forward pass
-        return step_flops(self.cost, stage, shape) + self._text_flops(stage)
+            return 3 * forward_flops(self.cost, None, self._shape(inputs))  # weight gradients cost one more pass
+        stage = self.schedule.stage_at(self.state.global_step)
+        # The batch has been cut by now: neither `batch` nor `length` of the stage is to cut it once more.
+        size, shape = replace(stage, batch=None, length=None), self._shape(inputs)
+        if not isinstance(self.model, SuffixPromptModel):
+            return step_flops(self.cost, size, shape)
+        shape = replace(shape, input_tokens=max(tokens for _, tokens in self._texts))
+        return step_flops(self.cost, size, shape) + sum(text_flops(self.cost, size, *ran) for ran, _ in self._texts)
 
     def probe_flops(self, inputs: Any) -> float:
         """FLOPs of the last forward pass, if it was of `inputs` on the full PLM."""
-        return forward_flops(self.cost, None, self._shape(inputs)) + self._text_flops(None)
+        texts = text_flops(self.cost, None, *self.model.text_ran) if isinstance(self.model, SuffixPromptModel) else 0.0
+        return forward_flops(self.cost, None, self._shape(inputs)) + texts
 
     def _shape(self, inputs: Any) -> BatchShape:
         shape = batch_shape(inputs, self.prompt_tokens, self.cost)
         if not isinstance(self.model, SuffixPromptModel):
             return shape
         return replace(shape, placement="suffix", input_tokens=self.model.text_tokens, text_examples=0)
-
-    def _text_flops(self, stage: Stage | None) -> float:
-        """What running texts has cost the last forward pass, where the prompt stands after them."""
-        return text_flops(self.cost, stage, *self.model.text_ran) if isinstance(self.model, SuffixPromptModel) else 0.0
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         self._memory_tracker.start()
