@@ -133,14 +133,16 @@ def _read_quoted(path: Path, delimiter: str) -> _Rows:
 
     def records() -> Iterator[tuple[int, list[str]]]:
         while True:
-            begun = at
+            begun = reader.line_num
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 wrong = DataError(f"malformed: {error}", file=str(path), line=at)
-                if at > begun + 1:  # an open quote has swallowed rows: not one bad row, nobody knows how many
+                if (
+                    reader.line_num > begun + 1
+                ):  # an open quote has swallowed rows: not one bad row
                     raise wrong from None
                 bad.append(wrong)
             else:

@@ -131,11 +131,7 @@ def render(runs: Sequence[Run]) -> str:
         pictures=drawn,
         runs=runs,
         stages=[(r.name, _stages(r)) for r in results if len(r.schedule) > 1],
-        samples={
-            t: found
-            for t, rs in tasks.items()
-            if (found := samples([r for r in runs if any(r.result is x for x in rs)]))
-        },
+        samples={task: found for task, rs in tasks.items() if (found := samples(_with(runs, rs)))},
         settings=_settings(results),
         recipes=[(r.name, yaml.safe_dump(r.config, sort_keys=False, allow_unicode=True)) for r in results if r.config],
         versions=_columns([r.environment for r in results]),
