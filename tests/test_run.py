@@ -567,6 +567,40 @@ def bad_loss(monkeypatch, where, calls):
     monkeypatch.setattr(trainer, "label_loss", bad)
 
 
+def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path, monkeypatch):
+    """Step 4's update spoils the prompt, which the checkpoint of that step cannot know."""
+    settings = {"method": "pt", "train__steps": 12, "train__save_every": 1}
+    inner, sizes = trainer.label_loss, []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            sizes.append(float(prompt_parameter(model).detach().norm()))
+
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    run.train(recipe(tmp_path / "whole", **settings), callbacks=[Watch()])
+    limit = (max(sizes[:3]) + sizes[3]) / 2
+    assert sizes[3] > limit
+
+    def spoiled(model, batch, **kwargs):
+        bad = model.training and float(prompt_parameter(model).detach().norm()) > limit
+        return inner(model, batch, **kwargs) * (math.nan if bad else 1.0)
+
+    monkeypatch.setattr(trainer, "label_loss", spoiled)
+    with pytest.raises(TrainingStopped):
+        run.train(recipe(tmp_path / "never", **settings))
+    with pytest.raises(KeyboardInterrupt):
+        run.train(recipe(tmp_path / "killed", **settings), callbacks=[Kill()])
+    with pytest.raises(TrainingStopped):
+        run.train(recipe(tmp_path / "killed", **settings), resume=True)
+    wanted, found = (load_prompt(tmp_path / name / "prompt") for name in ("never", "killed"))
+    assert torch.equal(wanted, found)
+    assert float(found.norm()) < limit
+
+
 def test_a_huge_learning_rate_stops_the_run_and_leaves_a_finite_prompt(tmp_path):
     with pytest.raises(TrainingStopped, match="saved in"):
         run.train(recipe(tmp_path / "run", optim__lr=3.3e37, method="pt", train__steps=40))

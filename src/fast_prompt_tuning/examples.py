@@ -140,9 +140,7 @@ def _read_quoted(path: Path, delimiter: str) -> _Rows:
                 return
             except csv.Error as error:
                 wrong = DataError(f"malformed: {error}", file=str(path), line=at)
-                if (
-                    reader.line_num > begun + 1
-                ):  # an open quote has swallowed rows: not one bad row
+                if reader.line_num > begun + 1:  # an open quote has swallowed rows: not one bad row
                     raise wrong from None
                 bad.append(wrong)
             else:

@@ -276,7 +276,7 @@ def _train(
         batch_tokens=config.train.batch_tokens,
         compile_layers=config.train.compile,
     )
-    guard.trainer = trainer
+    guard.trainer, trainer.good = trainer, guard.good
     if isinstance(schedule, AutoSchedule) and partial is not None and held_out is not None:
         probe = make_collator(session.tokenizer, session.plm)(list(held_out))
         counted = lambda: ledger.add("probe", parallel.size() * trainer.probe_flops(probe))  # noqa: E731

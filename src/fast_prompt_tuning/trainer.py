@@ -156,6 +156,7 @@ class PromptTrainer(Trainer):
             }
         self.parts = 1  # a batch is trained in so many, after it once did not fit into memory
         self.skipped = self.skipped_in_a_row = 0
+        self.good: list[torch.Tensor] = []  # what was trained when it was last seen to be good, of a `StepGuard`
         self._trained = [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
         self._not_finite = False  # the loss of a batch of this step
         self._loss_before = torch.zeros(())  # sum of the losses since the last log line, before this step
@@ -338,6 +339,7 @@ class PromptTrainer(Trainer):
             checkpoint.save_state(work, f"process_{process}", state)
         counts = {name: getattr(self, name) for name in _COUNTS}
         checkpoint.save_state(work, "counts", {**counts, "logged": self._globalstep_last_logged})
+        checkpoint.save_state(work, "good", self.good)
         self.state.save_to_json(str(work / TRAINER_STATE_NAME))
 
     def _progress(self) -> dict[str, Any]:
@@ -389,6 +391,9 @@ class PromptTrainer(Trainer):
         mine = checkpoint.load_state(Path(folder), f"process_{min(parallel.rank(), self._processes(folder) - 1)}")
         checkpoint.set_random_state(mine["random"])
         counts = self._load_counts(folder)
+        if (Path(folder) / "good.json").is_file():  # the last update may have been the one that spoiled the prompt
+            for kept, saved in zip(self.good, checkpoint.load_state(Path(folder), "good"), strict=True):
+                kept.copy_(saved)
         self._tr_loss += mine["loss"]
         self._globalstep_last_logged = counts["logged"]
 
@@ -541,7 +546,8 @@ class StepGuard(TrainerCallback):
         logger.warning("stopping after this step; once more to stop at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.good = [p.detach().clone() for p in self.trained] if self.good else []  # a checkpoint is loaded by now
+        for kept, parameter in zip(self.good, self.trained, strict=False):  # a checkpoint is loaded by now
+            kept.copy_(parameter.detach())
         self._saved = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
