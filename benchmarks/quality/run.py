@@ -96,6 +96,7 @@ METHODS: dict[str, Any] = {
     "batch-rate": lambda task: {"stages": small_batch(task, rate=0.5)},
     "small": lambda task: {"stages": [{"batch": task.batch // 4, "steps": task.steps}]},
     "auto": lambda task: {"method": "auto"},
+    "auto-half-rate": lambda task: {"method": "auto", "stages": [{"batch": task.batch // 4, "rate": 0.5}]},
     "suffix": lambda task: {"method": "pt", "prompt": {"placement": "suffix"}},
     "suffix-batch": lambda task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
 }

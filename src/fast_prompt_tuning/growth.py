@@ -232,11 +232,10 @@ def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
 
     Partial PLMs are left out: on the modern decoders we measured, what they teach hardly reaches the full PLM
     (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first. Their learning rate
-    is the square root of their part of the batch (see `Stage`): prompts tuned on a few examples at the whole batch's
-    rate end in places that differ from seed to seed.
+    stays: at the square root of their part of the batch (see `Stage`) runs ended as good, and were there later.
     """
     small = batch_size // 4
-    return (replace(full, batch=small, rate=math.sqrt(small / batch_size)), full) if small else (full,)
+    return (replace(full, batch=small), full) if small else (full,)
 
 
 def best_case(ladder: Sequence[Stage], total_steps: int) -> Schedule:
