@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerFast
 TOPICS = {"sport": ["ball", "goal", "team", "match"], "business": ["bank", "market", "profit", "stock"]}
 FILLER = ["the", "a", "of", "news", "today", "and", "big", "small", "new", "old"]
 WORDS = ["Topic", "Word", ":", "story", *FILLER, *TOPICS, *(w for words in TOPICS.values() for w in words)]
-WORDS += ["positive", "negative"]  # labels of a built-in task
+# Labels of the built-in tasks and the example: those that a tokenizer cannot tell apart are refused.
+WORDS += ["positive", "negative", "entailment", "neutral", "contradiction", "not", "is", "duplicate", "yes", "no"]
+WORDS += ["billing", "technical", "other"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<extra_id_0>"]  # the ids that the configs of settings.py name
 
 
