@@ -426,7 +426,7 @@ def worker_killed(folder: Path) -> None:
     broken.add_callback(At({7: (folder / "mortal").touch}))
     try:
         broken.train()
-    except (RuntimeError, OSError):  # torch says that a worker was killed, or meets its broken connection first
+    except (RuntimeError, OSError, EOFError):  # torch says that a worker was killed, or meets its broken connection
         pass
     else:
         raise RuntimeError("no error")
