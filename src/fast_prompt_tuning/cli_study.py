@@ -132,8 +132,8 @@ def similarity(
 
     if len(runs) < 2:
         raise ConfigError("similarity compares prompts; give at least two RUNs")
-    if picture is not None and picture.exists():
-        raise ConfigError(f"{str(picture)!r} exists already; choose another name")
+    if picture is not None:
+        check_output(picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
         raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
     prompts = [load_prompt(run / "prompt" if (run / "prompt").is_dir() else run) for run in runs]
