@@ -22,8 +22,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, activation_scores, soft_prompt_config
-from fast_prompt_tuning.errors import ModelError, ScheduleError, ScoreError
+from fast_prompt_tuning import (
+    EmaCallback,
+    PartialPLM,
+    ProgressiveCallback,
+    Schedule,
+    activation_scores,
+    soft_prompt_config,
+)
+from fast_prompt_tuning.errors import ConfigError, ModelError, ScheduleError, ScoreError
 from fast_prompt_tuning.schedule import Stage
 from fast_prompt_tuning.soft_prompt import prompt_parameter
 
@@ -397,6 +404,60 @@ def test_a_stages_rate_counts_for_its_steps_alone(tmp_path, optimizer):
     if optimizer == "adamw_torch":  # whose steps are the rate, whatever the gradient
         assert (slow[2] - slow[1]).abs().max() < 0.5 * (usual[2] - usual[1]).abs().max()
         assert (slow[3] - slow[2]).abs().max() > 0.5 * (usual[3] - usual[2]).abs().max()
+
+
+class Prompts(TrainerCallback):
+    """The prompt between steps (at index 0 before the first), and inside them."""
+
+    def __init__(self):
+        self.between, self.inside = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.between.append(prompt_parameter(model).detach().clone())
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.inside.append(prompt_parameter(model).detach().clone())
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.between.append(prompt_parameter(model).detach().clone())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch", "adafactor"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_running_mean_is_what_the_trainer_meets_and_changes_no_step(name, optimizer, tmp_path):
+    options = {"optim": optimizer, "learning_rate": 1.0 if optimizer == "sgd" else 0.05}  # sgd keeps no state
+    plain, mean = Prompts(), Prompts()
+    Run(name, tmp_path, callbacks=(plain,), **options).trainer.train()
+    run = Run(name, tmp_path, callbacks=(EmaCallback(0.8), mean), **options)
+    run.trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(plain.inside, mean.inside, strict=True))
+    wanted = plain.between[0].double()
+    for step, (trained, found) in enumerate(zip(plain.between, mean.between, strict=True)):
+        decay = min(0.8, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * trained.double() if step else wanted
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(prompt_parameter(run.model), mean.between[-1])
+    assert not torch.allclose(plain.between[-1], mean.between[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_a_running_mean_is_resumed_exactly(step, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    whole = Run("llama", tmp_path, callbacks=(EmaCallback(),), **options)
+    whole.trainer.train()
+    again = Run("llama", tmp_path / "again", callbacks=(EmaCallback(),))
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert again.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert torch.equal(prompt_parameter(again.model), prompt_parameter(whole.model))
+
+
+def test_a_running_mean_that_cannot_be(tmp_path):
+    for decay in (1.0, -0.1, math.nan):
+        with pytest.raises(ConfigError, match=f"decay={decay!r} must be at least 0 and below 1"):
+            EmaCallback(decay)
+    plm, data = build("llama")
+    with pytest.raises(ModelError, match="no soft prompt"):
+        Trainer(plm, arguments(tmp_path), train_dataset=data, callbacks=[EmaCallback()]).train()
 
 
 class Boom(RuntimeError):

@@ -230,11 +230,12 @@ def resumed_from(whole: config.RunConfig, reached: int) -> tuple[config.RunConfi
     return again, run.train(again, resume=True)
 
 
+@pytest.mark.parametrize("ema", [None, 0.8])
 @pytest.mark.parametrize("lr", [0.05, 1e-6], ids=["grows", "abandons"])
-def test_resumed_anywhere_it_decides_as_it_did(lr, tmp_path):
+def test_resumed_anywhere_it_decides_as_it_did(lr, ema, tmp_path):
     """Before, at and after a growth; with a rate too low to teach anything the first window is given up."""
     whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=40, eval_every=24)
-    whole = config.load(whole.model_dump(mode="json"), [f"optim.lr={lr}"])
+    whole = config.load(whole.model_dump(mode="json"), [f"optim.lr={lr}", config.override("optim.ema_decay", ema)])
     first = run.train(whole)
     assert first.steps == (26 if lr < 0.01 else 24)
     for reached in (1, 2, 3, 15):

@@ -9,6 +9,7 @@ import os
 import signal
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -567,13 +568,32 @@ def bad_loss(monkeypatch, where, calls):
     monkeypatch.setattr(trainer, "label_loss", bad)
 
 
-def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [0, 4])
+def test_with_a_running_mean_bad_steps_leave_the_mean_before_them(tmp_path, monkeypatch, step):
+    bad_loss(monkeypatch, "loss", range(step, 99))
+
+    class Means(TrainerCallback):
+        found: ClassVar[list[torch.Tensor]] = []
+
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            self.found[:] = [prompt_parameter(model).detach().clone()]
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            self.found.append(prompt_parameter(model).detach().clone())
+
+    with pytest.raises(TrainingStopped):
+        run.train(recipe(tmp_path / "run", optim__ema_decay=0.5), callbacks=[Means()])
+    assert torch.equal(load_prompt(tmp_path / "run" / "prompt"), Means.found[max(step - 1, 0)])
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path, monkeypatch, ema):
     """Step 4's update spoils the prompt, which the checkpoint of that step cannot know."""
-    settings = {"method": "pt", "train__steps": 12, "train__save_every": 1}
+    settings = {"method": "pt", "train__steps": 12, "train__save_every": 1, "optim__ema_decay": ema}
     inner, sizes = trainer.label_loss, []
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             sizes.append(float(prompt_parameter(model).detach().norm()))
 
     class Kill(TrainerCallback):
@@ -582,8 +602,8 @@ def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path,
                 raise KeyboardInterrupt
 
     run.train(recipe(tmp_path / "whole", **settings), callbacks=[Watch()])
-    limit = (max(sizes[:3]) + sizes[3]) / 2
-    assert sizes[3] > limit
+    limit = (max(sizes[:4]) + sizes[4]) / 2
+    assert sizes[4] > limit
 
     def spoiled(model, batch, **kwargs):
         bad = model.training and float(prompt_parameter(model).detach().norm()) > limit

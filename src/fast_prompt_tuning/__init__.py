@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import AutoCallback, ProgressiveCallback
+    from .callback import AutoCallback, EmaCallback, ProgressiveCallback
     from .errors import FptError
     from .growth import AutoSchedule
     from .layer_scores import LayerScores, block_influence, greedy_removal
@@ -35,6 +35,7 @@ _EXPORTS = {
     "AutoCallback": "callback",
     "AutoSchedule": "growth",
     "DiskTextCache": "text_cache",
+    "EmaCallback": "callback",
     "FptError": "errors",
     "LayerScores": "layer_scores",
     "NeuronScores": "scoring",
@@ -58,6 +59,7 @@ __all__ = [
     "AutoCallback",
     "AutoSchedule",
     "DiskTextCache",
+    "EmaCallback",
     "FptError",
     "LayerScores",
     "NeuronScores",

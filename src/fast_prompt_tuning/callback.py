@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     DefaultFlowCallback,
@@ -22,7 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from .errors import ModelError, ScheduleError
+from .checkpoint import CANNOT_WRITE
+from .errors import ConfigError, ModelError, ScheduleError
 from .growth import PROBE, AutoSchedule
 from .partial_plm import PartialPLM, get_plm
 from .schedule import Schedule
@@ -32,6 +32,7 @@ from .trimming import TAIL, trim
 logger = logging.getLogger(__name__)
 
 _BRACKETED = ("training_step", "get_batch_samples")
+_TRAINED = "trained_prompt"  # in the optimizer's state, where the model has the running mean
 
 
 class ProgressiveCallback(TrainerCallback):
@@ -268,7 +269,7 @@ class AutoCallback(ProgressiveCallback):
                 work = path.with_name(f".{path.name}")
                 save_file({"prompt": self._begun_with}, work)
                 os.replace(work, path)
-            except (OSError, SafetensorError) as error:
+            except CANNOT_WRITE as error:
                 logger.warning("%s cannot be written (%s); training goes on", path, error)
 
     def _go_back(self, trainer: Any, path: Path) -> None:
@@ -278,6 +279,60 @@ class AutoCallback(ProgressiveCallback):
         with torch.no_grad():
             prompt.copy_(self._begun_with)
         trainer.optimizer.state.pop(prompt, None)  # moments of gradients that led nowhere
+
+
+class EmaCallback(TrainerCallback):
+    """Evaluates and saves the running mean of the prompt instead of its last value (Polyak and Juditsky 1992).
+
+    Inside a step the model has the prompt that is trained; between steps, so whenever the Trainer evaluates, saves,
+    probes or ends, it has the mean: after step t, `mean ← d · mean + (1 − d) · prompt` with `d = min(decay, (1 + t) /
+    (10 + t))`, which forgets the first prompts sooner. Training itself is what it would be without. The trained prompt
+    lies in the optimizer's state, so that every checkpoint holds both and a resumed run goes on exactly.
+
+    Give it to the Trainer before callbacks that look at the prompt, `AutoCallback` among them.
+
+    Args:
+        decay: what a step leaves of the mean, at least 0 and below 1; 0.9 averages some ten steps.
+
+    Raises:
+        ConfigError: another `decay`. ModelError: when training begins, a model without a soft prompt, or DeepSpeed,
+            which steps by itself.
+    """
+
+    def __init__(self, decay: float = 0.9):
+        if not 0 <= decay < 1:
+            raise ConfigError(f"decay={decay!r} must be at least 0 and below 1; 0.9 averages some ten steps")
+        self.decay = decay
+        self._mean: torch.Tensor | None = None  # inside a step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        prompt_parameter(kwargs["model"])
+        if getattr(args, "deepspeed", None):
+            raise ModelError("EmaCallback cannot be used with DeepSpeed, which steps by itself; leave it out")
+        self._mean = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        prompt = prompt_parameter(kwargs["model"])
+        self._mean = prompt.detach().clone()
+        trained = kwargs["optimizer"].state.get(prompt, {}).get(_TRAINED)
+        if trained is not None:  # else there is no step yet, or the prompt went back to where a stage began
+            with torch.no_grad():
+                prompt.copy_(trained)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        prompt = prompt_parameter(kwargs["model"])
+        kept = kwargs["optimizer"].state[prompt]
+        if self._mean is None or (not kept and torch.equal(prompt, self._mean)):
+            return  # no update yet, and an optimizer takes a state that is not empty for its own
+        kept[_TRAINED] = prompt.detach().clone()
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        with torch.no_grad():
+            prompt.copy_(torch.lerp(kept[_TRAINED], self._mean, decay))
+        self._mean = None
 
 
 def _stage_start(args: TrainingArguments) -> Path:

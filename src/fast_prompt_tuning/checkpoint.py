@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+CANNOT_WRITE = (OSError, SafetensorError)
+"""What a full or read-only disk raises; safetensors has its own error."""
+
 _NAME = re.compile(r"(checkpoint|best)-(\d{1,18})")
 
 

@@ -155,6 +155,9 @@ class OptimConfig(_Section):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="the paper: 1e-5")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up before the constant rate")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm is clipped at this")
+    ema_decay: float | None = Field(
+        None, ge=0, lt=1, description="evaluate and save the prompt's running mean, this much of it left by a step: 0.9"
+    )
 
 
 class TrainConfig(_Section):
@@ -211,6 +214,10 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if self.optim.ema_decay is not None and self.method == "full":
+            raise ValueError(
+                f"optim.ema_decay={self.optim.ema_decay} is of prompts, and method='full' has none; leave it out"
+            )
         if self.prompt.placement == "suffix":
             if self.method == "full":
                 raise ValueError("prompt.placement='suffix' has no prompt with method='full'; leave one of them out")

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from . import checkpoint, fingerprint, parallel
-from .callback import AutoCallback, ProgressiveCallback
+from .callback import AutoCallback, EmaCallback, ProgressiveCallback
 from .config import RunConfig
 from .data import (
     LengthBatchSampler,
@@ -46,7 +46,6 @@ from .soft_prompt import (
     prompt_parameter,
 )
 from .trainer import (
-    CANNOT_WRITE,
     PromptTrainer,
     StepGuard,
     batch_shape,
@@ -257,6 +256,8 @@ def _train(
         scored.keep(prompt, found, is_best)
         return dict(found.result.values)
 
+    decay = config.optim.ema_decay
+    ema = [] if decay is None else [EmaCallback(decay)]  # the guard before it: it keeps means, too
     trainer = PromptTrainer(
         model=model,
         args=training_arguments(config, str(folder / "checkpoints"), session.plm.device, spare_steps=spare),
@@ -264,7 +265,7 @@ def _train(
         eval_dataset=session.encoded["validation"],
         data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None),
         optimizers=make_optimizer(trained, config.optim),
-        callbacks=[guard, _RunLog(folder / "log.jsonl"), *callbacks],
+        callbacks=[guard, *ema, _RunLog(folder / "log.jsonl"), *callbacks],
         schedule=schedule,
         cost=session.cost,
         prompt_tokens=0 if full_tuning else config.prompt.tokens,
@@ -425,7 +426,7 @@ class _Best:
             with checkpoint.new_folder(self.saved) as work:
                 checkpoint.save_trained(work, model)
                 checkpoint.seal(work, step, {"value": value, "metric": self.primary})
-        except CANNOT_WRITE as error:
+        except checkpoint.CANNOT_WRITE as error:
             logger.warning("the best prompt, of step %d, cannot be written (%s); training goes on", step, error)
         return True
 
@@ -535,7 +536,7 @@ def _finish(
             write_predictions(folder / "predictions.jsonl", session.examples[split], final)
             write_log(folder, log)
             save_result(result, folder)
-        except CANNOT_WRITE as error:
+        except checkpoint.CANNOT_WRITE as error:
             raise ConfigError(
                 f"output={str(folder)!r} cannot be written at the end of the run ({error}); the checkpoints are kept: "
                 "make room, and run it again with --resume"

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -102,9 +101,6 @@ def training_arguments(
 
 MAX_SKIPPED = 5
 """Steps in a row whose loss or gradient is not finite, after which a run stops with its last good prompt."""
-
-CANNOT_WRITE = (OSError, SafetensorError)
-"""What a full or read-only disk raises; safetensors has its own error."""
 
 _COUNTS = ("parts", "skipped", "skipped_in_a_row", "_lost")
 
@@ -322,7 +318,7 @@ class PromptTrainer(Trainer):
                 self._fill(work, states)
                 checkpoint.seal(work, step, {**self.record, **self._progress()})
             checkpoint.prune(folder, self.args.save_total_limit or 1, step)
-        except CANNOT_WRITE as error:
+        except checkpoint.CANNOT_WRITE as error:
             kept = checkpoint.steps_of(folder)
             logger.warning(
                 "the checkpoint of step %d cannot be written (%s); training goes on, the last one is of step %s",
@@ -523,6 +519,7 @@ class StepGuard(TrainerCallback):
     def __init__(self, trained: list[nn.Parameter], *, remember: bool = True, save_minutes: float | None = None):
         self.trained, self.seconds = trained, 0.0
         self.good = [p.detach().clone() for p in trained] if remember else []
+        self._now = [p.clone() for p in self.good]  # with a running mean: the mean that belongs to this step's prompt
         self.save_minutes = save_minutes
         self.signal: int | None = None
         self.trainer: PromptTrainer | None = None
@@ -555,14 +552,16 @@ class StepGuard(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
+        for kept, parameter in zip(self._now, self.trained, strict=False):
+            kept.copy_(parameter.detach())
         if self.trainer is not None:
             self.trainer.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.trainer is not None and self.trainer.leave_out_bad_step():
             return
-        for kept, parameter in zip(self.good, self.trained, strict=False):
-            kept.copy_(parameter.detach())
+        for kept, now in zip(self.good, self._now, strict=False):
+            kept.copy_(now)
 
     def go_back(self) -> None:
         """Give the trained parameters their last good values back."""
