@@ -7,9 +7,13 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from fast_prompt_tuning import EmaCallback
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +36,11 @@ def suffix_step_time(step_time) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def quality() -> Iterator[Any]:
     yield from script(ROOT / "benchmarks" / "quality" / "run.py")
+
+
+@pytest.fixture(scope="module")
+def running_mean(quality) -> Iterator[Any]:
+    yield from script(ROOT / "benchmarks" / "running_mean.py")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +68,29 @@ def test_the_docs_quality_table_is_the_summary_of_the_committed_cells(quality):
     page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
     assert len(rows) > 2
     assert "\n".join(rows) in page
+
+
+def test_the_docs_running_means_are_the_committed_ones(running_mean):
+    rows = running_mean.table(json.loads(running_mean.RESULTS.read_text(encoding="utf-8"))).splitlines()
+    assert len(rows) > 2
+    assert "\n".join(rows) in (ROOT / "docs" / "methods" / "running_mean.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_the_running_mean_measured_is_the_callbacks(running_mean, decay):
+    prompt = torch.nn.Parameter(torch.zeros(2, 3))
+    model, optimizer = SimpleNamespace(soft_prompt=prompt), torch.optim.SGD([prompt], lr=0.1)
+    callback, trained = EmaCallback(decay), [prompt.detach().clone()]
+    callback.on_train_begin(SimpleNamespace(), None, None, model=model)
+    for step in range(1, 30):
+        state = SimpleNamespace(global_step=step)
+        callback.on_step_begin(None, state, None, model=model, optimizer=optimizer)
+        prompt.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        trained.append(prompt.detach().clone())
+        callback.on_step_end(None, state, None, model=model, optimizer=optimizer)
+        torch.testing.assert_close(prompt.detach(), running_mean.mean_after(trained, step, decay))
+    assert torch.equal(prompt, trained[-1]) == (decay == 0)
 
 
 def cell(
