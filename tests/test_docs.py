@@ -284,3 +284,16 @@ def test_the_reports_picture_is_of_the_committed_runs():
     assert 0.98 < table_rows([plain, fpt])[1]["relative_flops"] < 1.02  # "as much as plain prompt tuning"
     assert f"{plain.steps} steps of 8 examples, one seed, {plain.examples} validation examples" in guide
     assert (ROOT / "docs" / "pictures" / "report.png").is_file()
+
+
+def test_the_fidelity_table_is_the_committed_one():
+    page = (ROOT / "docs" / "methods" / "layer_selection.md").read_text(encoding="utf-8")
+    found = [
+        json.loads((ROOT / "benchmarks" / "results" / f"fidelity_{model}.json").read_text(encoding="utf-8"))["fidelity"]
+        for model in ("smollm2", "gemma")
+    ]
+    assert [f"{f['full_loss']:.2f}" in page for f in found] == [True, True]
+    sizes = (90, 75, 50, 25)
+    for i, pair in enumerate(zip(*(f["rows"] for f in found), strict=True)):
+        cells = [f"{r['relative_flops']:.0%} | {r['loss']:.2f} | {r['agreement']:.0%}" for r in pair]
+        assert f"| `{pair[0]['selection']}` | {sizes[i % 4]}% | {' | '.join(cells)} |" in page
