@@ -5,8 +5,8 @@
 
 Runs are those of `quality/run.py` with the rate tuned there, on its tuning split: examples that are neither trained nor
 tested on. The prompt after every step is kept, and the means that `EmaCallback` makes of them are scored afterwards;
-they change no step. (`auto` probes the last prompt here; with `optim.ema_decay` it would probe the mean.) One JSON file
-holds all runs; what is in it is not run again.
+they change no step. (`auto` probes the last prompt here; with `optim.ema_decay` it would probe the mean, and a stage
+that it gives up would leave none behind.) One JSON file holds all runs; what is in it is not run again.
 """
 
 from __future__ import annotations

@@ -83,12 +83,12 @@ def test_the_running_mean_measured_is_the_callbacks(running_mean, decay):
     callback, trained = EmaCallback(decay), [prompt.detach().clone()]
     callback.on_train_begin(SimpleNamespace(), None, None, model=model)
     for step in range(1, 30):
-        state = SimpleNamespace(global_step=step)
+        state = SimpleNamespace(global_step=step - 1)
         callback.on_step_begin(None, state, None, model=model, optimizer=optimizer)
         prompt.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
         optimizer.step()
         trained.append(prompt.detach().clone())
-        callback.on_step_end(None, state, None, model=model, optimizer=optimizer)
+        callback.on_optimizer_step(None, state, None, model=model, optimizer=optimizer)
         torch.testing.assert_close(prompt.detach(), running_mean.mean_after(trained, step, decay))
     assert torch.equal(prompt, trained[-1]) == (decay == 0)
 

@@ -422,10 +422,13 @@ class Prompts(TrainerCallback):
         self.between.append(prompt_parameter(model).detach().clone())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch", "adafactor"])
+@pytest.mark.parametrize(
+    ("optimizer", "accumulate"), [("sgd", 1), ("adamw_torch", 1), ("adamw_torch", 2), ("adafactor", 1)]
+)
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_a_running_mean_is_what_the_trainer_meets_and_changes_no_step(name, optimizer, tmp_path):
-    options = {"optim": optimizer, "learning_rate": 1.0 if optimizer == "sgd" else 0.05}  # sgd keeps no state
+def test_a_running_mean_is_what_the_trainer_meets_and_changes_no_step(name, optimizer, accumulate, tmp_path):
+    rate = 1.0 if optimizer == "sgd" else 0.05  # sgd keeps no state
+    options = {"optim": optimizer, "learning_rate": rate, "gradient_accumulation_steps": accumulate}
     plain, mean = Prompts(), Prompts()
     Run(name, tmp_path, callbacks=(plain,), **options).trainer.train()
     run = Run(name, tmp_path, callbacks=(EmaCallback(0.8), mean), **options)
@@ -451,6 +454,34 @@ def test_a_running_mean_is_resumed_exactly(step, tmp_path):
     assert torch.equal(prompt_parameter(again.model), prompt_parameter(whole.model))
 
 
+def test_a_prompt_set_between_two_trainings_is_where_the_second_starts(tmp_path):
+    class Inside(Prompts):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.inside.append(prompt_parameter(model).detach().clone())
+
+    seen = Inside()
+    run = Run("llama", tmp_path, callbacks=(EmaCallback(), seen))
+    run.trainer.train()
+    with torch.no_grad():
+        prompt_parameter(run.model).fill_(0.25)
+    seen.inside.clear()
+    run.trainer.train()
+    assert torch.equal(seen.inside[0], torch.full_like(seen.inside[0], 0.25))
+
+
+def test_a_step_that_is_broken_off_leaves_the_mean(tmp_path):
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    seen = Prompts()
+    options = {"gradient_accumulation_steps": 2}
+    run = Run("llama", tmp_path, callbacks=(EmaCallback(), seen, Stop()), **options)
+    run.trainer.train()
+    assert run.trainer.state.global_step == 4
+    assert torch.equal(prompt_parameter(run.model), seen.between[4])
+
+
 def test_a_running_mean_that_cannot_be(tmp_path):
     for decay in (1.0, -0.1, math.nan):
         with pytest.raises(ConfigError, match=f"decay={decay!r} must be at least 0 and below 1"):
@@ -458,6 +489,9 @@ def test_a_running_mean_that_cannot_be(tmp_path):
     plm, data = build("llama")
     with pytest.raises(ModelError, match="no soft prompt"):
         Trainer(plm, arguments(tmp_path), train_dataset=data, callbacks=[EmaCallback()]).train()
+    model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
+    with pytest.raises(ModelError, match="DeepSpeed, which steps by itself"):
+        EmaCallback().on_train_begin(SimpleNamespace(deepspeed={"stage": 2}), None, None, model=model)
 
 
 class Boom(RuntimeError):

@@ -193,6 +193,16 @@ def test_schedule_takes_the_tasks_stacks_then_the_recipes():
         load(MINIMAL, ["stacks=[encoder]"]).schedule(DECODER, None)
 
 
+def test_a_running_mean_needs_a_prompt_and_a_decay():
+    assert load({**MINIMAL, "optim": {"ema_decay": 0.9}}).optim.ema_decay == 0.9
+    assert load(MINIMAL).optim.ema_decay is None
+    with pytest.raises(ConfigError, match=r"optim\.ema_decay=0\.9 averages the prompt, and method='full' has none"):
+        load({**MINIMAL, "optim": {"ema_decay": 0.9}, "method": "full"})
+    for bad in (1.0, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"optim\.ema_decay"):
+            load({**MINIMAL, "optim": {"ema_decay": bad}})
+
+
 def test_schedules_of_methods():
     cr = load(MINIMAL).schedule(DECODER)
     assert [(s.layers, s.ffn, s.steps) for s in cr.stages] == [(2, 4, 20), (4, 8, 20), (6, 12, 20), (8, 16, 40)]

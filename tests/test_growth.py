@@ -21,7 +21,7 @@ from toy import FILLER, toy
 from transformers import Trainer
 
 from fast_prompt_tuning import PartialPLM, Schedule, config, run, soft_prompt_config
-from fast_prompt_tuning.callback import AutoCallback
+from fast_prompt_tuning.callback import AutoCallback, EmaCallback
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
 from fast_prompt_tuning.flops import step_flops
 from fast_prompt_tuning.growth import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder, probe_examples
@@ -288,7 +288,8 @@ def test_a_run_that_goes_on_knows_what_was_saved(tmp_path, monkeypatch, changes)
     assert spent["auto"] <= spent["pt"] * (1.1 if "suffix" in changes[0] else 1.02)
 
 
-def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(tmp_path):
+@pytest.mark.parametrize("ema", ["none", "first", "last"])
+def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(ema, tmp_path):
     plm = BY_NAME["llama"].plm()
     model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
     partial = PartialPLM(model, keep_neurons="first")
@@ -312,7 +313,11 @@ def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(tmp_path):
         model=model,
         args=arguments(tmp_path, max_steps=26),
         train_dataset=data,
-        callbacks=[AutoCallback(partial, schedule, data.batch)],
+        callbacks=[
+            *([EmaCallback()] if ema == "first" else []),
+            AutoCallback(partial, schedule, data.batch),
+            *([EmaCallback()] if ema == "last" else []),
+        ],
     )
     trainer.train()
     assert [layers for _, layers in partial_steps] == [1, 1] + [full.layers] * 24

@@ -32,7 +32,7 @@ from .trimming import TAIL, trim
 logger = logging.getLogger(__name__)
 
 _BRACKETED = ("training_step", "get_batch_samples")
-_TRAINED = "trained_prompt"  # in the optimizer's state, where the model has the running mean
+_TRAINED, _TRAINED_STEP = "trained_prompt", "trained_prompt_step"  # in the optimizer's state, of `EmaCallback`
 
 
 class ProgressiveCallback(TrainerCallback):
@@ -287,12 +287,11 @@ class EmaCallback(TrainerCallback):
     Inside a step the model has the prompt that is trained; between steps, so whenever the Trainer evaluates, saves,
     probes or ends, it has the mean: after step t, `mean ← d · mean + (1 − d) · prompt` with `d = min(decay, (1 + t) /
     (10 + t))`, which forgets the first prompts sooner. Training itself is what it would be without. The trained prompt
-    lies in the optimizer's state, so that every checkpoint holds both and a resumed run goes on exactly.
-
-    Give it to the Trainer before callbacks that look at the prompt, `AutoCallback` among them.
+    lies in the optimizer's state, so that a checkpoint holds both and a resumed run goes on exactly. An exception
+    inside a step leaves the trained prompt.
 
     Args:
-        decay: what a step leaves of the mean, at least 0 and below 1; 0.9 averages some ten steps.
+        decay: what a step leaves of the mean, at least 0 and below 1; 0.9 averages ten steps, fewer in the first 80.
 
     Raises:
         ConfigError: another `decay`. ModelError: when training begins, a model without a soft prompt, or DeepSpeed,
@@ -318,21 +317,41 @@ class EmaCallback(TrainerCallback):
     ) -> None:
         prompt = prompt_parameter(kwargs["model"])
         self._mean = prompt.detach().clone()
-        trained = kwargs["optimizer"].state.get(prompt, {}).get(_TRAINED)
-        if trained is not None:  # else there is no step yet, or the prompt went back to where a stage began
+        kept = kwargs["optimizer"].state.get(prompt, {})
+        # Of another step it is stale: no step yet, a stage given up, or a run that went on without a mean.
+        if kept.get(_TRAINED_STEP) == state.global_step:
             with torch.no_grad():
-                prompt.copy_(trained)
+                prompt.copy_(kept[_TRAINED])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        prompt = prompt_parameter(kwargs["model"])
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Here, not at the step's end, where callbacks that save or probe may come first.
+        prompt, step = prompt_parameter(kwargs["model"]), state.global_step + 1
         kept = kwargs["optimizer"].state[prompt]
         if self._mean is None or (not kept and torch.equal(prompt, self._mean)):
             return  # no update yet, and an optimizer takes a state that is not empty for its own
-        kept[_TRAINED] = prompt.detach().clone()
-        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        kept[_TRAINED], kept[_TRAINED_STEP] = prompt.detach().clone(), step
         with torch.no_grad():
-            prompt.copy_(torch.lerp(kept[_TRAINED], self._mean, decay))
+            prompt.copy_(torch.lerp(kept[_TRAINED], self._mean, min(self.decay, (1 + step) / (10 + step))))
         self._mean = None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_step(kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave_step(kwargs["model"])
+
+    def _leave_step(self, model: Any) -> None:
+        """Give the model its mean back after a step that was broken off, as a callback may within accumulation."""
+        if self._mean is not None:
+            with torch.no_grad():
+                prompt_parameter(model).copy_(self._mean)
+            self._mean = None
 
 
 def _stage_start(args: TrainingArguments) -> Path:

@@ -156,7 +156,10 @@ class OptimConfig(_Section):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up before the constant rate")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm is clipped at this")
     ema_decay: float | None = Field(
-        None, ge=0, lt=1, description="evaluate and save the prompt's running mean, this much of it left by a step: 0.9"
+        None,
+        ge=0,
+        lt=1,
+        description="evaluate and save a running mean of the prompt, of this decay (0.9); null: the last prompt",
     )
 
 
@@ -216,7 +219,7 @@ class RunConfig(_Section):
     def _consistent(self) -> RunConfig:
         if self.optim.ema_decay is not None and self.method == "full":
             raise ValueError(
-                f"optim.ema_decay={self.optim.ema_decay} is of prompts, and method='full' has none; leave it out"
+                f"optim.ema_decay={self.optim.ema_decay} averages the prompt, and method='full' has none; leave it out"
             )
         if self.prompt.placement == "suffix":
             if self.method == "full":
