@@ -295,5 +295,5 @@ def test_the_fidelity_table_is_the_committed_one():
     assert [f"{f['full_loss']:.2f}" in page for f in found] == [True, True]
     sizes = (90, 75, 50, 25)
     for i, pair in enumerate(zip(*(f["rows"] for f in found), strict=True)):
-        cells = [f"{r['relative_flops']:.0%} | {r['loss']:.2f} | {r['agreement']:.0%}" for r in pair]
+        cells = [f"{r['relative_flops']:.0%} | {r['loss']:.2f}, {r['agreement']:.0%}" for r in pair]
         assert f"| `{pair[0]['selection']}` | {sizes[i % 4]}% | {' | '.join(cells)} |" in page
