@@ -58,26 +58,9 @@ def mean_after(prompts: list[torch.Tensor], steps: int, decay: float) -> torch.T
 
 
 def measure(model: str, task_name: str, method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    task = grid.TASKS[task_name]
     rate = grid.best_rate(grid.tried_rates(args.grid, model, task_name, method))
     with tempfile.TemporaryDirectory(prefix="fpt-mean-") as work:
-        settings: dict[str, Any] = {
-            "model": {"path": grid.MODELS[model](), "dtype": args.dtype},
-            "data": grid.data_of(task_name, True, args, Path(work)),
-            "prompt": {"tokens": 20, "init": "vocab"},
-            "optim": {"optimizer": "adam", "lr": rate},
-            "train": {
-                "steps": task.steps,
-                "batch_size": task.batch,
-                "eval_every": task.steps,
-                "keep": "last",
-                "seed": seed,
-            },
-            "eval": {"batch_size": 50},
-            "output": f"{work}/run",
-        }
-        for section, values in grid.METHODS[method](task).items():
-            settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
+        settings = grid.settings_of(model, task_name, method, rate, seed, args, Path(work), tuning=True)
         recipe = config.load(settings)
         session, kept = open_session(recipe, ("train", "validation")), Prompts()
         result = run.train(recipe, session=session, callbacks=[kept])

@@ -232,6 +232,7 @@ def test_every_method_is_a_valid_recipe(quality):
 
     for name, settings in quality.METHODS.items():
         task = quality.TASKS["topics"]
-        base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "output": "y",
-                "train": {"steps": task.steps, "batch_size": task.batch}, **settings(task)}  # fmt: skip
-        assert config.load(base).train.steps == task.steps, name
+        for model in quality.MODELS:
+            base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "output": "y",
+                    "train": {"steps": task.steps, "batch_size": task.batch}, **settings(model, task)}  # fmt: skip
+            assert config.load(base).train.steps == task.steps, name
