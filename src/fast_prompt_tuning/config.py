@@ -244,7 +244,7 @@ class RunConfig(_Section):
                 raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
             for i, stage in enumerate(self.stages):
                 if (stage.steps is None) != (self.method == "auto"):
-                    fix = "leave it out: auto decides" if self.method == "auto" else "set it"
+                    fix = "leave it out, for auto decides, or set method=cr" if self.method == "auto" else "set it"
                     raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
             total = sum(stage.steps or 0 for stage in self.stages)
             if total != self.train.steps and self.method != "auto":
