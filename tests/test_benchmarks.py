@@ -226,6 +226,12 @@ def test_squad_keeps_the_sentence_that_holds_the_answer(quality, tmp_path):
         answer = p["qas"][0]["answers"][0]
         assert p["context"][answer["answer_start"] :].startswith(answer["text"])
 
+    files = quality.squad_files(tmp_path / "all.json", tmp_path, whole=True)
+    found = [p for a in json.loads(Path(files["train"]).read_text())["data"] for p in a["paragraphs"]]
+    assert [(p["context"], p["qas"][0]["id"]) for p in found] == [
+        (text, w) for w in ("1066", "lost", "rained. In", "end")
+    ]
+
 
 def test_every_method_is_a_valid_recipe(quality):
     from fast_prompt_tuning import config

@@ -74,6 +74,9 @@ TASKS = {
     "headlines": Task("bbc_headlines", 32, 20, 8, 60, evaluations=5),
     "squad": Task("squad2", 64, 12, 8, 60, evaluations=5),
     "sentiment": Task("sentiment", 40, 8, 8, 96),
+    # Texts as long as they are in use, more passes over fewer of them: where keeping what is computed of them pays.
+    "headlines-256": Task("bbc_headlines", 256, 20, 8, 60, train=128, evaluations=3),
+    "squad-256": Task("squad2", 256, 12, 8, 60, train=128, evaluations=3),
 }
 
 MODELS = {"smollm2": lambda: "smollm2-135m", "gemma": base_model}
@@ -136,22 +139,25 @@ SENTIMENT = {
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def squad_files(path: Path, folder: Path) -> dict[str, str]:
+def squad_files(path: Path, folder: Path, whole: bool = False) -> dict[str, str]:
     """Answerable questions of a SQuAD 2.0 file, split by article: 9 to train, 3 to tune on, the rest to test on.
 
-    Of the paragraph, the sentence that holds the answer is kept: whole paragraphs are several times as long.
+    Of the paragraph, the sentence that holds the answer is kept, whole paragraphs being several times as long; with
+    `whole`, paragraphs of at most 900 characters are kept as they are.
     """
     articles = json.loads(path.read_text(encoding="utf-8"))["data"]
     for article in articles:
-        article["paragraphs"] = [s for p in article["paragraphs"] for q in p["qas"] if (s := _sentence_of(p, q))]
+        asked = [(p, q) for p in article["paragraphs"] for q in p["qas"] if not q["is_impossible"]]
+        if whole:
+            article["paragraphs"] = [{**p, "qas": [q]} for p, q in asked if len(p["context"]) <= 900]
+        else:
+            article["paragraphs"] = [s for p, q in asked if (s := _sentence_of(p, q))]
     parts = {"train": articles[:9], "tune": articles[9:12], "test": articles[12:]}
     return _written({k: json.dumps({"version": "v2.0", "data": v}) for k, v in parts.items()}, folder, "squad", "json")
 
 
 def _sentence_of(paragraph: dict[str, Any], question: dict[str, Any]) -> dict[str, Any] | None:
-    """A paragraph of one sentence and one question; None where no answer lies within one sentence."""
-    if question["is_impossible"]:
-        return None
+    """A paragraph of one sentence and one answerable question; None where no answer lies within one sentence."""
     text, first = paragraph["context"], question["answers"][0]["answer_start"]
     breaks = [m.end() for m in re.finditer(r"[.!?][\"')]?\s+(?=[A-Z\"'(])", text)]
     start = max((b for b in breaks if b <= first), default=0)
@@ -208,15 +214,15 @@ def data_of(name: str, tuning: bool, args: argparse.Namespace, folder: Path) -> 
         "train_limit": task.train,
         "validation_limit": task.examples,
     }
-    if name in ("squad", "sentiment"):
-        path, option = (args.squad, "--squad") if name == "squad" else (args.reviews, "--reviews")
+    if task.task in ("squad2", "sentiment"):
+        path, option = (args.reviews, "--reviews") if name == "sentiment" else (args.squad, "--squad")
         if path is None:
             sys.exit(f"error: the task {name} needs {option} FILE")
-        files = (squad_files if name == "squad" else review_files)(path, folder)
         if name == "sentiment":
-            (folder / "sentiment.yaml").write_text(yaml.safe_dump(SENTIMENT), encoding="utf-8")
-            files = dict(files)
-        task_name = str(folder / "sentiment.yaml") if name == "sentiment" else task.task
+            files, task_name = review_files(path, folder), str(folder / "sentiment.yaml")
+            Path(task_name).write_text(yaml.safe_dump(SENTIMENT), encoding="utf-8")
+        else:
+            files, task_name = squad_files(path, folder, whole=name != "squad"), task.task
         return {"task": task_name, "files": {"train": files["train"], "validation": files[part]}, **limits}
     spec = yaml.safe_load((resources.files("fast_prompt_tuning") / "tasks" / f"{task.task}.yaml").read_text("utf-8"))
     spec["splits"] = {"train": "train", "validation": "validation" if tuning else "test"}
