@@ -68,6 +68,7 @@ def test_the_docs_quality_table_is_the_summary_of_the_committed_cells(quality):
     page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
     assert len(rows) > 2
     assert "\n".join(rows) in page
+    assert quality.init_table(ROOT / "benchmarks" / "quality" / "results") in page
 
 
 def test_the_docs_running_means_are_the_committed_ones(running_mean):
@@ -180,6 +181,21 @@ def test_the_learning_rate_is_tuned_until_the_best_has_worse_neighbours(quality,
     at = quality.RATES.index(best)
     assert set(quality.RATES[max(at - 1, 0) : at + 2]) <= set(tried)
     assert quality.tried_rates(tmp_path, "gemma", "topics", "suffix") == {}
+
+
+def test_initialisations_are_compared_on_the_tuning_split_at_the_tuned_rate(quality, tmp_path):
+    (tmp_path / "tuning").mkdir()
+    for rate, value in ((0.01, 50.0), (0.03, 60.0), (0.1, 55.0)):
+        found = cell("smollm2", "topics", "pt", 100, [(1, value), (2, value)], rate)
+        (tmp_path / "tuning" / f"smollm2-topics-pt-lr{rate:g}.json").write_text(json.dumps(found))
+    args = SimpleNamespace(models=["smollm2"], tasks=["topics"], methods=["uniform"], seeds=[0], results=tmp_path)
+    (missing,) = quality.cells_of(args)
+    assert (missing.method, missing.seed, missing.rate) == ("uniform", 100, 0.03)
+    found = cell("smollm2", "topics", "uniform", 100, [(1, 40.0), (2, 44.0)], 0.03)
+    (tmp_path / missing.path).write_text(json.dumps(found))
+    assert list(quality.cells_of(args)) == []
+    assert quality.init_table(tmp_path).splitlines()[2:] == ["| smollm2 | topics | 0.03 | 60.0 | 42.0 |"]
+    assert "uniform" not in quality.rate_table(tmp_path)
 
 
 def test_missing_cells_begin_with_tuning_and_are_not_run_twice(quality, tmp_path):

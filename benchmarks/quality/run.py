@@ -102,6 +102,7 @@ GREEDY = {"keep_layers": "greedy", "layer_examples": 4}
 METHODS: dict[str, Any] = {
     # name -> what the run sets, given model and task
     "pt": lambda model, task: {"method": "pt"},
+    "uniform": lambda model, task: {"method": "pt", "prompt": {"init": "uniform"}},
     "ld": lambda model, task: {"method": "ld"},
     "fr": lambda model, task: {"method": "fr"},
     "cr": lambda model, task: {"method": "cr"},
@@ -116,8 +117,11 @@ METHODS: dict[str, Any] = {
     "suffix-batch": lambda model, task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
 }
 
-CONTROLS = ("pt", "small", "suffix")
+CONTROLS = ("pt", "uniform", "small", "suffix")
 """Methods that grow nothing."""
+
+INITS = ("pt", "uniform")
+"""Initialisations of plain prompt tuning, compared on the tuning split at the rate tuned for the first."""
 
 SENTIMENT = {
     "name": "sentiment",
@@ -377,10 +381,15 @@ def cells_of(args: argparse.Namespace) -> Iterator[Cell]:
             for method in sorted({placement(m) for m in args.methods}):
                 while (rate := next_rate(tried_rates(args.results, model, task, method))) is not None:
                     yield Cell(model, task, method, TUNE_SEED, rate)
+            tried = tried_rates(args.results, model, task, "pt")
+            for method in set(args.methods) & set(INITS[1:]):
+                cell = Cell(model, task, method, TUNE_SEED, best_rate(tried))
+                if not (args.results / cell.path).is_file():
+                    yield cell
     for seed in args.seeds:
         for model in args.models:
             for task in args.tasks:
-                for method in args.methods:
+                for method in (m for m in args.methods if m not in INITS[1:]):
                     cell = Cell(model, task, method, seed)
                     if not is_done(args.results, cell):
                         yield cell
@@ -491,6 +500,8 @@ def rate_table(results: Path) -> str:
     tried: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for path in sorted((results / "tuning").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found["method"] in INITS[1:]:
+            continue
         key = found["model"], found["task"], "after the text" if placement(found["method"]) == "suffix" else "in front"
         curve = found["curve"]
         tried.setdefault(key, {})[found["rate"]] = [curve[0]["metric"], settled(curve), curve[0]["step"]]
@@ -506,6 +517,17 @@ def rate_table(results: Path) -> str:
         lines.append(
             f"| {model} | {task} | {where} | {ends} | {best:g} | {early:g} (step {rates[early][2]}) | {lost:.1f} |"
         )
+    return "\n".join(lines)
+
+
+def init_table(results: Path) -> str:
+    """Markdown: plain prompt tuning from vocabulary embeddings beside other initialisations, on the tuning split."""
+    lines = ["| model | task | rate | vocabulary | uniform |", "| --- | --- | --- | --- | --- |"]
+    for path in sorted((results / "tuning").glob("*-uniform-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        vocab = tried_rates(results, found["model"], found["task"], "pt")[found["rate"]]
+        ends = f"{vocab:.1f} | {settled(found['curve']):.1f}"
+        lines.append(f"| {found['model']} | {found['task']} | {found['rate']:g} | {ends} |")
     return "\n".join(lines)
 
 
@@ -564,6 +586,8 @@ def main() -> None:
     print(table(rows))
     print()
     print(rate_table(args.results))
+    print()
+    print(init_table(args.results))
     if args.check:
         missed = shortfalls(rows)
         if missed:
