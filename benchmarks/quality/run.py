@@ -117,11 +117,11 @@ METHODS: dict[str, Any] = {
     "suffix-batch": lambda model, task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
 }
 
-CONTROLS = ("pt", "uniform", "small", "suffix")
-"""Methods that grow nothing."""
+CONTROLS = ("pt", "small", "suffix")
+"""Methods of the grid that grow nothing."""
 
-INITS = ("pt", "uniform")
-"""Initialisations of plain prompt tuning, compared on the tuning split at the rate tuned for the first."""
+INITS = ("uniform",)
+"""Other initialisations of plain prompt tuning, compared with `pt` on the tuning split, at the rate tuned for it."""
 
 SENTIMENT = {
     "name": "sentiment",
@@ -333,11 +333,10 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
     task = TASKS[cell.task]
     with tempfile.TemporaryDirectory(prefix="fpt-quality-") as work:
         tuning = cell.rate is not None
-        evaluations = 2 if tuning else task.evaluations
         settings = settings_of(cell.model, cell.task, cell.method, rate, cell.seed, args, Path(work), tuning=tuning)
-        settings["train"]["eval_every"] = task.steps // evaluations
+        settings["train"]["eval_every"] = task.steps // (2 if tuning else task.evaluations)
         recipe = config.load(settings)
-        key = (cell.model, cell.task, cell.rate is None, cell.seed)
+        key = (cell.model, cell.task, tuning, cell.seed)
         if key not in sessions:
             sessions.clear()  # one model in memory at a time
             sessions[key] = open_session(recipe, ("train", "validation"))
@@ -381,15 +380,14 @@ def cells_of(args: argparse.Namespace) -> Iterator[Cell]:
             for method in sorted({placement(m) for m in args.methods}):
                 while (rate := next_rate(tried_rates(args.results, model, task, method))) is not None:
                     yield Cell(model, task, method, TUNE_SEED, rate)
-            tried = tried_rates(args.results, model, task, "pt")
-            for method in set(args.methods) & set(INITS[1:]):
-                cell = Cell(model, task, method, TUNE_SEED, best_rate(tried))
+            for method in (m for m in args.methods if m in INITS):
+                cell = Cell(model, task, method, TUNE_SEED, best_rate(tried_rates(args.results, model, task, method)))
                 if not (args.results / cell.path).is_file():
                     yield cell
     for seed in args.seeds:
         for model in args.models:
             for task in args.tasks:
-                for method in (m for m in args.methods if m not in INITS[1:]):
+                for method in (m for m in args.methods if m not in INITS):
                     cell = Cell(model, task, method, seed)
                     if not is_done(args.results, cell):
                         yield cell
@@ -500,7 +498,7 @@ def rate_table(results: Path) -> str:
     tried: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for path in sorted((results / "tuning").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["method"] in INITS[1:]:
+        if found["method"] in INITS:
             continue
         key = found["model"], found["task"], "after the text" if placement(found["method"]) == "suffix" else "in front"
         curve = found["curve"]
