@@ -459,24 +459,32 @@ def test_plan_of_a_prompt_after_the_text(fpt):
     assert texts["warm"] < texts["cold"] < 1
     out, _ = fpt(*arguments, "--placement", "suffix")
     assert "MiB an example" in out
-    assert "choose prefix or suffix" in refused(fpt, *arguments, "--placement", "behind")
+    within = only_json(fpt(*arguments, "--placement", "infix", "--after-tokens", "8", "--json")[0])
+    assert texts["warm"] < within["text_cache"]["warm"] < within["text_cache"]["cold"] < 1
+    assert within["text_cache"]["bytes_per_example"] == texts["bytes_per_example"] * 24 / 32
+    steps = [plan["stages"][0] for plan in (within, found)]  # relative to the same step with the prompt in front
+    assert len({round(s["flops_per_step"] / s["relative_flops"]) for s in steps}) == 1
+    for wrong in (("infix",), ("infix", "--after-tokens", "32"), ("suffix", "--after-tokens", "8")):
+        assert "from 1 to 31 of --input-tokens 32" in refused(fpt, *arguments, "--placement", *wrong)
+    assert "choose prefix, suffix or infix" in refused(fpt, *arguments, "--placement", "behind")
     assert "--measure" in refused(fpt, *arguments, "--placement", "suffix", "--measure")
     assert "examples=0" in refused(fpt, *arguments, "--placement", "suffix", "--examples", "0")
 
 
 def test_prompts_before_and_after_the_text_side_by_side(fpt, tmp_path):
-    for placement in ("prefix", "suffix"):
+    for placement in ("prefix", "suffix", "infix"):
         recipe = toy().write_recipe(
             tmp_path / f"{placement}.yaml", tmp_path / placement, method="pt", prompt__placement=placement
         )
         fpt("train", "--config", recipe, "--set", "train.steps=4")
-    runs = [tmp_path / "prefix", tmp_path / "suffix"]
+    runs = [tmp_path / "prefix", tmp_path / "suffix", tmp_path / "infix"]
     record = only_json(fpt("eval", *runs, "--json")[0])["results"]
     for folder in runs:
         saved = json.loads((folder / "result.json").read_text())
         assert record[str(folder)]["metrics"] == pytest.approx(saved["metrics"])
     assert "stand in one place" in refused(fpt, "eval", *runs, "--ensemble", "votes")
-    assert fpt("predict", runs[1], "goal match team")[0].strip() in ("sport", "business")
+    for folder in runs:
+        assert fpt("predict", folder, "goal match team")[0].strip() in ("sport", "business")
     out, _ = fpt("export", runs[1], tmp_path / "after.safetensors")
     assert "after the input" in out
 

@@ -235,7 +235,7 @@ def test_greedy_through_the_exported_prompt_equals_ours(tmp_path, name):
     plm, tokenizer = load_plm(model, dtype="float32"), load_tokenizer(model)
     session = open_session(config, ("test",))
     rows = input_ids_of(session, session.encoded["test"])
-    ours, _, _ = predict(session, prompt, rows)
+    ours, _, _ = predict(session, prompt, session.encoded["test"])
     for ids, found in zip(rows, ours, strict=True):
         embeds = torch.cat([prompt, plm.get_input_embeddings()(torch.tensor(ids))])[None]
         out = plm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)

@@ -215,6 +215,12 @@ def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more):
             assert forward_flops(cost, stage, now) == pytest.approx(forward, rel=0.01)
             assert step_flops(cost, stage, now) == pytest.approx(forward + counter.get_total_flops(), rel=0.01)
     partial.restore()
+    if not config.is_encoder_decoder:  # what stands between prompt and target costs what the prompt does
+        within = SuffixPromptModel(plm, PROMPT, placement="infix")
+        with FlopCounterMode(display=False) as counter:
+            suffix_loss(within, {"input_ids": ids, "labels": labels, "n_after": torch.tensor([6, 6])}).backward()
+        now = replace(shape, input_tokens=13, prompt_tokens=PROMPT + 6)
+        assert step_flops(cost, None, now) == pytest.approx(counter.get_total_flops(), rel=0.01)
     kept = text_states(plm, [[5] * 19], cache).states
     assert kept.numel() * 2 == text_bytes(cost, None, 19, dtype_bytes=2)
     texts, new = [[5] * 19, [6] * 19], 6

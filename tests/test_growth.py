@@ -273,8 +273,13 @@ def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monke
 
 @pytest.mark.parametrize(
     "changes",
-    [["train.batch_tokens=40"], ["prompt.placement=suffix", "stages=[{layers: 3}]"], ["train.accumulate=2"]],
-    ids=["token budget", "texts of its own", "accumulated"],
+    [
+        ["train.batch_tokens=40"],
+        ["prompt.placement=suffix", "stages=[{layers: 3}]"],
+        ["prompt.placement=infix"],
+        ["train.accumulate=2"],
+    ],
+    ids=["token budget", "texts of its own", "within the text", "accumulated"],
 )
 def test_a_run_that_goes_on_knows_what_was_saved(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)

@@ -22,6 +22,8 @@ EXACT = {"atol": 1e-9, "rtol": 1e-9}
 SINGLE = {"atol": 1e-5, "rtol": 1e-3, "check_dtype": False}
 SUFFIX = [s for s in FAMILIES if s.stacks != ("encoder",)]
 PROMPT = 3
+AFTER = [3, 2, 5, 4]  # of texts of 9, 6, 4 and 1 tokens, whose first token stays in front of the prompt
+INFIX = [s for s in SUFFIX if not s.encoder_decoder]
 
 
 @pytest.fixture(params=SUFFIX, ids=lambda s: s.name)
@@ -57,11 +59,17 @@ def ids_and_labels(family: Settings, side: str = "right") -> dict[str, torch.Ten
     }
 
 
-def uncached_loss(plm, prompt: torch.Tensor, batch) -> torch.Tensor:
+def parted(texts: list[list[int]], after: list[int] | None) -> list[tuple[list[int], list[int]]]:
+    """What of each text stands before the prompt and after it."""
+    ends = [max(1, len(t) - n) for t, n in zip(texts, after or [0] * len(texts), strict=True)]
+    return [(t[:i], t[i:]) for t, i in zip(texts, ends, strict=True)]
+
+
+def uncached_loss(plm, prompt: torch.Tensor, batch, after: list[int] | None = None) -> torch.Tensor:
     """Mean cross-entropy, each row in one pass of the PLM alone: no cache, no padding, no second part."""
     embed = plm.get_input_embeddings()
     losses = []
-    for text, target in zip(batch["texts"], batch["targets"], strict=True):
+    for (text, end), target in zip(parted(batch["texts"], after), batch["targets"], strict=True):
         labels = torch.tensor(target)
         if plm.config.is_encoder_decoder:
             start = plm.prepare_decoder_input_ids_from_labels(labels=labels[None])
@@ -69,15 +77,15 @@ def uncached_loss(plm, prompt: torch.Tensor, batch) -> torch.Tensor:
             logits = plm(input_ids=torch.tensor([text]), decoder_inputs_embeds=inputs, use_cache=False).logits[0]
             logits = logits[len(prompt) :]
         else:
-            inputs = torch.cat([embed(torch.tensor(text)), prompt, embed(labels)])[None]
-            logits = plm(inputs_embeds=inputs, use_cache=False).logits[0, len(text) + len(prompt) - 1 : -1]
+            inputs = torch.cat([embed(torch.tensor(text)), prompt, embed(torch.tensor([*end, *target]))])[None]
+            logits = plm(inputs_embeds=inputs, use_cache=False).logits[0, -len(labels) - 1 : -1]
         losses.append(F.cross_entropy(logits, labels, reduction="none"))
     return torch.cat(losses).mean()
 
 
-def suffix_model(family: Settings, cached: bool = True, **changes) -> SuffixPromptModel:
+def suffix_model(family: Settings, placement: str = "suffix", **changes) -> SuffixPromptModel:
     plm = family.plm(**changes).double()
-    model = SuffixPromptModel(plm, PROMPT, cache=TextCache(plm) if cached else None).eval()
+    model = SuffixPromptModel(plm, PROMPT, placement=placement, cache=TextCache(plm)).eval()
     model.soft_prompt.data = model.soft_prompt.data.double()
     return model
 
@@ -87,8 +95,15 @@ def tensors(batch):
 
 
 @pytest.mark.parametrize(("attention", "side"), [("eager", "right"), ("eager", "left"), ("sdpa", "right")])
-def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, side):
-    model, batch = suffix_model(placed), ids_and_labels(placed, side)
+@pytest.mark.parametrize("placement", ["suffix", "infix"])
+def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, side, placement):
+    if placement == "infix" and placed.encoder_decoder:
+        with pytest.raises(ModelError, match="an encoder reads its text as a whole"):
+            suffix_model(placed, placement)
+        return
+    model, batch = suffix_model(placed, placement), ids_and_labels(placed, side)
+    after = AFTER if placement == "infix" else None
+    batch["n_after"] = None if after is None else torch.tensor(after)
     try:
         model.plm.set_attn_implementation(attention)
     except ValueError:
@@ -96,7 +111,7 @@ def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, sid
     partial = PartialPLM(model, keep_neurons="first")
     for layers, ffn in [(LAYERS, FFN), (3, 10), (LAYERS, FFN)]:
         partial.resize(placed.stage(layers, ffn))
-        wanted = uncached_loss(model.plm, model.soft_prompt, batch)
+        wanted = uncached_loss(model.plm, model.soft_prompt, batch, after)
         (gradient,) = torch.autograd.grad(wanted, model.soft_prompt)
         for filled in (False, True):
             loss = suffix_loss(model, tensors(batch))
@@ -214,13 +229,59 @@ def test_texts_run_under_autocast_are_other_texts():
     assert torch.equal(found.states, text_states(plm, [[5, 6, 7]]).states)
 
 
-def greedy_alone(plm, prompt: torch.Tensor, text: list[int], new: int) -> list[int]:
+@pytest.mark.parametrize("family", INFIX, ids=lambda s: s.name)
+def test_a_prompt_within_the_text_scores_and_answers_as_the_uncached_model(family):
+    """As above, each row with another number of tokens behind the prompt."""
+    model, batch = suffix_model(family, "infix"), ids_and_labels(family)
+    plm, prompt, texts = model.plm, model.soft_prompt.detach(), batch["texts"]
+    kept = {"placement": "infix", "after": AFTER, "cache": model.cache}
+    for labels in ({"a": [7], "b": [9], "c": [30]}, {"a": [7, 8], "b": [9, 4]}):
+        found = score_labels(plm, prompt, texts, labels, batch_size=3, **kept)
+        for text, after, answer in zip(texts, AFTER, found, strict=True):
+            for word, ids in labels.items():
+                alone = uncached_loss(plm, prompt, {"texts": [text], "targets": [ids]}, [after]) * len(ids)
+                assert answer.label_scores[word] == pytest.approx(-alone.item(), rel=1e-5)
+    assert model.cache.ran  # only what stands before the prompt was run
+    assert max(tokens for _, tokens in model.cache.ran) == max(len(first) for first, _ in parted(texts, AFTER))
+
+    model.float()  # as above
+    prompt, new = model.soft_prompt.detach(), 5
+    rows = [F.pad(torch.tensor(t), (9 - len(t), 0), value=1) for t in texts]
+    masks = [F.pad(torch.ones(len(t), dtype=torch.long), (9 - len(t), 0)) for t in texts]
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    out = model.generate(torch.stack(rows), torch.stack(masks), n_after=torch.tensor(AFTER), **options)
+    for text, after, answer in zip(texts, AFTER, out[:, 9:].tolist(), strict=True):
+        assert answer == greedy_alone(plm, prompt, text, new, after)
+    beams = model.generate(torch.stack(rows), torch.stack(masks), n_after=AFTER, num_beams=3, **options)
+    assert torch.equal(beams[:1], model.generate(rows[0][None], n_after=AFTER[:1], num_beams=3, **options))
+
+
+def test_texts_that_share_their_beginning_are_run_once():
+    model = SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT, placement="infix")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 20], [5, 6, 7, 10, 11, 20]])
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = 20
+    batch = {"input_ids": ids, "labels": labels, "n_after": torch.tensor([2, 2])}
+    assert suffix_loss(model, batch).isfinite()
+    assert (model.text_ran, model.text_tokens, model.after_tokens) == ((1, 3), 3, 3)
+    for wrong, problem in ((model, "is missing"), (SuffixPromptModel(model.plm, PROMPT), "is given")):
+        given = {k: v for k, v in batch.items() if k != "n_after" or problem == "is given"}
+        with pytest.raises(ModelError, match=f"n_after {problem}"):
+            suffix_loss(wrong, given)
+    with pytest.raises(ModelError, match="n_after is missing"):
+        model.generate(ids)
+    with pytest.raises(ConfigError, match="placement='prefix' is unknown here; choose suffix or infix"):
+        SuffixPromptModel(model.plm, placement="prefix")
+
+
+def greedy_alone(plm, prompt: torch.Tensor, text: list[int], new: int, after: int = 0) -> list[int]:
     """The most probable next tokens, one full pass of the PLM for each."""
+    ((text, end),) = [(text, [])] if plm.config.is_encoder_decoder else parted([text], [after])
     embed, answer = plm.get_input_embeddings(), []
     start = torch.tensor([plm.config.decoder_start_token_id]) if plm.config.is_encoder_decoder else torch.tensor(text)
     with torch.no_grad():
         for _ in range(new):
-            said = embed(torch.tensor(answer, dtype=torch.long))
+            said = embed(torch.tensor([*end, *answer], dtype=torch.long))
             if plm.config.is_encoder_decoder:
                 inputs = torch.cat([prompt, embed(start), said])[None]
                 logits = plm(input_ids=torch.tensor([text]), decoder_inputs_embeds=inputs, use_cache=False).logits
@@ -267,6 +328,13 @@ def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
     model.save_pretrained(tmp_path / "after")
     again = load_soft_prompt(family.plm(), tmp_path / "after")
     assert torch.equal(suffix_loss(again, batch), suffix_loss(model, batch))
+    if name == "llama":
+        within = SuffixPromptModel(family.plm(), PROMPT, placement="infix", seed=3).eval()
+        within.save_pretrained(tmp_path / "within")
+        assert placement_of(tmp_path / "within") == "infix"
+        counts = {"n_after": torch.tensor(AFTER)}
+        loaded = load_soft_prompt(family.plm(), tmp_path / "within")
+        assert torch.equal(suffix_loss(loaded, {**batch, **counts}), suffix_loss(within, {**batch, **counts}))
     inputs = {k: batch[k][:1] for k in ("input_ids", "attention_mask")}
     assert torch.equal(again.generate(**inputs, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4))
     assert placement_of(tmp_path / "after") == "suffix"
@@ -295,7 +363,12 @@ def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"format": 2, "placement": "suffix"}', "knows format 1"), ("{", "cannot be read"), ("[]", "cannot be read")],
+    [
+        ('{"format": 2, "placement": "suffix"}', "knows format 1"),
+        ('{"format": 1, "placement": "prefix"}', "knows format 1"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+    ],
 )
 def test_broken_records_are_refused(tmp_path, content, message):
     SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT).save_pretrained(tmp_path)

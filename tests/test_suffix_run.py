@@ -6,33 +6,42 @@ import json
 
 import pytest
 import torch
+import yaml
 from settings import BY_NAME
 from torch.utils.flop_counter import FlopCounterMode
 from toy import toy
 
 from fast_prompt_tuning import SuffixPromptModel, activation_scores, parallel, run
 from fast_prompt_tuning.config import load
-from fast_prompt_tuning.errors import ConfigError, ModelError
+from fast_prompt_tuning.errors import CheckpointError, ConfigError, ModelError
+from fast_prompt_tuning.placement import suffix_loss
 from fast_prompt_tuning.preparation import calibration_batches, score_flops, trainable
 from fast_prompt_tuning.session import evaluate, open_session
 from fast_prompt_tuning.soft_prompt import load_prompt, placement_of
-from fast_prompt_tuning.trainer import PromptTrainer
+from fast_prompt_tuning.trainer import PromptTrainer, make_collator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
-def suffix_run(folder, model="llama", **changes):
+def suffix_run(folder, model="llama", placement="suffix", **changes):
     here = toy()
-    return load(here.recipe(folder, prompt__placement="suffix", model__path=str(here.model(model)), **changes))
+    return load(here.recipe(folder, prompt__placement=placement, model__path=str(here.model(model)), **changes))
 
 
-@pytest.mark.parametrize("model", ["llama", "t5"])
-@pytest.mark.parametrize(("method", "task"), [("pt", "topics"), ("cr", "topics"), ("pt", "words")])
-def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, method, task):
-    config = suffix_run(tmp_path / "run", model, method=method, data__task=str(getattr(toy(), task)))
+STAGES = [{"batch": 2, "length": 6, "steps": 4}, {"layers": 3, "steps": 3}, {"steps": 3}]
+
+
+@pytest.mark.parametrize(("model", "placement"), [("llama", "suffix"), ("t5", "suffix"), ("llama", "infix")])
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [({"method": "pt"}, "topics"), ({"method": "cr"}, "topics"), ({"stages": STAGES}, "topics"), ({}, "words")],
+    ids=["pt", "cr", "stages", "words"],
+)
+def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, placement, changes, task):
+    config = suffix_run(tmp_path / "run", model, placement, data__task=str(getattr(toy(), task)), **changes)
     result = run.train(config)
     assert result.status == "finished"
-    assert placement_of(tmp_path / "run" / "prompt") == "suffix"
+    assert placement_of(tmp_path / "run" / "prompt") == placement
     session = open_session(config, ("validation",))
     found = evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
     assert found.result.values == pytest.approx(result.metrics)
@@ -53,7 +62,35 @@ def test_the_cache_changes_the_cost_and_nothing_else(tmp_path):
     assert flops[0] < flops[1] < plain.flops["train"]
 
 
-@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+def test_a_prompt_within_the_text_sees_to_what_the_template_has_behind_it(tmp_path):
+    """A step costs prompt, `Topic:` and target; the texts that are kept end before them."""
+    costs = {}
+    for placement in ("suffix", "infix"):
+        result = run.train(suffix_run(tmp_path / placement, placement=placement, method="pt", train__steps=20))
+        costs[placement] = result.flops
+    assert costs["suffix"]["train"] < costs["infix"]["train"]
+    config = suffix_run(tmp_path / "auto", placement="infix", method="auto", train__steps=20, train__batch_size=8)
+    assert run.train(config).status == "finished"
+    session = open_session(config, ("train",))
+    model, _ = trainable(session)
+    rows = [session.encoded["train"][i] for i in range(4)]
+    batch = make_collator(session.tokenizer, session.plm, after=True)(rows)
+    assert batch["n_after"].tolist() == [2] * 4
+    suffix_loss(model, batch)
+    assert model.text_tokens == max(len(row["input_ids"]) - row["n_target"] - 2 for row in rows)
+    assert model.after_tokens == 2 + max(row["n_target"] for row in rows)
+    spec = yaml.safe_load(toy().topics.read_text())
+    del spec["truncate"]
+    spec["source"]["files"] = {k: str(toy().folder / v) for k, v in spec["source"]["files"].items()}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(spec))
+    config = suffix_run(tmp_path / "own", placement="infix", data__task=str(tmp_path / "own.yaml"))
+    with pytest.raises(ConfigError, match="the task 'topics' names none; set truncate in its file"):
+        open_session(config, ())
+    with pytest.raises(ModelError, match="an encoder reads its text as a whole"):
+        open_session(suffix_run(tmp_path / "t5", "t5", "infix"), ())
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "infix"])
 def test_scoring_is_counted_as_it_is_run(tmp_path, placement):
     session = open_session(load(toy().recipe(tmp_path / "run", prompt__placement=placement)), ("train",))
     session.plm.set_attn_implementation("eager")  # PyTorch counts no fused attention on a CPU
@@ -71,16 +108,20 @@ def test_runs_share_what_is_on_disk(tmp_path):
     assert second.flops["train"] < 0.8 * first.flops["train"]
 
 
-def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path):
-    whole = run.train(suffix_run(tmp_path / "whole"))
+@pytest.mark.parametrize("placement", ["suffix", "infix"])
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, placement):
+    whole = run.train(suffix_run(tmp_path / "whole", placement=placement))
 
     class Stop(run.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 7
             control.should_save = control.should_training_stop
 
-    run.train(suffix_run(tmp_path / "parts"), callbacks=[Stop()])
-    resumed = run.train(suffix_run(tmp_path / "parts"), resume=True)
+    run.train(suffix_run(tmp_path / "parts", placement=placement), callbacks=[Stop()])
+    other = {"suffix": "infix", "infix": "suffix"}[placement]
+    with pytest.raises(CheckpointError, match="placement"):
+        run.train(suffix_run(tmp_path / "parts", placement=other), resume=True, allow_changed=True)
+    resumed = run.train(suffix_run(tmp_path / "parts", placement=placement), resume=True)
     assert resumed.steps == whole.steps
     prompts = [load_prompt(tmp_path / name / "prompt") for name in ("whole", "parts")]
     torch.testing.assert_close(*prompts)

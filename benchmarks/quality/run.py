@@ -53,11 +53,16 @@ HERE = Path(__file__).parent
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 FIRST_RATES = (0.01, 0.03)
 TUNE_SEED = 100
+PLACES = {"pt": "in front", "suffix": "after the text", "infix": "within"}
+"""Methods that the rate of each placement of the prompt is tuned with."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run of a task reads and how long it is; sized for minutes on a CPU core without bfloat16."""
+    """What a run of a task reads and how long it is; sized for minutes on a CPU core.
+
+    `tuned` names the task whose learning rates it takes, where it has no search of its own.
+    """
 
     task: str
     input_tokens: int
@@ -67,6 +72,12 @@ class Task:
     train: int = 256
     examples: int = 100
     evaluations: int = 6
+    tuned: str | None = None
+
+
+def of_length(task: str, tokens: int, target_tokens: int, tuned: str | None) -> Task:
+    """One of the tasks that differ in the length of their texts only: 128 training examples, read 3.75 times."""
+    return Task(task, tokens, target_tokens, 8, 60, train=128, tuned=tuned)
 
 
 TASKS = {
@@ -74,9 +85,15 @@ TASKS = {
     "headlines": Task("bbc_headlines", 32, 20, 8, 60, evaluations=5),
     "squad": Task("squad2", 64, 12, 8, 60, evaluations=5),
     "sentiment": Task("sentiment", 40, 8, 8, 96),
-    # Texts as long as they are in use, more passes over fewer of them: where keeping what is computed of them pays.
-    "headlines-256": Task("bbc_headlines", 256, 20, 8, 60, train=128, evaluations=3),
-    "squad-256": Task("squad2", 256, 12, 8, 60, train=128, evaluations=3),
+    # The same at several lengths, and more passes over fewer texts: where keeping what is computed of them pays.
+    "topics-64": of_length("bbc_topics", 64, 8, "topics"),
+    "topics-256": of_length("bbc_topics", 256, 8, "topics"),
+    "topics-512": of_length("bbc_topics", 512, 8, "topics"),
+    "headlines-64": of_length("bbc_headlines", 64, 20, "headlines"),
+    "headlines-256": of_length("bbc_headlines", 256, 20, "headlines"),
+    "headlines-512": of_length("bbc_headlines", 512, 20, "headlines"),
+    "squad-64": of_length("squad2", 64, 12, "squad"),  # the sentence that holds the answer
+    "squad-256": of_length("squad2", 256, 12, None),  # whole paragraphs
 }
 
 MODELS = {"smollm2": lambda: "smollm2-135m", "gemma": base_model}
@@ -115,9 +132,10 @@ METHODS: dict[str, Any] = {
     "auto-half-rate": lambda model, task: {"method": "auto", "stages": [{"batch": task.batch // 4, "rate": 0.5}]},
     "suffix": lambda model, task: {"method": "pt", "prompt": {"placement": "suffix"}},
     "suffix-batch": lambda model, task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
+    "infix": lambda model, task: {"method": "pt", "prompt": {"placement": "infix"}},
 }
 
-CONTROLS = ("pt", "small", "suffix")
+CONTROLS = ("pt", "small", "suffix", "infix")
 """Methods of the grid that grow nothing."""
 
 INITS = ("uniform",)
@@ -226,7 +244,7 @@ def data_of(name: str, tuning: bool, args: argparse.Namespace, folder: Path) -> 
             files, task_name = review_files(path, folder), str(folder / "sentiment.yaml")
             Path(task_name).write_text(yaml.safe_dump(SENTIMENT), encoding="utf-8")
         else:
-            files, task_name = squad_files(path, folder, whole=name != "squad"), task.task
+            files, task_name = squad_files(path, folder, whole=task.input_tokens > 64), task.task
         return {"task": task_name, "files": {"train": files["train"], "validation": files[part]}, **limits}
     spec = yaml.safe_load((resources.files("fast_prompt_tuning") / "tasks" / f"{task.task}.yaml").read_text("utf-8"))
     spec["splits"] = {"train": "train", "validation": "validation" if tuning else "test"}
@@ -271,12 +289,13 @@ class CpuSeconds(TrainerCallback):
 
 def placement(method: str) -> str:
     """The method whose tuned rate a method takes: every placement of the prompt has its own."""
-    return "suffix" if method.startswith("suffix") else "pt"
+    first = method.partition("-")[0]
+    return first if first in PLACES else "pt"
 
 
 def tried_rates(results: Path, model: str, task: str, method: str) -> dict[float, float]:
     """The quality on the tuning split of every rate that a method's placement has been run with."""
-    cells = [Cell(model, task, placement(method), TUNE_SEED, rate) for rate in RATES]
+    cells = [Cell(model, TASKS[task].tuned or task, placement(method), TUNE_SEED, rate) for rate in RATES]
     paths = {c.rate: results / c.path for c in cells}
     return {r: settled(json.loads(p.read_text())["curve"]) for r, p in paths.items() if r and p.is_file()}
 
@@ -379,7 +398,7 @@ def cells_of(args: argparse.Namespace) -> Iterator[Cell]:
         for task in args.tasks:
             for method in sorted({placement(m) for m in args.methods}):
                 while (rate := next_rate(tried_rates(args.results, model, task, method))) is not None:
-                    yield Cell(model, task, method, TUNE_SEED, rate)
+                    yield Cell(model, TASKS[task].tuned or task, method, TUNE_SEED, rate)
             for method in (m for m in args.methods if m in INITS):
                 cell = Cell(model, task, method, TUNE_SEED, best_rate(tried_rates(args.results, model, task, method)))
                 if not (args.results / cell.path).is_file():
@@ -500,7 +519,7 @@ def rate_table(results: Path) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["method"] in INITS:
             continue
-        key = found["model"], found["task"], "after the text" if placement(found["method"]) == "suffix" else "in front"
+        key = found["model"], found["task"], PLACES[placement(found["method"])]
         curve = found["curve"]
         tried.setdefault(key, {})[found["rate"]] = [curve[0]["metric"], settled(curve), curve[0]["step"]]
     lines = [

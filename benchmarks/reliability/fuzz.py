@@ -168,7 +168,7 @@ def _prompts(folder: Path) -> Iterator[Target]:
     plm = BY_NAME["llama"].plm()
     stock, suffix = folder / "stock", folder / "suffix"
     suffix.mkdir()
-    soft_prompt.save_suffix_prompt(suffix, torch.rand(3, 4), base_model="x", model_fingerprint="0")
+    soft_prompt.save_suffix_prompt(suffix, torch.rand(3, 4), placement="infix", base_model="x", model_fingerprint="0")
     get_peft_model(plm, soft_prompt.soft_prompt_config(plm, num_virtual_tokens=3)).save_pretrained(str(stock))
     for place in (stock, suffix):
         kept = {f.name: f.read_bytes() for f in place.iterdir() if f.suffix in (".json", ".safetensors")}

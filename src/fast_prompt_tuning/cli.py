@@ -192,7 +192,7 @@ def evaluate(
         placed[str(folder)] = placement_of(saved)
     if ensemble:
         if len(set(placed.values())) > 1:
-            raise ConfigError("--ensemble needs prompts that stand in one place: some are before the text, some after")
+            raise ConfigError("--ensemble needs prompts that stand in one place (prefix, suffix or infix)")
         placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     if submission is not None:
@@ -250,7 +250,7 @@ def predict(
     from .config import load
     from .data import encode
     from .examples import render_rows
-    from .session import input_ids_of, open_session
+    from .session import open_session
     from .session import predict as answers_to
     from .soft_prompt import load_prompt
 
@@ -278,7 +278,7 @@ def predict(
             max_target_tokens=session.max_target_tokens,
         )
         on_device = None if prompt is None else prompt.to(session.plm.device)
-        found, answers, _ = answers_to(session, on_device, input_ids_of(session, encoded))
+        found, answers, _ = answers_to(session, on_device, encoded)
         for text, prediction, said in zip(batch, found, answers, strict=True):
             if as_json:
                 emit({"input": text, "prediction": said, "score": prediction.score})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,8 +45,11 @@ def plan(
             help="A schedule of your own: LAYERSxFFN[@BATCH[xTOKENS]]:STEPS,…, e.g. 8x384:100,30x1536@4:50,30x1536:50"
         ),
     ] = None,
-    placement: Annotated[str, typer.Option(help="prefix, or suffix: the prompt after the text.")] = "prefix",
-    examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix keeps.")] = 1000,
+    placement: Annotated[
+        str, typer.Option(help="prefix; suffix: the prompt after the text; infix: within it.")
+    ] = "prefix",
+    after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after an infix prompt.")] = 0,
+    examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix and infix keep.")] = 1000,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
@@ -61,9 +64,15 @@ def plan(
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    if placement not in ("prefix", "suffix"):
-        raise ConfigError(f"--placement {placement!r} is unknown; choose prefix or suffix")
-    if placement == "suffix" and measure:
+    if placement not in ("prefix", "suffix", "infix"):
+        raise ConfigError(f"--placement {placement!r} is unknown; choose prefix, suffix or infix")
+    if (placement == "infix") != (after_tokens > 0) or not 0 <= after_tokens < max(input_tokens, 1):
+        raise ConfigError(
+            f"--after-tokens {after_tokens} with --placement {placement}: tokens after an infix prompt, and of no "
+            f"other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
+        )
+    kept = placement != "prefix"
+    if kept and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
     quiet_libraries(transformers_only=True)
     if model.endswith(".gguf") or ("/" not in model and not Path(model).exists()):  # the others need no PyTorch
@@ -81,19 +90,19 @@ def plan(
         chosen = chosen or tuple(s for s in found.stacks if s in full.stacks) or None
     shape = BatchShape(
         batch=batch_size,
-        input_tokens=input_tokens,
-        prompt_tokens=prompt_tokens,
+        input_tokens=input_tokens - after_tokens,
+        prompt_tokens=prompt_tokens + after_tokens,  # they cost what the prompt does
         target_tokens=10 if target_tokens is None else target_tokens,
-        placement="suffix" if placement == "suffix" else "prefix",
-        text_examples=0 if placement == "suffix" else None,
+        placement="suffix" if kept else "prefix",
+        text_examples=0 if kept else None,
     )
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
     out = people(as_json)
     if compare:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
-        if stages or measure or placement == "suffix":
-            raise ConfigError("--compare has no --stages, --measure or --placement suffix; plan one method with them")
+        if stages or measure or kept:
+            raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
         found_plans = plans.compare(config, methods, shape, total_steps=steps, stacks=chosen, **common)
@@ -113,22 +122,23 @@ def plan(
     if measure:
         made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
     texts = None
-    if placement == "suffix":
+    if kept:
         cost = CostModel.from_config(config)
         texts = plans.plan_texts(cost, schedule, shape, examples=examples, dtype_bytes=bytes_each)
     if as_json:
         emit({**made.to_dict(), **({"text_cache": asdict(texts)} if texts else {})})
         return
-    out.print(_stage_table(made, full, shape))
+    asked = replace(shape, prompt_tokens=prompt_tokens, input_tokens=input_tokens)
+    out.print(_stage_table(made, full, asked))
     if texts is not None:
-        out.print(_text_lines(texts, examples), highlight=False)
+        out.print(_text_lines(texts, examples, "after" if placement == "suffix" else "within"), highlight=False)
 
 
-def _text_lines(texts: Any, examples: int) -> str:
+def _text_lines(texts: Any, examples: int, where: str) -> str:
     from .report import human_flops
 
     return (
-        f"prompt after the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
+        f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
         f"kept, {_percent(texts.cold)} without\n"
         f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
         f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"

@@ -77,8 +77,10 @@ class PromptConfig(_Section):
     init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
     text: str | None = Field(None, description="the text of init: text")
     path: UserPath | None = Field(None, description="the saved prompt of init: prompt")
-    placement: Literal["prefix", "suffix"] = Field(
-        "prefix", description="before the text (the paper's), or after it; an encoder-decoder's: before the target"
+    placement: Literal["prefix", "suffix", "infix"] = Field(
+        "prefix",
+        description="before the text (the paper's); after it (an encoder-decoder's: before the target); or within it, "
+        "after the task's truncate field and before what its template has behind that",
     )
 
     @model_validator(mode="after")
@@ -95,7 +97,7 @@ class PromptConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """What texts leave behind, kept between steps where the prompt stands after them (prompt.placement=suffix)."""
+    """What texts leave behind, kept between steps where the prompt stands after them (prompt.placement)."""
 
     tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
     budget_mib: float = Field(2048, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
@@ -221,16 +223,17 @@ class RunConfig(_Section):
             raise ValueError(
                 f"optim.ema_decay={self.optim.ema_decay} averages the prompt, and method='full' has none; leave it out"
             )
-        if self.prompt.placement == "suffix":
+        if self.prompt.placement != "prefix":
+            place = f"prompt.placement={self.prompt.placement!r}"
             if self.method == "full":
-                raise ValueError("prompt.placement='suffix' has no prompt with method='full'; leave one of them out")
+                raise ValueError(f"{place} has no prompt with method='full'; leave one of them out")
             if self.train.gradient_checkpointing:
                 raise ValueError(
-                    "train.gradient_checkpointing cannot be used with prompt.placement='suffix', whose text keeps no "
-                    "activations anyway; leave it out"
+                    f"train.gradient_checkpointing cannot be used with {place}, whose text keeps no activations "
+                    "anyway; leave it out"
                 )
             if self.train.compile:
-                raise ValueError("train.compile cannot be used with prompt.placement='suffix'; leave it out")
+                raise ValueError(f"train.compile cannot be used with {place}; leave it out")
         output = Path(self.output).resolve()
         if self.cache.folder is not None and output in Path(self.cache.folder).resolve().parents:
             raise ValueError(

@@ -20,7 +20,7 @@ import torch
 from .errors import ConfigError, DataError
 from .objective import IGNORED
 from .tasks import Task
-from .trimming import TAIL
+from .trimming import AFTER, TAIL
 
 logger = logging.getLogger(__name__)
 
@@ -296,19 +296,29 @@ class Collator:
         decoder: the rows are a decoder-only model's.
         pad_to_multiple_of: round lengths up to a multiple, for hardware that likes it.
         tails: also give `n_tail` `(B,)`, for stages that cut inputs (`trimming.trim`); a model does not take it.
+        after: also give the same as `n_after`, for a prompt within the input (`placement="infix"`).
 
     Returns:
         When called on B rows: `input_ids` and `attention_mask` (B, T) and `labels`, (B, T) for a decoder-only model,
         else (B, T_target); -100 where there is no label. All int64.
     """
 
-    def __init__(self, tokenizer: Any, *, decoder: bool, pad_to_multiple_of: int | None = None, tails: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        decoder: bool,
+        pad_to_multiple_of: int | None = None,
+        tails: bool = False,
+        after: bool = False,
+    ):
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ConfigError(f"pad_to_multiple_of={pad_to_multiple_of} must be at least 1")
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(i for i in ids if i is not None)
         self.decoder = decoder
-        self.multiple, self.tails = pad_to_multiple_of or 1, tails
+        self.multiple = pad_to_multiple_of or 1
+        self.counts = [name for name, wanted in ((TAIL, tails), (AFTER, after)) if wanted]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if not rows:
@@ -317,9 +327,9 @@ class Collator:
         labels = [torch.as_tensor(row["labels"], dtype=torch.int64) for row in rows]
         length = self._rounded(max(map(len, inputs)))
         target_length = length if self.decoder else self._rounded(max(map(len, labels)))
-        tails = {TAIL: torch.tensor([row[TAIL] for row in rows])} if self.tails else {}
+        tails = [row[TAIL] for row in rows] if self.counts else []
         return {
-            **tails,
+            **{name: torch.tensor(tails) for name in self.counts},
             "input_ids": _padded(inputs, length, self.pad_id),
             "attention_mask": _padded([torch.ones_like(ids) for ids in inputs], length, 0),
             "labels": _padded(labels, target_length, IGNORED),

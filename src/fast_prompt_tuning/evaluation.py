@@ -3,7 +3,7 @@
 Everything here works on the bare PLM and the prompt's vectors, so that a trained prompt, an untrained one and none at
 all are predicted by the same code. Decoder-only inputs are padded on the left *of the prompt* and positions follow
 the attention mask: a batch of many gives the predictions of a batch of one. With `placement="suffix"` the prompt stands
-after the text (see `placement.py`).
+after the text, with `"infix"` within it (see `placement.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from .errors import DataError
 from .objective import IGNORED, labelled_logits, last_layer_rows, selected_rows
-from .placement import generation_inputs, suffix_logits, text_states
+from .placement import generation_inputs, split_texts, suffix_logits, text_states
 from .text_cache import TextCache
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def score_labels(
     batch_size: int = 16,
     length_normalize: bool = False,
     placement: str = "prefix",
+    after: Sequence[int] | None = None,
     cache: TextCache | None = None,
 ) -> list[Prediction]:
     """Rank classification: the label whose tokens the model finds most probable, exactly and without generating.
@@ -122,8 +123,9 @@ def score_labels(
         inputs: token ids of each input, unpadded.
         labels: label word -> its target token ids, as in training (`data.label_ids`).
         length_normalize: divide each label's log-probability by its number of tokens.
-        placement: `prefix` or `suffix`: where the prompt stands.
-        cache: kept states of the texts, for `suffix`.
+        placement: `prefix`, `suffix` or `infix`: where the prompt stands.
+        after: with `infix`, tokens at the end of each input that stand after the prompt.
+        cache: kept states of the texts, for `suffix` and `infix`.
 
     Raises:
         DataError: no labels, or a label without tokens.
@@ -138,8 +140,8 @@ def score_labels(
     with inference(plm):
         for picked in batches_of(by_length(inputs), batch_size):
             fronts, tokens = prompts_of(prompt, picked), [inputs[i] for i in picked]
-            if fronts is not None and placement == "suffix":
-                table = _score_suffix(plm, fronts, tokens, ids_of, cache).float().cpu()
+            if fronts is not None and placement != "prefix":
+                table = _score_suffix(plm, fronts, tokens, _picked(after, picked), ids_of, cache).float().cpu()
             else:
                 table = score(plm, fronts, tokens, ids_of).float().cpu()
             if length_normalize:
@@ -207,20 +209,35 @@ def _score_encoder_decoder(
     return torch.stack(columns, 1)
 
 
+def _picked(values: Sequence[int] | None, places: Sequence[int]) -> list[int] | None:
+    return None if values is None else [values[i] for i in places]
+
+
 def _score_suffix(
-    plm: Any, prompt: torch.Tensor, inputs: list[Sequence[int]], labels: list[list[int]], cache: TextCache | None
+    plm: Any,
+    prompt: torch.Tensor,
+    inputs: list[Sequence[int]],
+    after: Sequence[int] | None,
+    labels: list[list[int]],
+    cache: TextCache | None,
 ) -> torch.Tensor:
     """`(B, number of labels)`; the text is run once for all labels, or not at all if its states are kept."""
-    text = text_states(plm, inputs, cache)
+    firsts, ends = split_texts(inputs, after)
+    text = text_states(plm, firsts, cache)
+    width = max(map(len, ends))
+
+    def logits_of(label: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of one label after each text."""
+        targets = torch.zeros(len(inputs), width + len(label), dtype=torch.long)
+        marks = torch.full_like(targets, IGNORED)
+        for i, end in enumerate(ends):
+            targets[i, : len(end) + len(label)] = torch.tensor([*end, *label])
+            marks[i, len(end) : len(end) + len(label)] = torch.tensor(label)
+        return suffix_logits(plm, prompt, text, targets, marks)
+
     if not plm.config.is_encoder_decoder and all(len(ids) == 1 for ids in labels):
-        first = torch.full((len(inputs), 1), labels[0][0])
-        logits, _, _ = suffix_logits(plm, prompt, text, first, first)
-        return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]]
-    columns = []
-    for ids in labels:
-        targets = torch.tensor([ids] * len(inputs))
-        columns.append(_log_probability(*suffix_logits(plm, prompt, text, targets, targets), len(inputs)))
-    return torch.stack(columns, 1)
+        return torch.log_softmax(logits_of(labels[0])[0].float(), -1)[:, [ids[0] for ids in labels]]
+    return torch.stack([_log_probability(*logits_of(ids), len(inputs)) for ids in labels], 1)
 
 
 def generate(
@@ -235,6 +252,7 @@ def generate(
     stop_at_newline: bool = False,
     use_cache: bool = True,
     placement: str = "prefix",
+    after: Sequence[int] | None = None,
     cache: TextCache | None = None,
 ) -> list[Prediction]:
     """Greedy (`num_beams=1`) or beam-search answers, in the order of `inputs`.
@@ -242,8 +260,7 @@ def generate(
     Args:
         plm: the bare PLM. BERT-like models do not generate from embeddings and are refused by `transformers`.
         stop_at_newline: keep the first line only, for decoders whose targets are one line; greedy rows end with it.
-        placement: `prefix` or `suffix`: where the prompt stands.
-        cache: kept states of the texts, for `suffix`.
+        placement, after, cache: as `score_labels`.
 
     Returns:
         Texts without special tokens, stripped; `score` is the mean log-probability per generated token.
@@ -254,8 +271,9 @@ def generate(
     with inference(plm), _no_leftover_options(plm):
         for picked in batches_of(by_length(inputs), batch_size):
             fronts, tokens = prompts_of(prompt, picked), [inputs[i] for i in picked]
-            if fronts is not None and placement == "suffix":
-                given = generation_inputs(plm, fronts, tokens, copies=num_beams, cache=cache)
+            if fronts is not None and placement != "prefix":
+                ends = _picked(after, picked)
+                given = generation_inputs(plm, fronts, tokens, after=ends, copies=num_beams, cache=cache)
             else:
                 padded = prompted_inputs(plm, fronts, tokens, left=left)
                 given = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask}

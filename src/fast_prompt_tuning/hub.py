@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from .errors import ConfigError
 from .report import human_flops, human_seconds, size_text
 from .results import RunResult, load_result
-from .soft_prompt import SUFFIX_FILES, load_prompt, placement_of
+from .soft_prompt import PLACES, SUFFIX_FILES, load_prompt, placement_of
 
 PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -28,9 +28,10 @@ def model_card(result: RunResult) -> str:
     config = result.config
     named, task = hub_id(config["model"]["path"]), config["data"]["task"] or "custom"
     base = named or Path(config["model"]["path"]).name  # the path is this machine's own
+    place = config["prompt"].get("placement", "prefix")
     data = ModelCardData(
         base_model=named,
-        library_name="fast-prompt-tuning" if config["prompt"].get("placement") == "suffix" else "peft",
+        library_name="peft" if place == "prefix" else "fast-prompt-tuning",
         tags=["prompt-tuning", "soft-prompt", "fast-prompt-tuning", f"task:{Path(task).stem}"],
     )
     metrics = "\n".join(
@@ -41,17 +42,15 @@ def model_card(result: RunResult) -> str:
         f"| {i} | {size_text(s['layers'])} | {size_text(s['ffn'])} | {s.get('batch') or 'all'} | {s['steps']} |"
         for i, s in enumerate(result.schedule, 1)
     )
-    after = config["prompt"].get("placement") == "suffix"
     loading = (
         """from fast_prompt_tuning import load_soft_prompt
 
 model = load_soft_prompt(base_model, "folder of this repository")"""
-        if after
+        if place != "prefix"
         else """from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "this repository")"""
     )
-    place = "after" if after else "in front of"
     versions = ", ".join(f"{k} {v}" for k, v in result.environment.items() if k not in ("platform", "threads"))
     return f"""---
 {data.to_yaml()}
@@ -59,8 +58,8 @@ model = PeftModel.from_pretrained(base_model, "this repository")"""
 
 # Soft prompt for {Path(task).stem} on {base.split("/")[-1]}
 
-{config["prompt"]["tokens"]} virtual tokens {place} the input of `{base}` (revision
-{config["model"]["revision"] or "default"}), tuned with the method `{result.method}` of fast-prompt-tuning. The model's
+{config["prompt"]["tokens"]} virtual tokens for `{base}` (revision {config["model"]["revision"] or "default"}), to stand
+{PLACES[place]}; tuned with the method `{result.method}` of fast-prompt-tuning. The model's
 weights are unchanged.
 
 ```python
@@ -111,7 +110,7 @@ def push_prompt(run: str | Path, repo_id: str, *, private: bool = True, token: s
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
-            after = placement_of(folder / "prompt") == "suffix"
+            after = placement_of(folder / "prompt") != "prefix"
             for name in SUFFIX_FILES if after else PROMPT_FILES:
                 (Path(work) / name).write_bytes((folder / "prompt" / name).read_bytes())
             # A path of this machine is nobody else's business, and no use to them.

@@ -6,6 +6,9 @@ serves every epoch, seed and trial. A training step computes the prompt and the 
 
     [text] no gradient, kept  →  [prompt][target] with gradient over the text's keys and values
 
+`infix` is the same with the end of the text behind the prompt: `[context]  →  [prompt][question][target]`. The question
+then sees the prompt, and the context's states serve every question about it.
+
 In an encoder-decoder the prompt stands in front of the decoder's input, and what is kept is the encoder's output.
 
 The model's own forward does all computing: it is handed a `transformers` cache that holds the text and never grows.
@@ -44,18 +47,30 @@ from .soft_prompt import (
     suffix_record,
 )
 from .text_cache import TextCache
+from .trimming import AFTER
 
 logger = logging.getLogger(__name__)
 
 
-def check_suffix(plm: Any) -> None:
-    """Raise unless a prompt can stand after this PLM's text.
+PLACEMENTS = ("suffix", "infix")
+"""Where a prompt stands that leaves the text, or its beginning, as it is without a prompt."""
+
+
+def check_suffix(plm: Any, placement: str = "suffix") -> None:
+    """Raise unless a prompt can stand after this PLM's text, or within it.
 
     Raises:
+        ConfigError: another placement.
         UnknownFamilyError: the architecture is not registered.
-        ModelError: its attention is not causal, or gradient checkpointing is on, under which `transformers` drops the
-            cache that holds the text.
+        ModelError: its attention is not causal; `infix` for an encoder-decoder, whose encoder reads the text as a
+            whole; gradient checkpointing is on, under which `transformers` drops the cache that holds the text.
     """
+    if placement not in PLACEMENTS:
+        raise ConfigError(f"placement={placement!r} is unknown here; choose {' or '.join(PLACEMENTS)}")
+    if placement == "infix" and plm.config.is_encoder_decoder:
+        raise ModelError(
+            "placement='infix' needs a decoder-only model: an encoder reads its text as a whole; use placement='suffix'"
+        )
     if not plm.config.is_encoder_decoder and "decoder" not in families.of(plm.config).stacks:
         raise ModelError(
             f"placement='suffix' needs a decoder-only model or an encoder-decoder, which {type(plm).__name__} is not; "
@@ -221,6 +236,7 @@ def split_batch(plm: Any, batch: Mapping[str, Any]) -> Parts:
     """The texts and targets of a batch as the model's forward takes it, padded on either side.
 
     In a decoder-only model's batch a row's text ends where its first label begins; a row without labels is all text.
+    Where the batch has `n_after` `(B,)`, so many tokens at a text's end stand before its target, without labels.
 
     Raises:
         ModelError: no `input_ids`, or no `labels`.
@@ -236,6 +252,8 @@ def split_batch(plm: Any, batch: Mapping[str, Any]) -> Parts:
         return Parts(rows, labels, labels)
     marks = [list(itertools.compress(row, kept)) for row, kept in zip(labels.tolist(), keep, strict=True)]
     ends = [next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in marks]
+    if batch.get(AFTER) is not None:
+        ends = [_first_part(end, after) for end, after in zip(ends, batch[AFTER].tolist(), strict=True)]
 
     def padded(tails: list[list[int]], value: int) -> torch.Tensor:
         width = max(1, *(len(tail) for tail in tails))
@@ -246,6 +264,19 @@ def split_batch(plm: Any, batch: Mapping[str, Any]) -> Parts:
         padded([row[end:] for row, end in zip(rows, ends, strict=True)], 0),
         padded([row[end:] for row, end in zip(marks, ends, strict=True)], IGNORED),
     )
+
+
+def _first_part(length: int, after: int) -> int:
+    """Tokens of a text that stand before the prompt: one at least, since a prompt needs something to stand after."""
+    return max(length - after, min(length, 1))
+
+
+def split_texts(
+    texts: Sequence[Sequence[int]], after: Sequence[int] | None
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """What of each text stands before the prompt, and what after it: its last `after` tokens, or none."""
+    places = [_first_part(len(t), n) for t, n in zip(texts, after or [0] * len(texts), strict=True)]
+    return [t[:i] for t, i in zip(texts, places, strict=True)], [t[i:] for t, i in zip(texts, places, strict=True)]
 
 
 def suffix_logits(
@@ -310,31 +341,40 @@ def suffix_logits(
 
 
 def generation_inputs(
-    plm: Any, prompt: torch.Tensor, texts: Sequence[Sequence[int]], *, copies: int = 1, cache: TextCache | None = None
+    plm: Any,
+    prompt: torch.Tensor,
+    texts: Sequence[Sequence[int]],
+    *,
+    after: Sequence[int] | None = None,
+    copies: int = 1,
+    cache: TextCache | None = None,
 ) -> dict[str, Any]:
     """What `plm.generate` takes to answer texts with a prompt after them (in front of the decoder's input).
 
-    A decoder-only model gets the embeddings `[padding][text][prompt]` and the text's keys and values, so that it reads
-    the prompt alone. An encoder-decoder's decoder has read the prompt already: P placeholder ids stand for it in
-    `decoder_input_ids`, and in the sequences that come out.
+    The model has read text and prompt already. A decoder-only one gets the keys and values of all but the last vector
+    of `[padding][text][prompt]`, and that one's embedding behind placeholders. In an encoder-decoder P placeholder ids
+    stand for the prompt in `decoder_input_ids`, and in the sequences that come out.
 
     Args:
         prompt: one for all texts `(P, H)`, or one each `(B, P, H)`.
+        after: of each text, the tokens at its end that stand after the prompt; default none.
         copies: sequences that run for each text: beams, or samples.
         cache: kept states of the texts.
     """
-    text = text_states(plm, texts, cache)
+    firsts, ends = split_texts(texts, after)
+    text = text_states(plm, firsts, cache)
     rows, size = len(texts), prompt.shape[-2]
     embed = plm.get_input_embeddings()
     front = prompt.to(embed.weight).expand(rows, *prompt.shape[-2:])
     if not plm.config.is_encoder_decoder:
-        read = front.new_zeros(rows, text.mask.shape[1], front.shape[-1])  # never looked at: it is in the cache
+        text, last = _read_on(plm, text, front, ends)
+        placeholders = last.new_zeros(rows, text.mask.shape[1], last.shape[-1])
         past: Cache = DynamicCache()
         for layer, (keys, values) in enumerate(text.states):
             past.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), layer)
         return {
-            "inputs_embeds": torch.cat([read, front], dim=1),
-            "attention_mask": F.pad(text.mask, (0, size), value=1),
+            "inputs_embeds": torch.cat([placeholders, last], dim=1),
+            "attention_mask": F.pad(text.mask, (0, 1), value=1),
             "past_key_values": past,
         }
     encoded = BaseModelOutput(last_hidden_state=text.states)
@@ -360,6 +400,43 @@ def generation_inputs(
     }
 
 
+def _read_on(
+    plm: Any, text: TextStates, front: torch.Tensor, ends: Sequence[Sequence[int]]
+) -> tuple[TextStates, torch.Tensor]:
+    """What texts leave behind with a prompt `(B, P, H)` and what stands after it, less their last vector `(B, 1, H)`.
+
+    Prompt and ends run padded on the right, and come out padded on the left as one text: generated tokens follow at
+    once, at the distances that a sliding window counts.
+    """
+    rows, size = front.shape[:2]
+    ids = torch.zeros(rows, max(map(len, ends)), dtype=torch.long)
+    for i, end in enumerate(ends):
+        ids[i, : len(end)] = torch.as_tensor(end, dtype=torch.long)
+    embeds = torch.cat([front, plm.get_input_embeddings()(ids.to(plm.device))], dim=1)
+    past = DynamicCache()
+    for layer, (keys, values) in enumerate(text.states):
+        past.update(keys, values, layer)
+    with _undisturbed(plm), last_layer_rows(plm, lambda _: torch.zeros(0, dtype=torch.long)):
+        plm.base_model(
+            inputs_embeds=embeds,
+            attention_mask=torch.cat([text.mask, text.mask.new_ones(embeds.shape[:2])], dim=1),
+            position_ids=text.lengths[:, None] + torch.arange(embeds.shape[1], device=plm.device),
+            past_key_values=past,
+            use_cache=True,
+        )
+    layers: Any = past.layers
+    states = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])
+    width, read = text.mask.shape[1], [size + len(end) - 1 for end in ends]
+    places = [(width - int(n), width + more) for n, more in zip(text.lengths, read, strict=True)]
+    longest = max(stop - start for start, stop in places)
+    mask = torch.zeros(rows, longest, dtype=torch.long, device=plm.device)
+    for i, (start, stop) in enumerate(places):
+        mask[i, longest - (stop - start) :] = 1
+    joined = _joined([states[:, :, i, :, start:stop] for i, (start, stop) in enumerate(places)], longest)
+    last = torch.stack([embeds[i, n] for i, n in enumerate(read)])[:, None]
+    return TextStates(joined, mask, text.ran), last
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +448,8 @@ class SuffixPromptModel(nn.Module):
     Args:
         plm: a bare `transformers` model, decoder-only or encoder-decoder; its weights are frozen here.
         num_virtual_tokens: prompt length P.
+        placement: `suffix`, after the text; or `infix`, before the last tokens of a decoder-only model's text, whose
+            number comes with each row (`n_after`).
         cache: where the texts' states are kept between steps; None computes them at every step, forward only.
         init: how the prompt starts, see `init_soft_prompt`; `vocab` needs nothing else.
         seed: of the initialisation.
@@ -387,20 +466,22 @@ class SuffixPromptModel(nn.Module):
         plm: Any,
         num_virtual_tokens: int = 20,
         *,
+        placement: str = "suffix",
         cache: TextCache | None = None,
         init: str = "vocab",
         seed: int = 0,
     ):
         super().__init__()
-        check_suffix(plm)
+        check_suffix(plm, placement)
         check_prompt_tokens(plm, num_virtual_tokens)
         if cache is not None and cache.plm is not plm:
             raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
         self.plm = plm.requires_grad_(False)
-        self.cache = cache
+        self.placement, self.cache = placement, cache
         width = plm.get_input_embeddings().weight.shape[-1]
         self.soft_prompt = nn.Parameter(torch.zeros(num_virtual_tokens, width, device=plm.device))
-        self.text_ran, self.text_tokens = (0, 0), 0  # of the last forward, for who counts its cost
+        # Of the last forward, for who counts its cost: texts run, and padded tokens before and after the prompt.
+        self.text_ran, self.text_tokens, self.after_tokens = (0, 0), 0, 0
         self._cut = ""
         init_soft_prompt(self, init, seed=seed)
         self.register_state_dict_post_hook(_prompt_only)
@@ -425,26 +506,39 @@ class SuffixPromptModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        n_after: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> CausalLMOutput:
         """The loss of a batch as the PLM's own forward takes it: `input_ids (B, T)`, text and target together for a
         decoder-only model. Logits exist at labelled positions only and are not returned.
 
+        Args:
+            n_after: with `infix`, tokens at the end of each text that stand after the prompt `(B,)`.
+
         Raises:
-            ModelError: no labels.
+            ModelError: no labels; `n_after` missing with `infix`, or given without it.
         """
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        self._check_after(n_after)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, AFTER: n_after}
         parts = split_batch(self.plm, batch)
         if self.training and self.cache is not None:
             self._forget_last_stage()
         text = text_states(self.plm, parts.texts, self.cache)
-        self.text_ran, self.text_tokens = text.ran, text.mask.shape[1]
+        self.text_ran, self.text_tokens, self.after_tokens = text.ran, text.mask.shape[1], parts.targets.shape[1]
         logits, targets, _ = suffix_logits(self.plm, self.soft_prompt, text, parts.targets, parts.labels)
         if targets.numel() == 0 and num_items_in_batch is None:
             raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
         total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")
         loss = total / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutput(loss=loss)  # type: ignore[arg-type]
+
+    def _check_after(self, n_after: Any) -> None:
+        if (n_after is not None) != (self.placement == "infix"):
+            problem = "is missing" if n_after is None else "is given"
+            raise ModelError(
+                f"{AFTER} {problem} with placement={self.placement!r}: an infix prompt, and no other, is told how many "
+                "tokens at the end of each text stand after it"
+            )
 
     def _forget_last_stage(self) -> None:
         """Training never goes back to an earlier stage: its texts' states only take room."""
@@ -468,21 +562,31 @@ class SuffixPromptModel(nn.Module):
         """
         name = str(self.config.name_or_path or self.config.model_type)
         found = fingerprint.of_model(self.plm)
-        save_suffix_prompt(folder, self.soft_prompt, base_model=name, model_fingerprint=found)
+        save_suffix_prompt(folder, self.soft_prompt, placement=self.placement, base_model=name, model_fingerprint=found)
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        n_after: torch.Tensor | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
         """`plm.generate` with the prompt after the text; takes and gives what the PLM's own `generate` does.
 
-        Only the cache is always a dynamic one, since it holds the text: `use_cache` and `cache_implementation` do not
-        count.
+        With `infix` it also takes `n_after`, as `forward` does. The cache is always a dynamic one, since it holds the
+        text: `use_cache` and `cache_implementation` do not count.
         """
+        self._check_after(n_after)
+        after = None if n_after is None else [int(n) for n in n_after]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         texts = [row[keep].tolist() for row, keep in zip(input_ids, mask.bool(), strict=True)]
         read = 1 if self.plm.config.is_encoder_decoder else input_ids.shape[1]
         config, more = _generation_config(self.plm.generation_config, options, read)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        inputs = generation_inputs(self.plm, self.soft_prompt.detach(), texts, copies=copies, cache=self.cache)
+        prompt = self.soft_prompt.detach()
+        inputs = generation_inputs(self.plm, prompt, texts, after=after, copies=copies, cache=self.cache)
         own, self.plm.generation_config = self.plm.generation_config, config
         try:
             found = self.plm.generate(**inputs, **more)
@@ -564,7 +668,7 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
         return PeftModel.from_pretrained(plm, str(folder))
     if record["model_fingerprint"] != fingerprint.of_model(plm):
         logger.warning("%s was tuned on %s, whose weights are not this model's", folder, record["base_model"])
-    model = SuffixPromptModel(plm, len(values), cache=cache)
+    model = SuffixPromptModel(plm, len(values), placement=record["placement"], cache=cache)
     with torch.no_grad():
         model.soft_prompt.copy_(values)
     return model.eval()
@@ -584,6 +688,6 @@ def suffix_loss(
     """
     if not isinstance(getattr(model, "module", model), SuffixPromptModel):
         raise ModelError(f"{type(model).__name__} is not a SuffixPromptModel: its prompt is not after the text")
-    inputs = {k: batch.get(k) for k in ("input_ids", "attention_mask", "labels")}
+    inputs = {k: batch.get(k) for k in ("input_ids", "attention_mask", "labels", AFTER)}
     loss: torch.Tensor = model(**inputs, num_items_in_batch=num_items).loss
     return loss

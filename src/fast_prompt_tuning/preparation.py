@@ -43,8 +43,8 @@ def trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
         return session.plm, [p for p in session.plm.parameters() if p.requires_grad]
     session.plm.requires_grad_(False)
     model: Any
-    if config.prompt.placement == "suffix":
-        model = SuffixPromptModel(session.plm, config.prompt.tokens, cache=session.texts)
+    if (place := config.prompt.placement) != "prefix":
+        model = SuffixPromptModel(session.plm, config.prompt.tokens, placement=place, cache=session.texts)
     else:
         model = get_peft_model(session.plm, soft_prompt_config(session.plm, num_virtual_tokens=config.prompt.tokens))
     init_soft_prompt(
@@ -217,7 +217,7 @@ def score_flops(session: Session, batch: dict[str, Any]) -> float:
 
 def _forward_of(session: Session, batch: dict[str, Any]) -> float:
     prompt = session.config.prompt
-    in_front = 0 if prompt.placement == "suffix" else prompt.tokens  # as `scored_model`
+    in_front = prompt.tokens if prompt.placement == "prefix" else 0  # as `scored_model`
     return forward_flops(session.cost, None, batch_shape(batch, in_front, session.cost), whole_last_layer=True)
 
 

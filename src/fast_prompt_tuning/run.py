@@ -157,8 +157,22 @@ def _usual_shape(session: Session) -> BatchShape:
     config = session.config
     batch = calibration_batches(session, config.train.batch_size)[0]
     shape = batch_shape(batch, config.prompt.tokens, session.cost)
-    suffix = config.prompt.placement == "suffix"
-    return replace(shape, placement="suffix", text_examples=0) if suffix else shape
+    if config.prompt.placement == "prefix":
+        return shape
+    between = _usually_after(session)
+    return replace(
+        shape,
+        placement="suffix",
+        prompt_tokens=shape.prompt_tokens + between,
+        input_tokens=max(shape.input_tokens - between, 1),
+        text_examples=0,
+    )
+
+
+def _usually_after(session: Session) -> int:
+    """Tokens of an input that stand after an infix prompt: they cost what the prompt does."""
+    infix = session.config.prompt.placement == "infix"
+    return int(median_high(session.encoded["train"]["n_tail"])) if infix else 0
 
 
 def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:
@@ -166,8 +180,9 @@ def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int)
     train, usual = session.config.train, _usual_shape(session)
     lengths = input_lengths(rows)
     batches = _batches(session.config, lengths)
-    target = usual.target_tokens if session.decoder else 0  # a decoder's rows hold their targets
-    shapes = [replace(usual, batch=len(b), input_tokens=max(max(lengths[i] for i in b) - target, 0)) for b in batches]
+    rest = usual.target_tokens if session.decoder else 0  # a decoder's rows hold their targets
+    rest += _usually_after(session)
+    shapes = [replace(usual, batch=len(b), input_tokens=max(max(lengths[i] for i in b) - rest, 0)) for b in batches]
 
     def flops(stage: Stage) -> float:
         return sum(step_flops(session.cost, stage, shape) for shape in shapes)
@@ -256,14 +271,14 @@ def _train(
         scored.keep(prompt, found, is_best)
         return dict(found.result.values)
 
-    decay = config.optim.ema_decay
+    decay, infix = config.optim.ema_decay, config.prompt.placement == "infix"
     ema = [] if decay is None else [EmaCallback(decay)]  # the guard before it: it keeps means, too
     trainer = PromptTrainer(
         model=model,
         args=training_arguments(config, str(folder / "checkpoints"), session.plm.device, spare_steps=spare),
         train_dataset=rows,
         eval_dataset=session.encoded["validation"],
-        data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None),
+        data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None, after=infix),
         optimizers=make_optimizer(trained, config.optim),
         callbacks=[guard, *ema, _RunLog(folder / "log.jsonl"), *callbacks],
         schedule=schedule,
@@ -279,7 +294,7 @@ def _train(
     )
     guard.trainer, trainer.good = trainer, guard.good
     if isinstance(schedule, AutoSchedule) and partial is not None and held_out is not None:
-        probe = make_collator(session.tokenizer, session.plm)(list(held_out))
+        probe = make_collator(session.tokenizer, session.plm, after=infix)(list(held_out))
         counted = lambda: ledger.add("probe", parallel.size() * trainer.probe_flops(probe))  # noqa: E731
         trainer.add_callback(AutoCallback(partial, schedule, probe, on_probe=counted))
         schedule.replay(history)
@@ -386,7 +401,7 @@ def _check_fits(found: checkpoint.Checkpoint, model: nn.Module, full_tuning: boo
     if full_tuning != (not (found.folder / "adapter_config.json").is_file()):
         raise CheckpointError(f"{where!r} is of another method; use --overwrite")
     if not full_tuning:
-        place = "suffix" if isinstance(model, SuffixPromptModel) else "prefix"
+        place = model.placement if isinstance(model, SuffixPromptModel) else "prefix"
         have = (placement_of(found.folder), *load_prompt(found.folder).shape)
         if have != (want := (place, *prompt_parameter(model).shape)):
             raise CheckpointError(f"{where!r} holds a prompt {have}, this run needs {want}: placement, tokens, width")

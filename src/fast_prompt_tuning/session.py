@@ -116,8 +116,13 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
         plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
-    if config.prompt.placement == "suffix":
-        check_suffix(plm)
+    if config.prompt.placement != "prefix":
+        check_suffix(plm, config.prompt.placement)
+    if config.prompt.placement == "infix" and task.truncate is None:
+        raise ConfigError(
+            f"prompt.placement='infix' stands after the field that may be shortened, and the task {task.name!r} names "
+            "none; set truncate in its file, or use placement suffix"
+        )
     limit = context_length(plm)
     for needs in _positions(session):
         if limit is not None and sum(needs.values()) > limit:
@@ -142,7 +147,7 @@ def _positions(session: Session) -> list[dict[str, int]]:
     target = {"data.max_target_tokens": session.max_target_tokens}
     if session.decoder:
         return [{**prompt, **text, **target}]
-    suffix = session.config.prompt.placement == "suffix"
+    suffix = session.config.prompt.placement != "prefix"
     return [text if suffix else {**prompt, **text}, {**prompt, **target} if suffix else target]
 
 
@@ -200,18 +205,21 @@ def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
 def predict(
     session: Session,
     prompt: torch.Tensor | None,
-    inputs: Sequence[list[int]],
+    rows: Dataset,
     *,
     voting: str = "probabilities",
     placement: str | None = None,
 ) -> tuple[list[Prediction], list[str], float]:
-    """Answers to tokenized inputs: predictions, their texts, FLOPs spent. Several processes share the work.
+    """Answers to the inputs of rows that `encode` has made: predictions, their texts, FLOPs spent.
+
+    Several processes share the work.
 
     Args:
         prompt: `(P, H)`, None for zero-shot, or several `(K, P, H)`: an ensemble, all prompts in the same batches.
         voting: how an ensemble agrees, see `evaluation.combine`.
         placement: where the prompt stands; default as the recipe says.
     """
+    inputs = list(zip(input_ids_of(session, rows), rows["n_tail"], strict=True))
     if parallel.size() == 1:
         return _predict(session, prompt, inputs, voting, placement)
     mine = parallel.share(inputs)
@@ -220,7 +228,11 @@ def predict(
 
 
 def _predict(
-    session: Session, prompt: torch.Tensor | None, inputs: Sequence[list[int]], voting: str, placement: str | None
+    session: Session,
+    prompt: torch.Tensor | None,
+    rows: Sequence[tuple[list[int], int]],
+    voting: str,
+    placement: str | None,
 ) -> tuple[list[Prediction], list[str], float]:
     settings, task = session.config.eval, session.task
     width = session.plm.get_input_embeddings().weight.shape[-1]
@@ -230,12 +242,13 @@ def _predict(
             "model's prompt"
         )
     several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
-    asked, inputs = len(inputs), [ids for ids in inputs for _ in range(several)]
+    inputs = [ids for ids, _ in rows for _ in range(several)]
     longest_label = max((len(ids) for ids in session.choices.values()), default=0)
     placed = "prefix" if prompt is None else placement or session.config.prompt.placement
+    after = [n if placed == "infix" else 0 for _, n in rows for _ in range(several)]
     where: dict[str, Any] = {}
-    if placed == "suffix":
-        where = {"placement": placed, "cache": session.texts}
+    if placed != "prefix":
+        where = {"placement": placed, "after": after, "cache": session.texts}
         session.texts.ran.clear()
     if session.choices:
         found = score_labels(
@@ -260,14 +273,15 @@ def _predict(
             **where,
         )
     if several > 1:
-        found = [combine(found[i * several : (i + 1) * several], voting) for i in range(asked)]
+        found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
     answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
     spent = sum(text_flops(session.cost, None, *ran) for ran in session.texts.ran) if where else 0.0
     for picked in batches_of(by_length(inputs), settings.batch_size):
+        between = max(after[i] for i in picked)  # costs what the prompt does
         shape = BatchShape(
             batch=len(picked),
-            input_tokens=max(len(inputs[i]) for i in picked),
-            prompt_tokens=0 if prompt is None else prompt.shape[-2],
+            input_tokens=max(len(inputs[i]) - after[i] for i in picked),
+            prompt_tokens=0 if prompt is None else prompt.shape[-2] + between,
             target_tokens=longest_label or session.max_target_tokens,
             placement="suffix" if where else "prefix",
             text_examples=0 if where else None,
@@ -293,8 +307,8 @@ def evaluate(
     if 0 in session.encoded[split]["n_target"]:
         raise DataError(f"the split {split!r} has examples without a label, so it cannot be scored; use --submission")
     start = time.perf_counter()
-    inputs = input_ids_of(session, session.encoded[split])
-    found, answers, flops = predict(session, prompt, inputs, voting=voting, placement=placement)
+    encoded = session.encoded[split]
+    found, answers, flops = predict(session, prompt, encoded, voting=voting, placement=placement)
     result = metrics.evaluate(
         session.task.metric,
         answers,
@@ -328,5 +342,5 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
 def write_submission(session: Session, prompt: torch.Tensor | None, split: str, path: Path) -> None:
     """Answers to a split, which needs no labels, in the benchmark's own format (`tasks.write_submission`)."""
     on_device = None if prompt is None else prompt.to(session.plm.device)
-    _, answers, _ = predict(session, on_device, input_ids_of(session, session.encoded[split]))
+    _, answers, _ = predict(session, on_device, session.encoded[split])
     tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)

@@ -159,7 +159,9 @@ _FOR_PEFT = (
 )
 
 
-def save_suffix_prompt(folder: str | Path, values: torch.Tensor, *, base_model: str, model_fingerprint: str) -> None:
+def save_suffix_prompt(
+    folder: str | Path, values: torch.Tensor, *, placement: str, base_model: str, model_fingerprint: str
+) -> None:
     """Save a prompt `(P, H)` that stands after the text: safetensors, a JSON file that says so, and a note to PEFT.
 
     A stock adapter could not say where the prompt stands, and PEFT would put it in front: its `from_pretrained` fails
@@ -174,14 +176,14 @@ def save_suffix_prompt(folder: str | Path, values: torch.Tensor, *, base_model: 
     place.mkdir(parents=True, exist_ok=True)
     record = {
         "format": 1,
-        "placement": "suffix",
+        "placement": placement,
         "prompt_tokens": values.shape[0],
         "width": values.shape[1],
         "base_model": base_model,
         "model_fingerprint": model_fingerprint,
     }
     tensors = {"prompt_embeddings": values.detach().cpu().contiguous()}
-    save_file(tensors, place / ".new", metadata={"placement": "suffix"})
+    save_file(tensors, place / ".new", metadata={"placement": placement})
     os.replace(place / ".new", place / SUFFIX_FILES[2])
     for name, content in ((SUFFIX_FILES[0], {"peft_type": _FOR_PEFT}), (SUFFIX_FILES[1], record)):
         (place / ".new").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -204,7 +206,7 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = record["format"] == 1 and record["placement"] == "suffix"
+        known = record["format"] == 1 and record["placement"] in PLACES and record["placement"] != "prefix"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); save the prompt again"
@@ -212,14 +214,15 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
     if not known:
         raise ConfigError(
             f"{str(file)!r} has format={record['format']!r}, placement={record['placement']!r}; this version knows "
-            "format 1 and placement 'suffix'"
+            "format 1 and the placements 'suffix' and 'infix'"
         )
     return dict(record)
 
 
 def placement_of(path: str | Path) -> str:
-    """`prefix` or `suffix`: where the prompt saved in a folder stands."""
-    return "prefix" if suffix_record(path) is None else "suffix"
+    """`prefix`, `suffix` or `infix`: where the prompt saved in a folder stands."""
+    record = suffix_record(path)
+    return "prefix" if record is None else str(record["placement"])
 
 
 def load_prompt(path: str | Path) -> torch.Tensor:
@@ -254,7 +257,11 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     return values[:tokens]
 
 
-PLACES = {"prefix": "in front of the input", "suffix": "after the input (encoder-decoder: in front of the target)"}
+PLACES = {
+    "prefix": "in front of the input",
+    "suffix": "after the input (encoder-decoder: in front of the target)",
+    "infix": "within the input, after the field that may be shortened and in front of what the template has behind it",
+}
 
 
 def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:

@@ -435,7 +435,15 @@ class PromptTrainer(Trainer):
         shape = batch_shape(inputs, self.prompt_tokens, self.cost)
         if not isinstance(self.model, SuffixPromptModel):
             return shape
-        return replace(shape, placement="suffix", input_tokens=self.model.text_tokens, text_examples=0)
+        # What stands between prompt and target costs what the prompt does.
+        between = self.model.after_tokens - shape.target_tokens if self.model.placement == "infix" else 0
+        return replace(
+            shape,
+            placement="suffix",
+            input_tokens=self.model.text_tokens,
+            prompt_tokens=shape.prompt_tokens + between,
+            text_examples=0,
+        )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         self._memory_tracker.start()
@@ -580,6 +588,6 @@ class StepGuard(TrainerCallback):
             control.should_save = True
 
 
-def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False) -> Collator:
-    """The collator for a PLM: what its kind of model takes, and with `tails` what cutting inputs takes."""
-    return Collator(tokenizer, decoder=not plm.config.is_encoder_decoder, tails=tails)
+def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False, after: bool = False) -> Collator:
+    """The collator for a PLM: what its kind of model takes, and what cutting inputs or an infix prompt takes."""
+    return Collator(tokenizer, decoder=not plm.config.is_encoder_decoder, tails=tails, after=after)
