@@ -90,6 +90,12 @@ def suffix_model(family: Settings, placement: str = "suffix", **changes) -> Suff
     return model
 
 
+def tolerance(model: SuffixPromptModel) -> dict[str, float]:
+    """Eager attention rounds its weights to float32, but not to a text that stands before the prompt."""
+    rounded = model.config._attn_implementation == "eager" and not model.config.is_encoder_decoder
+    return {"atol": 1e-6, "rtol": 1e-6} if rounded else EXACT
+
+
 def tensors(batch):
     return {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
 
@@ -113,11 +119,13 @@ def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, sid
         partial.resize(placed.stage(layers, ffn))
         wanted = uncached_loss(model.plm, model.soft_prompt, batch, after)
         (gradient,) = torch.autograd.grad(wanted, model.soft_prompt)
+        exact = tolerance(model)
         for filled in (False, True):
             loss = suffix_loss(model, tensors(batch))
             (got,) = torch.autograd.grad(loss, model.soft_prompt)
-            torch.testing.assert_close(loss, wanted, **EXACT)
+            torch.testing.assert_close(loss, wanted, **exact)
             torch.testing.assert_close(got, gradient, **SINGLE)
+            assert model.config._attn_implementation == attention
             assert gradient.abs().sum() > 1e-3
             if filled:
                 assert model.text_ran == (0, 0)
@@ -140,7 +148,7 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(placed):
             ids = torch.tensor([[*text, *words, *target]])
             logits = model.plm(input_ids=ids).logits[0, len(text) + PROMPT - 1 : -1]
         losses.append(F.cross_entropy(logits, labels[0], reduction="none"))
-    torch.testing.assert_close(got, torch.cat(losses).mean(), **EXACT)
+    torch.testing.assert_close(got, torch.cat(losses).mean(), **tolerance(model))
 
 
 def test_evaluation_and_generation_agree_with_the_uncached_model(placed):

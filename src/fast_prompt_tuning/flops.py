@@ -441,10 +441,11 @@ def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, 
     length = shape.prompt_tokens + shape.target_tokens - (0 if seq2seq else 1)
     tokens = shape.batch * length
     linear = stack.attention + stack.neuron * ffn + stack.other
-    scores = products * tokens * (length + (0 if seq2seq else shape.input_tokens)) * stack.attention_width
-    forward: float = tokens * stack.outside + layers * (tokens * linear + 2 * scores)
-    # The text's keys and values have no gradient of their own, but stand in one tensor with those that have.
-    backward: float = tokens * stack.outside + layers * (tokens * linear + 4 * scores)
+    scores = products * tokens * length * stack.attention_width
+    text_scores = 0 if seq2seq else products * tokens * shape.input_tokens * stack.attention_width
+    forward: float = tokens * stack.outside + layers * (tokens * linear + 2 * scores + 2 * text_scores)
+    # Scores and weights of the text pass a gradient on, its keys and values have none.
+    backward: float = tokens * stack.outside + layers * (tokens * linear + 4 * scores + 2 * text_scores)
     if seq2seq:
         projections = tokens * (stack.cross_query + stack.cross_out)
         cross_scores = products * tokens * shape.input_tokens * stack.cross_width

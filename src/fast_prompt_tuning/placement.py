@@ -11,13 +11,15 @@ then sees the prompt, and the context's states serve every question about it.
 
 In an encoder-decoder the prompt stands in front of the decoder's input, and what is kept is the encoder's output.
 
-The model's own forward does all computing: it is handed a `transformers` cache that holds the text and never grows.
+The model's own forward does all computing: it is handed a `transformers` cache that holds the text and never grows, and
+an attention function that leaves the text's keys and values out of the backward pass.
 Sizes: B batch, T text tokens, P prompt length, D target tokens, H `d_model`, L layers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import itertools
 import logging
@@ -30,8 +32,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.masking_utils import eager_mask
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from . import families, fingerprint
@@ -100,6 +103,8 @@ class _TextLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if _apart.get() is not None:
+            return key_states, value_states
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -220,6 +225,77 @@ def _joined(rows: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     return out
 
 
+# -- attention to it --------------------------------------------------------------------------------------------------
+
+_APART = "fast_prompt_tuning_text"
+"""The name of `_attention` among the attention functions of `transformers`."""
+
+_apart: contextvars.ContextVar[tuple[Cache, bool] | None] = contextvars.ContextVar("_apart", default=None)
+"""The text that `_attention` reads, and whether it stands in for the eager attention."""
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention to a text and to what comes after it, as an attention function of `transformers`.
+
+    As one pass over both, but the text's keys and values, which nothing learns from, get no gradient and are neither
+    copied nor repeated for the query heads that share them.
+
+    Args:
+        query: `(B, heads, Q, D)`.
+        key, value: of the Q positions after the text alone `(B, kv heads, Q, D)`.
+        attention_mask: added to the scores `(B, 1, Q, T + Q)`.
+
+    Returns:
+        `(B, Q, heads, D)`, and no weights.
+    """
+    text, eager = _apart.get()  # type: ignore[misc]
+    layer: Any = text.layers[module.layer_idx]
+    rows, heads, new, width = query.shape
+    shared, before = key.shape[1], layer.keys.shape[-2]
+    query = (query * (width**-0.5 if scaling is None else scaling)).reshape(rows, shared, -1, width)
+    scores = torch.cat([query @ layer.keys.transpose(-2, -1), query @ key.transpose(-2, -1)], dim=-1)
+    if softcap is not None and eager:  # PyTorch's fused attention has none
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(rows, shared, heads // shared, new, -1) + attention_mask[:, :, None]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(value.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training).view(rows, shared, -1, before + new)
+    out = weights[..., :before] @ layer.values + weights[..., before:] @ value
+    return out.view(rows, heads, new, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_APART, _attention)
+AttentionMaskInterface.register(_APART, eager_mask)
+
+
+@contextlib.contextmanager
+def _text_apart(plm: Any, text: Cache) -> Iterator[None]:
+    """Forwards of a decoder over `text` compute what they usually do, by `_attention`.
+
+    Kernels other than PyTorch's own (FlashAttention) stay: they read the text and what follows as one tensor.
+    """
+    own = plm.config._attn_implementation
+    if own not in ("eager", "sdpa"):
+        yield
+        return
+    token = _apart.set((text, own == "eager"))
+    plm.config._attn_implementation = _APART
+    try:
+        yield
+    finally:
+        plm.config._attn_implementation = own
+        _apart.reset(token)
+
+
 # -- prompt and target ------------------------------------------------------------------------------------------------
 
 
@@ -308,14 +384,17 @@ def suffix_logits(
     embeds = plm.get_input_embeddings()(ids.to(plm.device))
     embeds = torch.cat([prompt.to(embeds).expand(rows, *prompt.shape[-2:]), embeds], dim=1)
     inputs: dict[str, Any]
+    apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if causal:
+        past = text.cache()
+        apart = _text_apart(plm, past)
         after = torch.arange(embeds.shape[1], device=plm.device)
         inputs = {
             "inputs_embeds": embeds,
             # What is padded on the right no labelled position can see: it needs no mask.
             "attention_mask": torch.cat([text.mask, text.mask.new_ones(embeds.shape[:2])], dim=1),
             "position_ids": text.lengths[:, None] + after,
-            "past_key_values": text.cache(),
+            "past_key_values": past,
             "use_cache": True,
         }
         aligned = F.pad(labels, (size - 1, 0), value=IGNORED)
@@ -334,7 +413,7 @@ def suffix_logits(
                 f"decoder, which has {limit}; shorten one"
             )
     index = (aligned.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
-    with selected_rows(plm, lambda _: index), last_layer_rows(plm, lambda _: index):
+    with selected_rows(plm, lambda _: index), last_layer_rows(plm, lambda _: index), apart:
         logits = plm(**inputs).logits
     found = aligned.reshape(-1).index_select(0, index)
     return logits, found, torch.div(index, aligned.shape[1], rounding_mode="floor")
