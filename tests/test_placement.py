@@ -299,15 +299,17 @@ def greedy_alone(plm, prompt: torch.Tensor, text: list[int], new: int, after: in
     return answer
 
 
-def test_training_needs_nothing_but_a_trainer(tmp_path):
+@pytest.mark.parametrize("placement", ["suffix", "infix"])
+def test_training_needs_nothing_but_a_trainer(tmp_path, placement):
     """Two runs of a stock Trainer, one broken off and resumed, end with the same prompt; the PLM is untouched."""
     family = BY_NAME["llama"]
     rows = [family.batch(seed=seed, size=1) for seed in range(8)]
-    rows = [{k: v[0] for k, v in row.items()} for row in rows]
+    more = {"n_after": 2} if placement == "infix" else {}
+    rows = [{**{k: v[0] for k, v in row.items()}, **more} for row in rows]
 
     def trained(folder, steps, resume=False):
         plm = family.plm()
-        model = SuffixPromptModel(plm, PROMPT, cache=TextCache(plm))
+        model = SuffixPromptModel(plm, PROMPT, placement=placement, cache=TextCache(plm))
         before = {k: v.clone() for k, v in plm.state_dict().items()}
         arguments = TrainingArguments(
             str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
