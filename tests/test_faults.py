@@ -35,7 +35,7 @@ def test_kills_lose_nothing(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    kinds = ["cr, resumed after step 6", "stages on parts of the batch", "cr, prompt after the text"]
+    kinds = ["cr, resumed after step 6", "stages on parts of the batch", "cr, prompt within the text"]
     for row in scenarios.distributed(tmp_path, kinds).values():
         assert row["largest_relative_difference"] < 1e-5
         assert row["metrics_equal"]

@@ -139,6 +139,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cr": {"method": "cr"},
     "cr, T5, Adafactor": {"method": "cr", **ADAFACTOR, "model__path": "t5"},
     "cr, prompt after the text": {"method": "cr", "prompt__placement": "suffix"},
+    "cr, prompt within the text": {"method": "cr", "prompt__placement": "infix"},
     "auto": {"method": "auto"},
 }
 
@@ -228,6 +229,7 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "cr, resumed after step 6": {"method": "cr", "break_at": 7, "train__save_every": 2},
     "cr, batches accumulated": {"method": "cr", "train__accumulate": 2},
     "cr, prompt after the text": {"method": "cr", "prompt__placement": "suffix"},
+    "cr, prompt within the text": {"method": "cr", "prompt__placement": "infix"},
     "cr, T5": {"method": "cr", "model__path": "t5", **ADAFACTOR},
     "stages on parts of the batch": {"method": "cr", "stages": STAGES, "part": True},
     "full": {"method": "full", "optim__lr": 0.01},
