@@ -41,6 +41,36 @@ def test_what_is_read_is_what_was_computed(tmp_path, name, dtype):
         assert torch.equal(found.mask, fresh.mask)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_take_a_fraction_of_the_room_and_are_used_alike(tmp_path, name, dtype):
+    """As read from memory, from a file, and where there is no room to keep anything."""
+    plm = BY_NAME[name].plm().to(dtype)
+    exact, found = text_states(plm, TEXTS).states, []
+    caches = {
+        "memory": TextCache(plm, int8=True),
+        "disk": DiskTextCache(plm, tmp_path, int8=True),
+        "disk again": DiskTextCache(plm, tmp_path, int8=True),
+        "no room": TextCache(plm, budget_mib=0, int8=True),
+    }
+    for where, cache in caches.items():
+        assert text_states(plm, TEXTS, cache).ran == ((0, 0) if where == "disk again" else (3, 4))
+        again = text_states(plm, TEXTS, cache)
+        assert again.ran == ((3, 4) if where == "no room" else (0, 0))
+        assert again.states.dtype == dtype
+        found.append(again.states)
+    assert all(torch.equal(states, found[0]) for states in found)
+    largest = exact.float().abs().amax(-1, keepdim=True)
+    assert ((found[0] - exact).float().abs() <= largest / 254 * 1.05 + 0.01 * exact.float().abs()).all()
+    assert not torch.equal(found[0], exact)
+    assert not len(files(tmp_path)) % 3
+    plain = TextCache(plm)
+    text_states(plm, TEXTS, plain)
+    assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path)).ran == (3, 4)  # others than those in 8 bits
+    width = exact.shape[-1]
+    assert caches["memory"].bytes == plain.bytes * (1 / dtype.itemsize + 1 / width)
+
+
 def test_other_models_dtypes_and_stages_have_files_of_their_own(tmp_path):
     family = BY_NAME["llama"]
     plm = family.plm()

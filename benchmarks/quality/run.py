@@ -132,6 +132,11 @@ METHODS: dict[str, Any] = {
     "auto-half-rate": lambda model, task: {"method": "auto", "stages": [{"batch": task.batch // 4, "rate": 0.5}]},
     "suffix": lambda model, task: {"method": "pt", "prompt": {"placement": "suffix"}},
     "suffix-batch": lambda model, task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
+    "suffix-int8": lambda model, task: {
+        "method": "pt",
+        "prompt": {"placement": "suffix"},
+        "cache": {"dtype": "int8"},
+    },
     "suffix-cr": lambda model, task: {"method": "cr", "prompt": {"placement": "suffix"}},
     "infix": lambda model, task: {"method": "pt", "prompt": {"placement": "infix"}},
 }

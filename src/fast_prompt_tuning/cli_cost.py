@@ -131,17 +131,19 @@ def plan(
     asked = replace(shape, prompt_tokens=prompt_tokens, input_tokens=input_tokens)
     out.print(_stage_table(made, full, asked))
     if texts is not None:
-        out.print(_text_lines(texts, examples, "after" if placement == "suffix" else "within"), highlight=False)
+        where = "after" if placement == "suffix" else "within"
+        out.print(_text_lines(texts, examples, where, bytes_each), highlight=False)
 
 
-def _text_lines(texts: Any, examples: int, where: str) -> str:
+def _text_lines(texts: Any, examples: int, where: str, bytes_each: int) -> str:
     from .report import human_flops
 
     return (
         f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
         f"kept, {_percent(texts.cold)} without\n"
         f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
-        f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"
+        f"(cache.budget_mib; about {_bytes(texts.bytes / bytes_each)} with cache.dtype: int8); running them once: "
+        f"{human_flops(texts.fill_flops)}, not in the table"
     )
 
 

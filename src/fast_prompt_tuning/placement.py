@@ -159,10 +159,10 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
     if missing:
         made = _run_texts(plm, list(missing))
         for places, row in zip(missing.values(), made, strict=True):
+            if cache is not None:
+                row = cache.put(keys[places[0]], row)
             for i in places:
                 rows[i] = row
-            if cache is not None:
-                cache.put(keys[places[0]], row)
     found = [row for row in rows if row is not None]
     mask = torch.zeros(len(texts), max(len(ids) for ids in texts), dtype=torch.long)
     left = not plm.config.is_encoder_decoder

@@ -54,11 +54,13 @@ class Session:
         """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
         chosen = self.config.cache
         if self._texts is None or self._texts[0] != chosen:
+            int8 = chosen.dtype == "int8"
             if chosen.tier == "disk":
                 folder = chosen.folder or cache_dir() / "texts"
-                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib)
+                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, int8=int8)
             else:
-                made = TextCache(self.plm, budget_mib=0 if chosen.tier == "none" else chosen.budget_mib)
+                budget = 0 if chosen.tier == "none" else chosen.budget_mib
+                made = TextCache(self.plm, budget_mib=budget, int8=int8)
             self._texts = chosen, made
         return self._texts[1]
 

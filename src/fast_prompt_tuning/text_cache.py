@@ -27,6 +27,29 @@ from .errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
+Kept = dict[str, torch.Tensor]
+"""What is kept of a text: `states`, or in 8 bits their codes under that name and `scales`."""
+
+
+def _packed(states: torch.Tensor, int8: bool) -> Kept:
+    """States `(…, D)`, or their codes with one scale for every D numbers: 127 is the largest of them."""
+    if not int8:
+        return {"states": states}
+    scales = (states.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12).to(states.dtype)
+    codes = (states.float() / scales.float()).round().clamp(-127, 127)
+    return {"states": codes.to(torch.int8), "scales": scales}
+
+
+def _unpacked(kept: Kept) -> torch.Tensor:
+    if "scales" not in kept:
+        return kept["states"]
+    return (kept["states"].float() * kept["scales"].float()).to(kept["scales"].dtype)
+
+
+def _size(kept: Kept) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+
+
 class TextCache:
     """States of texts in memory, for one PLM and all of its stages.
 
@@ -36,6 +59,8 @@ class TextCache:
     Args:
         plm: the bare PLM the states are of; its weights must not change.
         budget_mib: memory of the PLM's device it may use, in MiB.
+        int8: keep states in 8 bits, rounded to 1/127 of the largest number of a token and head (of a token, in an
+            encoder-decoder): half the room of bfloat16. Texts are used so whether or not there is room to keep them.
 
     `ran` lists `(texts, padded tokens)` of every forward pass that had to be made: what the cache did not save.
 
@@ -43,15 +68,15 @@ class TextCache:
         ConfigError: a negative budget.
     """
 
-    def __init__(self, plm: Any, *, budget_mib: float = 1024):
+    def __init__(self, plm: Any, *, budget_mib: float = 1024, int8: bool = False):
         if not budget_mib >= 0:
             raise ConfigError(f"budget_mib={budget_mib!r} must be at least 0")
-        self.plm = plm
+        self.plm, self.int8 = plm, int8
         self.budget = int(budget_mib * 2**20)
         self.bytes = 0
         self._full = False
         self.ran: list[tuple[int, int]] = []
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, Kept] = {}
 
     @staticmethod
     def key(cut: str, ids: Sequence[int]) -> str:
@@ -63,13 +88,19 @@ class TextCache:
 
     def get(self, key: str) -> torch.Tensor | None:
         """A text's states, never to be written to; None where they are not kept."""
-        return self._kept.get(key)
+        kept = self._kept.get(key)
+        return None if kept is None else _unpacked(kept)
 
-    def put(self, key: str, states: torch.Tensor) -> None:
-        """Keep a text's states if there is room."""
-        size = states.numel() * states.element_size()
+    def put(self, key: str, states: torch.Tensor) -> torch.Tensor:
+        """Keep a text's states if there is room; as they are to be used: rounded, in 8 bits."""
+        kept = _packed(states, self.int8)
+        self._keep(key, kept)
+        return _unpacked(kept)
+
+    def _keep(self, key: str, kept: Kept) -> None:
+        size = _size(kept)
         if key not in self._kept and self.bytes + size <= self.budget:
-            self._kept[key] = states
+            self._kept[key] = kept
             self.bytes += size
         elif self.budget and not self._full:
             self._full = True
@@ -78,8 +109,7 @@ class TextCache:
     def forget(self, cut: str) -> None:
         """Free the states of one stage."""
         for key in [k for k in self._kept if k.startswith(f"{cut}-")]:
-            states = self._kept.pop(key)
-            self.bytes -= states.numel() * states.element_size()
+            self.bytes -= _size(self._kept.pop(key))
 
 
 OWN_FOLDER = "fpt-texts-1"
@@ -94,26 +124,27 @@ checksum's."""
 class DiskTextCache(TextCache):
     """States of texts in files, memory-mapped, for every run of the same PLM to come.
 
-    One safetensors file a text, in the dtype the PLM computes in, under `folder/fpt-texts-1/<model>/`, where the
-    model's key stands for its weights, its config and the `transformers` version. A file appears whole or not at all,
-    whatever is killed when; its checksum is verified when it is first read, and a damaged one is removed and computed
-    again. Several processes may share a folder: each counts it anew whenever it has written a sixteenth of the budget.
-    When that is spent, files that no run has used since this one began go, the longest unused first; with none left,
-    further texts are computed at every step.
+    One safetensors file a text, in the dtype the PLM computes in or in 8 bits, under `folder/fpt-texts-1/<model>/`,
+    where the model's key stands for its weights, its config and the `transformers` version. A file appears whole or
+    not at all, whatever is killed when; its checksum is verified when it is first read, and a damaged one is removed
+    and computed again. Several processes may share a folder: each counts it anew whenever it has written a sixteenth
+    of the budget. When that is spent, files that no run has used since this one began go, the longest unused first;
+    with none left, further texts are computed at every step.
 
     Args:
         plm: as `TextCache`.
         folder: where the files are; made if need be.
         budget_mib: most that the folder may hold, of all models together, in MiB.
+        int8: as `TextCache`.
 
     Raises:
         ConfigError: a negative budget, or a folder that cannot be written.
     """
 
-    def __init__(self, plm: Any, folder: str | Path, *, budget_mib: float = 8192):
-        super().__init__(plm, budget_mib=budget_mib)
+    def __init__(self, plm: Any, folder: str | Path, *, budget_mib: float = 8192, int8: bool = False):
+        super().__init__(plm, budget_mib=budget_mib, int8=int8)
         self.root = Path(folder) / OWN_FOLDER
-        self.folder = self.root / model_key(plm)
+        self.folder = self.root / (model_key(plm) + ("-int8" if int8 else ""))
         self._uncounted = 0  # bytes that this process has written since it last counted the folder
         self._began = time.time() - 1  # file systems date by a coarser clock, which may lag behind
         try:
@@ -130,12 +161,12 @@ class DiskTextCache(TextCache):
 
     def get(self, key: str) -> torch.Tensor | None:
         if key in self._kept:
-            return self._kept[key]
+            return _unpacked(self._kept[key])
         file = self._file(key)
         try:
             with safe_open(str(file), framework="pt") as opened:
-                states: torch.Tensor = opened.get_tensor("states")
-                if opened.metadata()["crc32"] != _checksum(states):
+                kept = {name: opened.get_tensor(name) for name in ("states", "scales")[: 1 + self.int8]}
+                if opened.metadata()["crc32"] != _checksum(kept):
                     raise ValueError("checksum")
             os.utime(file)  # used now: the last to go
         except (FileNotFoundError, PermissionError):
@@ -149,23 +180,23 @@ class DiskTextCache(TextCache):
             return None
         while len(self._kept) >= MAPPINGS:
             del self._kept[next(iter(self._kept))]
-        self._kept[key] = states
-        return states
+        self._kept[key] = kept
+        return _unpacked(kept)
 
-    def put(self, key: str, states: torch.Tensor) -> None:
+    def _keep(self, key: str, kept: Kept) -> None:
         file = self._file(key)
-        size = states.numel() * states.element_size()
+        size = _size(kept)
         if self._full or file.exists():
             return
         if self.bytes + size > self.budget and not self._make_room(size):
             self._full = True
             logger.warning("cache.budget_mib is spent: further texts run at every step")
             return
-        states = states.cpu().contiguous()
+        kept = {name: tensor.cpu().contiguous() for name, tensor in kept.items()}
         work = self.folder / f".{uuid.uuid4().hex}"
         try:
             with work.open("xb") as written:  # neither mkstemp nor save_file, whose files nobody else may read
-                written.write(save({"states": states}, metadata={"crc32": _checksum(states)}))
+                written.write(save(kept, metadata={"crc32": _checksum(kept)}))
                 written.flush()
                 os.fsync(written.fileno())  # whole on the disk before it has its name
             os.replace(work, file)
@@ -215,5 +246,8 @@ def model_key(plm: Any) -> str:
     return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
-def _checksum(states: torch.Tensor) -> str:
-    return str(zlib.crc32(states.contiguous().view(torch.uint8).numpy().tobytes()))
+def _checksum(kept: Kept) -> str:
+    found = 0
+    for _, tensor in sorted(kept.items()):
+        found = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return str(found)
