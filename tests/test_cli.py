@@ -466,6 +466,8 @@ def test_plan_of_a_prompt_after_the_text(fpt):
     assert len({round(s["flops_per_step"] / s["relative_flops"]) for s in steps}) == 1
     for wrong in (("infix",), ("infix", "--after-tokens", "32"), ("suffix", "--after-tokens", "8")):
         assert "from 1 to 31 of --input-tokens 32" in refused(fpt, *arguments, "--placement", *wrong)
+    t5 = ("plan", "--model", toy().t5, "--method", "pt", "--steps", "9", "--input-tokens", "32")
+    assert "decoder-only" in refused(fpt, *t5, "--placement", "infix", "--after-tokens", "8")
     assert "choose prefix, suffix or infix" in refused(fpt, *arguments, "--placement", "behind")
     assert "--measure" in refused(fpt, *arguments, "--placement", "suffix", "--measure")
     assert "examples=0" in refused(fpt, *arguments, "--placement", "suffix", "--examples", "0")

@@ -81,6 +81,10 @@ def plan(
         model = locate(model)
     config = plans.load_config(model)
     full = plans.full_stage(config)
+    if placement == "infix" and len(full.stacks) > 1:
+        raise ConfigError(
+            "--placement infix is for decoder-only models: an encoder reads its text as a whole; use suffix"
+        )
     chosen = _stacks(stacks)
     if task is not None:
         from .tasks import load_task
