@@ -8,8 +8,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from settings import BY_NAME, FAMILIES, FFN, HIDDEN, LAYERS, VOCAB, Settings
 from torch.nn import functional as F
-from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers import AttentionInterface, GenerationConfig, Trainer, TrainingArguments
 
+from fast_prompt_tuning import families
+from fast_prompt_tuning import placement as placement_module
 from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.evaluation import score_labels
 from fast_prompt_tuning.partial_plm import PartialPLM
@@ -280,6 +282,88 @@ def test_texts_that_share_their_beginning_are_run_once():
         model.generate(ids)
     with pytest.raises(ConfigError, match="placement='prefix' is unknown here; choose suffix or infix"):
         SuffixPromptModel(model.plm, placement="prefix")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_to_the_text_is_ours_where_it_can_be(attention, monkeypatch):
+    calls = []
+    ours = AttentionInterface._global_mapping[placement_module._APART]
+    counted = lambda *args, **kwargs: calls.append(1) or ours(*args, **kwargs)  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, placement_module._APART, counted)
+    model, batch = suffix_model(BY_NAME["llama"]), tensors(ids_and_labels(BY_NAME["llama"]))
+    model.plm.set_attn_implementation(attention)
+    loss = suffix_loss(model, batch)
+    assert len(calls) == LAYERS
+    monkeypatch.setattr(placement_module, "_FEW", 3)  # fewer than prompt and target are
+    torch.testing.assert_close(suffix_loss(model, batch), loss, **tolerance(model))
+    assert len(calls) == (2 * LAYERS if attention == "eager" else LAYERS)  # a fused kernel keeps no scores
+    monkeypatch.setattr(type(model.plm), "_supports_attention_backend", False)
+    torch.testing.assert_close(suffix_loss(model, batch), loss, **tolerance(model))
+    assert len(calls) <= 2 * LAYERS
+
+
+def test_an_architecture_without_attention_functions_is_exact_too(monkeypatch):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    monkeypatch.setattr(families, "_REGISTRY", dict(families._REGISTRY))
+    stack = families.StackSpec(
+        layers="h",
+        ffn_in=(("mlp.c_fc",),),
+        ffn_out="mlp.c_proj",
+        self_attention="attn",
+        count_fields=("num_layers",),
+        heads_field="num_heads",
+    )
+    families.register(families.Family(name="gpt_neo", stacks={"decoder": stack}))
+    config = GPTNeoConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=2, num_heads=4, intermediate_size=24,
+                          attention_types=[[["global"], 2]], max_position_embeddings=64)  # fmt: skip
+    plm = GPTNeoForCausalLM(config).double().eval()
+    model = SuffixPromptModel(plm, PROMPT, cache=TextCache(plm)).double().eval()
+    batch = ids_and_labels(BY_NAME["llama"])
+    torch.testing.assert_close(
+        suffix_loss(model, tensors(batch)), uncached_loss(plm, model.soft_prompt, batch), atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_rows_that_fit_by_themselves_fit_together(name):
+    """The longest beginning and the longest end of two rows are more positions than the model has."""
+    family = BY_NAME[name]
+    model = SuffixPromptModel(family.plm(), PROMPT, placement="infix").eval()
+    limit = model.config.max_position_embeddings
+    texts, after, target = [[5] * (limit - 10), [6] * 22], [2, 20], [7, 8]
+    rows = [t + target for t in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([r + [1] * (width - len(r)) for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    labels = torch.tensor([[-100] * len(t) + target + [-100] * (width - len(t) - 2) for t in texts])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "n_after": torch.tensor(after)}
+    together = suffix_loss(model, batch)
+    alone = [suffix_loss(model, {k: v[i : i + 1] for k, v in batch.items()}) for i in range(2)]
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+    score_labels(model.plm, model.soft_prompt, texts, {"a": [7, 8]}, placement="infix", after=after)
+    ids, mask = torch.full((2, limit - 10), 1), torch.zeros(2, limit - 10, dtype=torch.long)
+    for i, text in enumerate(texts):
+        ids[i, -len(text) :], mask[i, -len(text) :] = torch.tensor(text), 1
+    assert model.generate(ids, mask, n_after=after, max_new_tokens=2).shape == (2, limit - 8)
+
+
+@pytest.mark.parametrize("wrong", [[-1, 2, 1], [1, 2], [True, 1, 1], [0.5, 1, 1], [[1], [2], [1]]])
+def test_counts_that_are_none_are_refused(wrong):
+    model, batch = SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT, placement="infix"), BY_NAME["llama"].batch()
+    for counts in (wrong, torch.tensor(wrong)) if wrong[0] is not True else (wrong,):
+        with pytest.raises(ModelError, match="must be a whole number of at least 0 for each of the 3 texts"):
+            suffix_loss(model, {**batch, "n_after": counts})
+        with pytest.raises(ModelError, match="must be a whole number"):
+            model.generate(batch["input_ids"], n_after=counts)
+    plm, prompt = model.plm, model.soft_prompt
+    for options, message in (
+        ({"placement": "infix"}, "an infix prompt, and no other, takes it"),
+        ({"placement": "suffix", "after": [1]}, "an infix prompt, and no other, takes it"),
+        ({"placement": "behind"}, "is unknown here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            score_labels(plm, prompt, [[5, 6]], {"a": [7]}, **options)
 
 
 def greedy_alone(plm, prompt: torch.Tensor, text: list[int], new: int, after: int = 0) -> list[int]:

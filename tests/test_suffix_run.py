@@ -132,6 +132,15 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, placement):
     assert resumed.metrics == pytest.approx(whole.metrics)
 
 
+def test_a_run_begun_before_a_setting_came_goes_on(tmp_path):
+    first = suffix_run(tmp_path / "run", method="pt", train__steps=6)
+    run.train(first)
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text("".join(line for line in saved.read_text().splitlines(True) if "  dtype: model" not in line))
+    longer = suffix_run(tmp_path / "run", method="pt", train__steps=6)
+    assert run.train(longer, resume=True).status == "finished"
+
+
 def test_a_prompt_is_the_start_of_the_next_one(tmp_path):
     run.train(suffix_run(tmp_path / "first", method="pt"))
     start = str(tmp_path / "first" / "prompt")
@@ -157,11 +166,13 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message
         load(toy().recipe(tmp_path, **recipe))
 
 
-def test_a_step_in_parts_counts_the_texts_of_all_of_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("placement", ["suffix", "infix"])
+def test_a_step_in_parts_counts_the_texts_of_all_of_them(tmp_path, monkeypatch, placement):
     spent = []
     for parts in (1, 2, 4):
         monkeypatch.setattr(PromptTrainer, "begin_step", lambda self, n=parts: setattr(self, "parts", n))
-        found = run.train(suffix_run(tmp_path / str(parts), method="pt", train__batch_size=8))
+        changes = {"method": "pt", "train__batch_size": 8, "data__task": str(toy().words)}
+        found = run.train(suffix_run(tmp_path / str(parts), placement=placement, **changes))
         spent.append(found.flops["train"])
     # Parts are padded by themselves in the model, and counted as one batch.
     assert spent == pytest.approx([spent[0]] * 3, rel=0.03)

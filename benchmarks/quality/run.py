@@ -475,8 +475,9 @@ def summary(results: Path) -> list[dict[str, Any]]:
         target = statistics.fmean(settled(c["curve"]) for c in plain)
         whole = base[-1][0]
         seconds = (mean_curve(plain, "cpu_seconds"), mean_curve(cells, "cpu_seconds"))
-        # Seconds of another dtype are another machine's.
-        alike = len({c.get("environment", {}).get("dtype") for c in (*plain, *cells)}) == 1
+        # Seconds of another dtype, of more threads or of another machine are not to be compared.
+        where = ("dtype", "threads", "device", "platform")
+        alike = len({tuple(c.get("environment", {}).get(k) for k in where) for c in (*plain, *cells)}) == 1
         reached = cost_to_reach(curve, target)
         own = cost_to_reach(base, target)
         reached_seconds = cost_to_reach(seconds[1], target)

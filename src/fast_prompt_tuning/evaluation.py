@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .objective import IGNORED, labelled_logits, last_layer_rows, selected_rows
-from .placement import generation_inputs, split_texts, suffix_logits, text_states
+from .placement import check_suffix, generation_inputs, split_texts, suffix_logits, text_states
 from .text_cache import TextCache
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,9 @@ def score_labels(
 
     Raises:
         DataError: no labels, or a label without tokens.
+        ConfigError, ModelError: the prompt cannot stand there; `after` is missing with `infix`, or given without it.
     """
+    _check_placement(plm, prompt, placement, after)
     if not labels or any(len(ids) == 0 for ids in labels.values()):
         raise DataError(f"labels={dict(labels)!r} must name at least one label, each with at least one token")
     score = _score_encoder_decoder if plm.config.is_encoder_decoder else _score_decoder
@@ -209,6 +211,13 @@ def _score_encoder_decoder(
     return torch.stack(columns, 1)
 
 
+def _check_placement(plm: Any, prompt: torch.Tensor | None, placement: str, after: Sequence[int] | None) -> None:
+    if prompt is not None and placement != "prefix":
+        check_suffix(plm, placement)
+    if (after is not None) != (placement == "infix"):
+        raise ConfigError(f"after={after!r} with placement={placement!r}: an infix prompt, and no other, takes it")
+
+
 def _picked(values: Sequence[int] | None, places: Sequence[int]) -> list[int] | None:
     return None if values is None else [values[i] for i in places]
 
@@ -265,6 +274,7 @@ def generate(
     Returns:
         Texts without special tokens, stripped; `score` is the mean log-probability per generated token.
     """
+    _check_placement(plm, prompt, placement, after)
     found: dict[int, Prediction] = {}
     left = not plm.config.is_encoder_decoder
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)

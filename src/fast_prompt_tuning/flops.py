@@ -12,6 +12,8 @@ Where the count and a measured one may differ:
   backward (FlashAttention: five products rather than four) costs more; the recomputation is not counted, as in "model
   FLOPs" utilisation. `FlopCounterMode` does not see PyTorch's fused CPU kernel at all: compare with
   `attn_implementation="eager"`.
+* Where a text's keys and values are put together with those after it (`placement._text_apart`), they get gradients that
+  nothing uses, two score products more a layer.
 * Norms, activations, softmax, position tables (rotary angles) and the optimizer step on the prompt are left out; they
   are below 1% except in toy models.
 * Recomputation by gradient checkpointing is not counted.
@@ -612,15 +614,15 @@ def activation_bytes(
                 continue  # the encoder runs without a gradient
             length = shape.prompt_tokens + shape.target_tokens
             seen = 0 if cross else shape.input_tokens
-            cross_source = seen * stack.kv_width
         per_token = 2 * stack.attention_width + stack.kv_width + (3 if stack.ffn_in > 1 else 1) * ffn
         scores = stack.heads * length * (length + seen)
         if cross:
             per_token += 2 * stack.cross_width
             cross_source = 2 * stack.cross_width * source
             scores += stack.heads * length * source
-        kept = length * per_token + cross_source + (scores if keep_scores else 0)
-        norms = 4 * length * stack.d_model * (3 if cross else 2)
+        kept = length * per_token + cross_source + (scores if keep_scores or seen else 0)
+        # Attention to a kept text keeps its weights in float32, too (`placement._attention`).
+        norms = 4 * length * stack.d_model * (3 if cross else 2) + (4 * scores if seen else 0)
         total += shape.batch * layers * (dtype_bytes * kept + norms)
     labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
     if shape.full_logits:

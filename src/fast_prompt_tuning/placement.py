@@ -277,14 +277,26 @@ AttentionInterface.register(_APART, _attention)
 AttentionMaskInterface.register(_APART, eager_mask)
 
 
+_FEW = 64
+"""Positions after a text, about the width of a head, up to which the scores that `_attention` keeps for the backward
+pass take less room than what a fused kernel copies of the text."""
+
+
+def _knows_attention(plm: Any) -> bool:
+    """Whether `_attention` can stand in for the model's own: it asks `transformers` for it, and has no sinks."""
+    asks = getattr(plm, "_supports_attention_backend", False)
+    return asks and not any("sinks" in module._parameters for module in plm.modules())
+
+
 @contextlib.contextmanager
-def _text_apart(plm: Any, text: Cache) -> Iterator[None]:
+def _text_apart(plm: Any, text: Cache, new: int) -> Iterator[None]:
     """Forwards of a decoder over `text` compute what they usually do, by `_attention`.
 
-    Kernels other than PyTorch's own (FlashAttention) stay: they read the text and what follows as one tensor.
+    Elsewhere text and what follows are put together: for other kernels than PyTorch's own (FlashAttention), for many
+    new positions where the kernel is a fused one, and in architectures that do not ask for an attention function.
     """
     own = plm.config._attn_implementation
-    if own not in ("eager", "sdpa"):
+    if not (own == "eager" or (own == "sdpa" and new <= _FEW)) or not _knows_attention(plm):
         yield
         return
     token = _apart.set((text, own == "eager"))
@@ -329,7 +341,7 @@ def split_batch(plm: Any, batch: Mapping[str, Any]) -> Parts:
     marks = [list(itertools.compress(row, kept)) for row, kept in zip(labels.tolist(), keep, strict=True)]
     ends = [next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in marks]
     if batch.get(AFTER) is not None:
-        ends = [_first_part(end, after) for end, after in zip(ends, batch[AFTER].tolist(), strict=True)]
+        ends = [_first_part(end, after) for end, after in zip(ends, _counts(batch[AFTER], len(rows)), strict=True)]
 
     def padded(tails: list[list[int]], value: int) -> torch.Tensor:
         width = max(1, *(len(tail) for tail in tails))
@@ -340,6 +352,21 @@ def split_batch(plm: Any, batch: Mapping[str, Any]) -> Parts:
         padded([row[end:] for row, end in zip(rows, ends, strict=True)], 0),
         padded([row[end:] for row, end in zip(marks, ends, strict=True)], IGNORED),
     )
+
+
+def _counts(after: Any, rows: int) -> list[int]:
+    """`n_after` of a batch or of `generate`, one whole number a row.
+
+    Raises:
+        ModelError: anything else.
+    """
+    found = after.tolist() if isinstance(after, torch.Tensor) else list(after)
+    whole = (
+        [isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found] if isinstance(found, list) else []
+    )
+    if len(whole) != rows or not all(whole):
+        raise ModelError(f"{AFTER}={found!r} must be a whole number of at least 0 for each of the {rows} texts")
+    return found
 
 
 def _first_part(length: int, after: int) -> int:
@@ -387,8 +414,11 @@ def suffix_logits(
     apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if causal:
         past = text.cache()
-        apart = _text_apart(plm, past)
-        after = torch.arange(embeds.shape[1], device=plm.device)
+        apart = _text_apart(plm, past, embeds.shape[1])
+        # Padding stays on a row's last position: rows that fit by themselves must not run out of them together.
+        columns = torch.arange(labels.shape[1], device=plm.device)
+        last = size - 1 + ((labels != IGNORED) * columns).amax(1, keepdim=True)
+        after = torch.arange(embeds.shape[1], device=plm.device).minimum(last)
         inputs = {
             "inputs_embeds": embeds,
             # What is padded on the right no labelled position can see: it needs no mask.
@@ -492,6 +522,8 @@ def _read_on(
     for i, end in enumerate(ends):
         ids[i, : len(end)] = torch.as_tensor(end, dtype=torch.long)
     embeds = torch.cat([front, plm.get_input_embeddings()(ids.to(plm.device))], dim=1)
+    read = [size + len(end) - 1 for end in ends]
+    positions = torch.arange(embeds.shape[1], device=plm.device).minimum(torch.tensor(read, device=plm.device)[:, None])
     past = DynamicCache()
     for layer, (keys, values) in enumerate(text.states):
         past.update(keys, values, layer)
@@ -499,13 +531,13 @@ def _read_on(
         plm.base_model(
             inputs_embeds=embeds,
             attention_mask=torch.cat([text.mask, text.mask.new_ones(embeds.shape[:2])], dim=1),
-            position_ids=text.lengths[:, None] + torch.arange(embeds.shape[1], device=plm.device),
+            position_ids=text.lengths[:, None] + positions,
             past_key_values=past,
             use_cache=True,
         )
     layers: Any = past.layers
     states = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])
-    width, read = text.mask.shape[1], [size + len(end) - 1 for end in ends]
+    width = text.mask.shape[1]
     places = [(width - int(n), width + more) for n, more in zip(text.lengths, read, strict=True)]
     longest = max(stop - start for start, stop in places)
     mask = torch.zeros(rows, longest, dtype=torch.long, device=plm.device)
@@ -592,10 +624,11 @@ class SuffixPromptModel(nn.Module):
         decoder-only model. Logits exist at labelled positions only and are not returned.
 
         Args:
-            n_after: with `infix`, tokens at the end of each text that stand after the prompt `(B,)`.
+            n_after: with `infix`, tokens at the end of each text that stand after the prompt `(B,)`. A text's first
+                token always stands before it.
 
         Raises:
-            ModelError: no labels; `n_after` missing with `infix`, or given without it.
+            ModelError: no labels; `n_after` missing with `infix`, given without it, or no whole numbers.
         """
         self._check_after(n_after)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, AFTER: n_after}
@@ -658,7 +691,7 @@ class SuffixPromptModel(nn.Module):
         text: `use_cache` and `cache_implementation` do not count.
         """
         self._check_after(n_after)
-        after = None if n_after is None else [int(n) for n in n_after]
+        after = None if n_after is None else _counts(n_after, len(input_ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         texts = [row[keep].tolist() for row, keep in zip(input_ids, mask.bool(), strict=True)]
         read = 1 if self.plm.config.is_encoder_decoder else input_ids.shape[1]
@@ -727,6 +760,8 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
         plm: the bare PLM the prompt was tuned on.
         folder: where `save_pretrained` has put it, or `prompt/` of a run.
         cache: where the texts' states are kept, of a prompt after the text.
+
+    An `infix` prompt's model is told where the prompt stands in each text: `n_after`, as in training.
 
     Returns:
         A `SuffixPromptModel`, or the `PeftModel` of a stock prompt in front of the text.

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from . import checkpoint
 from .config import RunConfig
-from .errors import ConfigError
+from .errors import ConfigError, ScheduleError
 from .results import write_atomic
 
 OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
@@ -65,6 +66,8 @@ def recipe_changes(config: RunConfig) -> list[str]:
     now = config.model_dump(mode="json")
     if isinstance(before, dict):
         before["output"] = now["output"]  # the same folder, however it is spelled
+        with suppress(ValidationError, ScheduleError):  # settings that came later have their defaults there
+            before = RunConfig.model_validate(before).model_dump(mode="json")
     return differences(before, now)
 
 

@@ -120,11 +120,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
     if config.prompt.placement != "prefix":
         check_suffix(plm, config.prompt.placement)
-    if config.prompt.placement == "infix" and task.truncate is None:
-        raise ConfigError(
-            f"prompt.placement='infix' stands after the field that may be shortened, and the task {task.name!r} names "
-            "none; set truncate in its file, or use placement suffix"
-        )
+    _check_within(task, config.prompt.placement)
     limit = context_length(plm)
     for needs in _positions(session):
         if limit is not None and sum(needs.values()) > limit:
@@ -140,6 +136,14 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
         most = session.max_target_tokens
         session.choices = label_ids(texts, tokenizer, decoder=session.decoder, max_target_tokens=most)
     return session
+
+
+def _check_within(task: tasks.Task, placement: str) -> None:
+    if placement == "infix" and task.truncate is None:
+        raise ConfigError(
+            f"prompt.placement='infix' stands after the field that may be shortened, and the task {task.name!r} names "
+            "none; set truncate in its file, or use placement suffix"
+        )
 
 
 def _positions(session: Session) -> list[dict[str, int]]:
@@ -250,7 +254,8 @@ def _predict(
     after = [n if placed == "infix" else 0 for _, n in rows for _ in range(several)]
     where: dict[str, Any] = {}
     if placed != "prefix":
-        where = {"placement": placed, "after": after, "cache": session.texts}
+        _check_within(session.task, placed)
+        where = {"placement": placed, "after": after if placed == "infix" else None, "cache": session.texts}
         session.texts.ran.clear()
     if session.choices:
         found = score_labels(

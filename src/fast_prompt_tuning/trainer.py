@@ -230,14 +230,17 @@ class PromptTrainer(Trainer):
         size = -(-rows // self.parts)
         starts = range(0, rows, size)
         total: Any = 0.0
-        self._texts: list[tuple[tuple[int, int], int]] = []
+        self._texts: list[tuple[int, int]] = []
+        longest = [0, 0]
         for start in starts:
             part = {k: v[start : start + size] for k, v in inputs.items()}
             last = start == starts[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model):
                 total = total + super().training_step(model, part, num_items)
             if isinstance(self.model, SuffixPromptModel):
-                self._texts.append((self.model.text_ran, self.model.text_tokens))
+                self._texts.append(self.model.text_ran)
+                longest = [max(longest[0], self.model.text_tokens), max(longest[1], self.model.after_tokens)]
+                self.model.text_tokens, self.model.after_tokens = longest  # of the whole batch
         return total  # type: ignore[no-any-return]
 
     def begin_step(self) -> None:
@@ -423,8 +426,7 @@ class PromptTrainer(Trainer):
         size, shape = replace(stage, batch=None, length=None), self._shape(inputs)
         if not isinstance(self.model, SuffixPromptModel):
             return step_flops(self.cost, size, shape)
-        shape = replace(shape, input_tokens=max(tokens for _, tokens in self._texts))
-        return step_flops(self.cost, size, shape) + sum(text_flops(self.cost, size, *ran) for ran, _ in self._texts)
+        return step_flops(self.cost, size, shape) + sum(text_flops(self.cost, size, *ran) for ran in self._texts)
 
     def probe_flops(self, inputs: Any) -> float:
         """FLOPs of the last forward pass, if it was of `inputs` on the full PLM."""
