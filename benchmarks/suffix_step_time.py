@@ -1,13 +1,16 @@
 """What a step costs with the prompt after the text: kept texts, fresh texts and the prompt in front, side by side.
 
 For each text length, in interleaved rounds over the same random examples, in our Trainer, in the dtype that
-`model.dtype: auto` measures to be faster here:
+`model.dtype: auto` measures to be faster here, or in the one asked for:
 
   prefix   the prompt in front of the text
   warm     the prompt after the text, all texts kept in memory
   cold     the prompt after the text, every text run at every step
 
-    python benchmarks/suffix_step_time.py --check          # each length replaces its last measurement in the JSON
+    OMP_NUM_THREADS=2 python benchmarks/suffix_step_time.py --check
+
+Each length and dtype replaces its last measurement in the JSON. Threads must not sleep between operations
+(OMP_WAIT_POLICY=passive): waking them costs short steps a third of their time.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
 
 def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     """One text length."""
-    dtype = choose_dtype("auto", torch.device("cpu"), LlamaConfig(hidden_size=576, intermediate_size=1536))
+    dtype = choose_dtype(args.dtype, torch.device("cpu"), LlamaConfig(hidden_size=576, intermediate_size=1536))
     plm, tokenizer = build(name, dtype)
     choose_attention(plm, PROMPT + tokens + 2)
     generator = random.Random(tokens)
@@ -94,7 +97,7 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 def table_rows(results: list[dict[str, Any]]) -> list[str]:
     """A table row for every text length."""
     return [
-        f"| {r['text_tokens']} | {r['batch']} | {r['seconds_per_step']['prefix']['median']:.2f} | "
+        f"| {r['dtype']} | {r['text_tokens']} | {r['batch']} | {r['seconds_per_step']['prefix']['median']:.2f} | "
         f"{r['warm']['median']:.2f} ({r['warm']['low']:.2f}–{r['warm']['high']:.2f}) | {r['cold']['median']:.2f} | "
         f"{TARGETS.get(r['text_tokens'], '–')} |"
         for r in results
@@ -105,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", default="64,256,512")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="batches in a round")
@@ -117,11 +121,11 @@ def main() -> int:
     results = [measure(args.model, int(tokens), args) for tokens in args.tokens.split(",")]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
-    kept = {r["text_tokens"]: r for r in [*before, *results]}
-    record = {"benchmark": "suffix_step_time", "results": [kept[tokens] for tokens in sorted(kept)]}
+    kept = {(r["dtype"], r["text_tokens"]): r for r in [*before, *results]}
+    record = {"benchmark": "suffix_step_time", "results": [kept[key] for key in sorted(kept)]}
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print("| text tokens | batch | s a step, prompt in front | texts kept | texts run at every step | wanted |")
-    print("\n".join(["| --- | --- | --- | --- | --- | --- |", *table_rows(results)]))
+    print("| dtype | text tokens | batch | s a step, prompt in front | texts kept | texts run at every step | wanted |")
+    print("\n".join(["| --- | --- | --- | --- | --- | --- | --- |", *table_rows(results)]))
     missed = [r["text_tokens"] for r in results if r["warm"]["median"] > TARGETS.get(r["text_tokens"], 1)]
     if args.check and missed:
         print(f"missed at {', '.join(map(str, missed))} text tokens")
