@@ -443,7 +443,7 @@ def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
     assert torch.equal(loaded(**batch).loss, stock(**batch).loss)
     assert placement_of(tmp_path / "before") == "prefix"
 
-    with pytest.raises(Exception, match=r"AFTER THE TEXT: PEFT cannot place it; load it with .*load_soft_prompt"):
+    with pytest.raises(Exception, match=r"WITHIN THE TEXT: PEFT cannot place it; load it with .*load_soft_prompt"):
         PeftModel.from_pretrained(family.plm(), str(tmp_path / "after"))
     with pytest.raises(ConfigError, match="holds a PEFT adapter already"):
         model.save_pretrained(tmp_path / "before")

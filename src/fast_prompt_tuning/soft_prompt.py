@@ -155,7 +155,8 @@ SUFFIX_FILES = ("adapter_config.json", "soft_prompt.json", "soft_prompt.safetens
 """What a saved prompt after the text consists of; the first one is only there to tell PEFT's users what it is."""
 
 _FOR_PEFT = (
-    "SOFT PROMPT AFTER THE TEXT: PEFT cannot place it; load it with fast_prompt_tuning.load_soft_prompt(model, folder)"
+    "SOFT PROMPT AFTER OR WITHIN THE TEXT: PEFT cannot place it; load it with "
+    "fast_prompt_tuning.load_soft_prompt(model, folder)"
 )
 
 
