@@ -164,7 +164,7 @@ def test_targets_are_missed_until_they_are_shown(quality, tmp_path):
 
 
 def test_where_the_prompt_stands_is_judged_by_flops_and_seconds(quality, tmp_path):
-    """Cheap on two tasks: on the third it costs 30% of the FLOPs, on the second in front of the text it never does."""
+    """Cheap on two tasks; on headlines it takes 30% of the FLOPs."""
     dear = [(30.0, 84.0), (55.0, 84.0)]
     cheap = [(10.0, 40.0), (20.0, 84.0), (21.0, 84.0)]
     cells = []

@@ -35,7 +35,8 @@ def test_kills_lose_nothing(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    kinds = ["cr, resumed after step 6", "stages on parts of the batch", "cr, prompt within the text"]
+    kinds = ["cr, resumed after step 6", "stages on parts of the batch"]
+    kinds += ["cr, prompt after the text", "cr, prompt within the text"]
     for row in scenarios.distributed(tmp_path, kinds).values():
         assert row["largest_relative_difference"] < 1e-5
         assert row["metrics_equal"]

@@ -34,7 +34,12 @@ STAGES = [{"batch": 2, "length": 6, "steps": 4}, {"layers": 3, "steps": 3}, {"st
 @pytest.mark.parametrize(("model", "placement"), [("llama", "suffix"), ("t5", "suffix"), ("llama", "infix")])
 @pytest.mark.parametrize(
     ("changes", "task"),
-    [({"method": "pt"}, "topics"), ({"method": "cr"}, "topics"), ({"stages": STAGES}, "topics"), ({}, "words")],
+    [
+        ({"method": "pt"}, "topics"),
+        ({"method": "cr"}, "topics"),
+        ({"stages": STAGES}, "topics"),
+        ({"method": "pt"}, "words"),
+    ],
     ids=["pt", "cr", "stages", "words"],
 )
 def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, placement, changes, task):

@@ -196,9 +196,13 @@ def _run_texts(plm: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         past = DynamicCache()  # without a config, so that no layer crops: the window is the mask's matter
         with last_layer_rows(plm, lambda _: torch.zeros(0, dtype=torch.long)):  # its keys and values are all it gives
             plm.base_model(input_ids=ids, attention_mask=torch.ones_like(mask), past_key_values=past, use_cache=True)
-        layers: Any = past.layers
-        states = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])
+        states = _stacked(past)
         return [states[:, :, i, :, : len(text)].clone() for i, text in enumerate(texts)]
+
+
+def _stacked(past: Any) -> torch.Tensor:
+    """A cache's keys and values `(L, 2, B, heads, T, D)`."""
+    return torch.stack([torch.stack([layer.keys, layer.values]) for layer in past.layers])
 
 
 @contextlib.contextmanager
@@ -535,8 +539,7 @@ def _read_on(
             past_key_values=past,
             use_cache=True,
         )
-    layers: Any = past.layers
-    states = torch.stack([torch.stack([layer.keys, layer.values]) for layer in layers])
+    states = _stacked(past)
     width = text.mask.shape[1]
     places = [(width - int(n), width + more) for n, more in zip(text.lengths, read, strict=True)]
     longest = max(stop - start for start, stop in places)
