@@ -273,7 +273,8 @@ def _attention(
     scores = scores.view(rows, shared, heads // shared, new, -1) + attention_mask[:, :, None]
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training).view(rows, shared, -1, before + new)
-    out = weights[..., :before] @ layer.values + weights[..., before:] @ value
+    of_text, of_new = weights.split([before, new], dim=-1)
+    out = of_text @ layer.values + of_new @ value
     return out.view(rows, heads, new, width).transpose(1, 2).contiguous(), None
 
 
