@@ -9,7 +9,7 @@ For each text length, in interleaved rounds over the same random examples, in ou
 
     OMP_NUM_THREADS=2 python benchmarks/suffix_step_time.py --check
 
-Each length and dtype replaces its last measurement in the JSON. Threads must not sleep between operations
+Each length and dtype replaces this machine's last measurement in the JSON. Threads must not sleep between operations
 (OMP_WAIT_POLICY=passive): waking them costs short steps a third of their time.
 """
 
@@ -94,12 +94,17 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def kind(result: dict[str, Any]) -> str:
+    """The processor a row was measured on, and its vector instructions."""
+    return f"{result['machine']['processor'].replace('(R)', '')}, {result['machine']['capability']}"
+
+
 def table_rows(results: list[dict[str, Any]]) -> list[str]:
     """A table row for every text length."""
     return [
-        f"| {r['dtype']} | {r['text_tokens']} | {r['batch']} | {r['seconds_per_step']['prefix']['median']:.2f} | "
-        f"{r['warm']['median']:.2f} ({r['warm']['low']:.2f}–{r['warm']['high']:.2f}) | {r['cold']['median']:.2f} | "
-        f"{TARGETS.get(r['text_tokens'], '–')} |"
+        f"| {kind(r)} | {r['dtype']} | {r['text_tokens']} | {r['batch']} | "
+        f"{r['seconds_per_step']['prefix']['median']:.2f} | {r['warm']['median']:.2f} ({r['warm']['low']:.2f}–"
+        f"{r['warm']['high']:.2f}) | {r['cold']['median']:.2f} | {TARGETS.get(r['text_tokens'], '–')} |"
         for r in results
     ]
 
@@ -121,11 +126,11 @@ def main() -> int:
     results = [measure(args.model, int(tokens), args) for tokens in args.tokens.split(",")]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(args.out.read_text())["results"] if args.out.is_file() else []
-    kept = {(r["dtype"], r["text_tokens"]): r for r in [*before, *results]}
+    kept = {(kind(r), r["dtype"], r["text_tokens"]): r for r in [*before, *results]}
     record = {"benchmark": "suffix_step_time", "results": [kept[key] for key in sorted(kept)]}
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print("| dtype | text tokens | batch | s a step, prompt in front | texts kept | texts run at every step | wanted |")
-    print("\n".join(["| --- | --- | --- | --- | --- | --- | --- |", *table_rows(results)]))
+    print("| CPU | dtype | text tokens | batch | s a step, in front | texts kept | texts run at every step | wanted |")
+    print("\n".join(["| --- | --- | --- | --- | --- | --- | --- | --- |", *table_rows(results)]))
     missed = [r["text_tokens"] for r in results if r["warm"]["median"] > TARGETS.get(r["text_tokens"], 1)]
     if args.check and missed:
         print(f"missed at {', '.join(map(str, missed))} text tokens")

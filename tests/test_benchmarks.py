@@ -105,6 +105,7 @@ def cell(
         "seed": seed,
         "rate": rate,
         "metric": "accuracy",
+        "environment": {"dtype": "float32", "processor": f"machine of seed {seed}"},
         "curve": [
             {"step": i, "metric": m, "flops": f, "cpu_seconds": 2 * f} for i, (f, m) in enumerate(points, start=1)
         ],
@@ -178,13 +179,15 @@ def test_where_the_prompt_stands_is_judged_by_flops_and_seconds(quality, tmp_pat
     methods, lengths = quality.split_rows(rows)
     assert (len(methods), len(lengths)) == (0, 6)
     text = quality.length_table(lengths)
-    assert "| smollm2 | topics-256 | suffix | 3 | 0.01 | 84.0 | 0.0 | 21% | 21% | 19% | 19% |" in text
-    assert "| smollm2 | headlines-256 | suffix | 3 | 0.01 | 84.0 | 0.0 | 55% | 55% | 30% | 30% |" in text
+    assert "| smollm2 | topics-256 | suffix | float32 | 3 | 0.01 | 84.0 | 0.0 | 21% | 21% | 19% | 19% |" in text
+    assert "| smollm2 | headlines-256 | suffix | float32 | 3 | 0.01 | 84.0 | 0.0 | 55% | 55% | 30% | 30% |" in text
     for path in (tmp_path / "grid").glob("*squad*infix*"):  # run elsewhere: seconds are not to be compared
         path.write_text(json.dumps({**json.loads(path.read_text()), "environment": {"dtype": "bfloat16"}}))
     rows = quality.summary(tmp_path)
     assert "on two of three tasks: topics-256" in quality.shortfalls(rows)[-1]
-    assert "| infix | 3 | 0.01 | 84.0 | 0.0 | 21% | – | 19% | – |" in quality.length_table(quality.split_rows(rows)[1])
+    assert "| infix | bfloat16 | 3 | 0.01 | 84.0 | 0.0 | 21% | – | 19% | – |" in quality.length_table(
+        quality.split_rows(rows)[1]
+    )
 
 
 def test_a_task_may_take_the_rates_of_another(quality, tmp_path):

@@ -41,6 +41,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from base_model import base_model
+from step_time import machine
 
 from fast_prompt_tuning import config, run
 from fast_prompt_tuning.console import quiet_libraries
@@ -394,7 +395,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         "schedule": result.schedule,
         "kept_layers": result.kept_layers,
         "minutes": (time.time() - started) / 60,
-        "environment": result.environment,
+        "environment": {**result.environment, **{k: machine()[k] for k in ("processor", "capability")}},
     }
 
 
@@ -462,6 +463,12 @@ def quality_at(curve: list[tuple[float, float]], cost: float) -> float:
     return float(np.interp(cost, costs, values))
 
 
+def conditions(cell: dict[str, Any]) -> dict[str, Any]:
+    """Without which a cell's seconds are not to be compared with another's."""
+    known = cell.get("environment", {})
+    return {k: known.get(k) for k in ("dtype", "threads", "device", "platform", "processor", "capability")}
+
+
 def summary(results: Path) -> list[dict[str, Any]]:
     """One row per model × task × method with finished seeds, beside plain prompt tuning on the same seeds."""
     grid, rows = load_grid(results), []
@@ -475,9 +482,7 @@ def summary(results: Path) -> list[dict[str, Any]]:
         target = statistics.fmean(settled(c["curve"]) for c in plain)
         whole = base[-1][0]
         seconds = (mean_curve(plain, "cpu_seconds"), mean_curve(cells, "cpu_seconds"))
-        # Seconds of another dtype, of more threads or of another machine are not to be compared.
-        where = ("dtype", "threads", "device", "platform")
-        alike = len({tuple(c.get("environment", {}).get(k) for k in where) for c in (*plain, *cells)}) == 1
+        alike = all(conditions(a) == conditions(b) for a, b in zip(plain, cells, strict=True))
         reached = cost_to_reach(curve, target)
         own = cost_to_reach(base, target)
         reached_seconds = cost_to_reach(seconds[1], target)
@@ -487,6 +492,7 @@ def summary(results: Path) -> list[dict[str, Any]]:
                 "task": task,
                 "method": method,
                 "seeds": len(cells),
+                "dtypes": sorted({conditions(c)["dtype"] or "" for c in cells}),
                 "rate": cells[0]["rate"],
                 "metric": cells[0]["metric"],
                 "final": statistics.fmean(final),
@@ -516,17 +522,18 @@ def split_rows(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 def length_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: what each placement of the prompt ends with and costs; costs relative to the prompt in front."""
     lines = [
-        "| model | task and text tokens | prompt | seeds | rate | final | spread | FLOPs | CPU seconds | FLOPs to in "
-        "front's final | CPU seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | task and text tokens | prompt | dtype | seeds | rate | final | spread | FLOPs | CPU seconds | "
+        "FLOPs to in front's final | CPU seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     order = list(METHODS)
     for r in sorted(rows, key=lambda r: (r["model"], list(TASKS).index(r["task"]), order.index(r["method"]))):
         spread = "–" if r["spread"] is None else f"{r['spread']:.1f}"
         seconds = "never" if r["flops_to_plain"] is None else share(r["seconds_to_plain"], "–")
         lines.append(
-            f"| {r['model']} | {r['task']} | {r['method']} | {r['seeds']} | {r['rate']:g} | {r['final']:.1f} | "
-            f"{spread} | {share(r['flops'])} | {share(r['seconds'], '–')} | {share(r['flops_to_plain'])} | {seconds} |"
+            f"| {r['model']} | {r['task']} | {r['method']} | {', '.join(r['dtypes'])} | {r['seeds']} | {r['rate']:g} | "
+            f"{r['final']:.1f} | {spread} | {share(r['flops'])} | {share(r['seconds'], '–')} | "
+            f"{share(r['flops_to_plain'])} | {seconds} |"
         )
     return "\n".join(lines)
 
