@@ -468,6 +468,12 @@ def test_plan_of_a_prompt_after_the_text(fpt):
         assert "from 1 to 31 of --input-tokens 32" in refused(fpt, *arguments, "--placement", *wrong)
     t5 = ("plan", "--model", toy().t5, "--method", "pt", "--steps", "9", "--input-tokens", "32")
     assert "decoder-only" in refused(fpt, *t5, "--placement", "infix", "--after-tokens", "8")
+    found = only_json(fpt(*t5, "--placement", "suffix", "--json")[0])
+    encoder, cross = found["text_cache"], found["text_cache_cross_attention"]
+    assert cross["warm"] < encoder["warm"]
+    assert cross["bytes"] > 2 * encoder["bytes"]
+    assert "with cache.cross_attention: true" in fpt(*t5, "--placement", "suffix")[0]
+    assert "cross_attention" not in out
     assert "choose prefix, suffix or infix" in refused(fpt, *arguments, "--placement", "behind")
     assert "--measure" in refused(fpt, *arguments, "--placement", "suffix", "--measure")
     assert "examples=0" in refused(fpt, *arguments, "--placement", "suffix", "--examples", "0")

@@ -189,18 +189,23 @@ def test_equals_pytorch_count_at_every_stage(model_type, more, sizes, shape):
 SUFFIX_CASES = [c for c in CASES if c[0] not in ("bert", "roberta")]
 
 
-@pytest.mark.parametrize(("model_type", "more"), SUFFIX_CASES)
-def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more):
+@pytest.mark.parametrize(
+    ("model_type", "more", "cross"),
+    [(*c, False) for c in SUFFIX_CASES] + [("t5", {}, True), ("bart", {}, True)],
+)
+def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more, cross):
     config = tiny_config(model_type, heads=4, head_dim=32, ffn=160, **more)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     cost, plm = CostModel.from_config(config), auto.from_config(config, attn_implementation="eager")
-    shape = BatchShape(batch=2, input_tokens=19, prompt_tokens=PROMPT, target_tokens=4, placement="suffix")
+    shape = BatchShape(
+        batch=2, input_tokens=19, prompt_tokens=PROMPT, target_tokens=4, placement="suffix", kept_cross=cross
+    )
     ids = torch.randint(4, VOCAB, (2, 23))
     labels = ids.clone()
     labels[:, :19] = IGNORED
     if config.is_encoder_decoder:
         ids, labels = ids[:, :19], ids[:, 19:]
-    cache = TextCache(plm)
+    cache = TextCache(plm, cross_attention=cross)
     model = SuffixPromptModel(plm, PROMPT, cache=cache)
     partial = PartialPLM(model, keep_neurons="first")
     for stage in (None, partial_stages(cost)[2]):
@@ -222,7 +227,7 @@ def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more):
         now = replace(shape, input_tokens=13, prompt_tokens=PROMPT + 6)
         assert step_flops(cost, None, now) == pytest.approx(counter.get_total_flops(), rel=0.01)
     kept = text_states(plm, [[5] * 19], cache).states
-    assert kept.numel() * 2 == text_bytes(cost, None, 19, dtype_bytes=2)
+    assert kept.numel() * 2 == text_bytes(cost, None, 19, dtype_bytes=2, kept_cross=cross)
     texts, new = [[5] * 19, [6] * 19], 6
     with FlopCounterMode(display=False) as counter:
         model.generate(torch.tensor(texts), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None)

@@ -26,6 +26,7 @@ SUFFIX = [s for s in FAMILIES if s.stacks != ("encoder",)]
 PROMPT = 3
 AFTER = [3, 2, 5, 4]  # of texts of 9, 6, 4 and 1 tokens, whose first token stays in front of the prompt
 INFIX = [s for s in SUFFIX if not s.encoder_decoder]
+SEQ2SEQ = [s for s in SUFFIX if s.encoder_decoder]
 
 
 @pytest.fixture(params=SUFFIX, ids=lambda s: s.name)
@@ -85,9 +86,12 @@ def uncached_loss(plm, prompt: torch.Tensor, batch, after: list[int] | None = No
     return torch.cat(losses).mean()
 
 
-def suffix_model(family: Settings, placement: str = "suffix", **changes) -> SuffixPromptModel:
+def suffix_model(
+    family: Settings, placement: str = "suffix", *, cross_attention: bool = False, **changes
+) -> SuffixPromptModel:
     plm = family.plm(**changes).double()
-    model = SuffixPromptModel(plm, PROMPT, placement=placement, cache=TextCache(plm)).eval()
+    cache = TextCache(plm, cross_attention=cross_attention)
+    model = SuffixPromptModel(plm, PROMPT, placement=placement, cache=cache).eval()
     model.soft_prompt.data = model.soft_prompt.data.double()
     return model
 
@@ -116,9 +120,14 @@ def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, sid
         model.plm.set_attn_implementation(attention)
     except ValueError:
         pytest.skip(f"{placed.name} has no {attention} attention")
+    check_losses_at_every_size(model, placed, batch, after)
+    assert model.config._attn_implementation == attention
+
+
+def check_losses_at_every_size(model, family: Settings, batch, after: list[int] | None = None) -> None:
     partial = PartialPLM(model, keep_neurons="first")
     for layers, ffn in [(LAYERS, FFN), (3, 10), (LAYERS, FFN)]:
-        partial.resize(placed.stage(layers, ffn))
+        partial.resize(family.stage(layers, ffn))
         wanted = uncached_loss(model.plm, model.soft_prompt, batch, after)
         (gradient,) = torch.autograd.grad(wanted, model.soft_prompt)
         exact = tolerance(model)
@@ -127,10 +136,30 @@ def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, sid
             (got,) = torch.autograd.grad(loss, model.soft_prompt)
             torch.testing.assert_close(loss, wanted, **exact)
             torch.testing.assert_close(got, gradient, **SINGLE)
-            assert model.config._attn_implementation == attention
             assert gradient.abs().sum() > 1e-3
             if filled:
                 assert model.text_ran == (0, 0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda s: s.name)
+def test_kept_cross_attention_is_exact_and_computed_once(family, attention, monkeypatch):
+    model, batch = suffix_model(family, cross_attention=True), ids_and_labels(family)
+    model.plm.set_attn_implementation(attention)
+    check_losses_at_every_size(model, family, batch)
+    model.train()
+    wanted = suffix_loss(model, tensors(batch))  # at the full size, whose texts are all kept
+    projections = [
+        projection
+        for name, module in model.plm.named_modules()
+        if name.endswith((".EncDecAttention", ".encoder_attn"))
+        for projection in (getattr(module, "k", None) or module.k_proj, getattr(module, "v", None) or module.v_proj)
+    ]
+    assert len(projections) == 2 * LAYERS
+    for projection in projections:
+        monkeypatch.setattr(projection, "forward", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(suffix_loss(model, tensors(batch)), wanted)
+    assert model.text_ran == (0, 0)
 
 
 def test_a_prompt_of_token_embeddings_is_those_tokens(placed):
@@ -155,7 +184,16 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(placed):
 
 def test_evaluation_and_generation_agree_with_the_uncached_model(placed):
     """Label scores of one and of two tokens, greedy and beam answers: a batch of many as one text alone, uncached."""
-    model, batch = suffix_model(placed), ids_and_labels(placed)
+    check_evaluation_and_generation(suffix_model(placed), placed)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ, ids=lambda s: s.name)
+def test_evaluation_and_generation_from_kept_cross_attention(family):
+    check_evaluation_and_generation(suffix_model(family, cross_attention=True), family)
+
+
+def check_evaluation_and_generation(model: SuffixPromptModel, placed: Settings) -> None:
+    batch = ids_and_labels(placed)
     plm, prompt = model.plm, model.soft_prompt.detach()
     texts = batch["texts"]
     for labels in ({"a": [7], "b": [9], "c": [30]}, {"a": [7, 8], "b": [9, 4]}):

@@ -71,6 +71,21 @@ def test_the_cache_changes_the_cost_and_nothing_else(tmp_path):
     assert flops[0] < flops[1] < plain.flops["train"]
 
 
+def test_kept_cross_attention_changes_the_cost_and_nothing_else(tmp_path):
+    for method, steps in (("cr", 20), ("pt", 60)):
+        found = {}
+        for cross in (False, True):
+            given = {"method": method, "train__steps": steps, "cache__cross_attention": cross}
+            config = suffix_run(tmp_path / f"{method}-{cross}", "t5", **given)
+            found[cross] = run.train(config)
+            assert open_session(config, ()).texts.cross_attention == cross
+        assert dict(found[True].losses) == pytest.approx(dict(found[False].losses), rel=1e-4)
+        assert found[True].metrics == pytest.approx(found[False].metrics)
+    assert found[True].flops["train"] < found[False].flops["train"]  # in a run that reads its texts often
+    with pytest.raises(ConfigError, match=r"cache.cross_attention=True is for encoder-decoders"):
+        open_session(suffix_run(tmp_path / "llama", cache__cross_attention=True), ())
+
+
 def test_a_prompt_within_the_text_sees_to_what_the_template_has_behind_it(tmp_path):
     """A step costs prompt, `Topic:` and target; the texts that are kept end before them."""
     costs = {}

@@ -29,29 +29,34 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("fpt-texts-1/*/*"))
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+KEPT = pytest.mark.parametrize(("name", "cross"), [("llama", False), ("t5", False), ("t5", True)])
+
+
+@KEPT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_read_is_what_was_computed(tmp_path, name, dtype):
-    fresh = text_states(BY_NAME[name].plm().to(dtype), TEXTS)
+def test_what_is_read_is_what_was_computed(tmp_path, name, cross, dtype):
+    plm = BY_NAME[name].plm().to(dtype)
+    fresh = text_states(plm, TEXTS, TextCache(plm, cross_attention=cross))
     for ran in ((3, 4), (0, 0)):
         plm = BY_NAME[name].plm().to(dtype)  # as another process would load it
-        found = text_states(plm, TEXTS, DiskTextCache(plm, tmp_path))
+        found = text_states(plm, TEXTS, DiskTextCache(plm, tmp_path, cross_attention=cross))
         assert found.ran == ran
         assert torch.equal(found.states, fresh.states)
         assert torch.equal(found.mask, fresh.mask)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@KEPT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_eight_bits_take_a_fraction_of_the_room_and_are_used_alike(tmp_path, name, dtype):
+def test_eight_bits_take_a_fraction_of_the_room_and_are_used_alike(tmp_path, name, cross, dtype):
     """As read from memory, from a file, and where there is no room to keep anything."""
     plm = BY_NAME[name].plm().to(dtype)
-    exact, found = text_states(plm, TEXTS).states, []
+    exact, found = text_states(plm, TEXTS, TextCache(plm, budget_mib=0, cross_attention=cross)).states, []
+    how = {"int8": True, "cross_attention": cross}
     caches = {
-        "memory": TextCache(plm, int8=True),
-        "disk": DiskTextCache(plm, tmp_path, int8=True),
-        "disk again": DiskTextCache(plm, tmp_path, int8=True),
-        "no room": TextCache(plm, budget_mib=0, int8=True),
+        "memory": TextCache(plm, **how),
+        "disk": DiskTextCache(plm, tmp_path, **how),
+        "disk again": DiskTextCache(plm, tmp_path, **how),
+        "no room": TextCache(plm, budget_mib=0, **how),
     }
     for where, cache in caches.items():
         assert text_states(plm, TEXTS, cache).ran == ((0, 0) if where == "disk again" else (3, 4))
@@ -64,9 +69,10 @@ def test_eight_bits_take_a_fraction_of_the_room_and_are_used_alike(tmp_path, nam
     assert ((found[0] - exact).float().abs() <= largest / 254 * 1.05 + 0.01 * exact.float().abs()).all()
     assert not torch.equal(found[0], exact)
     assert len(files(tmp_path)) == 3
-    plain = TextCache(plm)
+    plain = TextCache(plm, cross_attention=cross)
     text_states(plm, TEXTS, plain)
-    assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path)).ran == (3, 4)  # others than those in 8 bits
+    for other in {cross, plm.config.is_encoder_decoder and not cross}:  # files of their own, each
+        assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path, cross_attention=other)).ran == (3, 4)
     width = exact.shape[-1]
     assert caches["memory"].bytes == plain.bytes * (1 / dtype.itemsize + 1 / width)
 

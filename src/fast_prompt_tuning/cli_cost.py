@@ -125,18 +125,24 @@ def plan(
     made = plans.make_plan(config, schedule, shape, **common)
     if measure:
         made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
-    texts = None
+    texts: dict[str, Any] = {}
     if kept:
         cost = CostModel.from_config(config)
-        texts = plans.plan_texts(cost, schedule, shape, examples=examples, dtype_bytes=bytes_each)
+        shapes = {"text_cache": shape}
+        if len(full.stacks) > 1:
+            shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)
+        for name, each in shapes.items():
+            texts[name] = plans.plan_texts(cost, schedule, each, examples=examples, dtype_bytes=bytes_each)
     if as_json:
-        emit({**made.to_dict(), **({"text_cache": asdict(texts)} if texts else {})})
+        emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
         return
     asked = replace(shape, prompt_tokens=prompt_tokens, input_tokens=input_tokens)
     out.print(_stage_table(made, full, asked))
-    if texts is not None:
-        where = "after" if placement == "suffix" else "within"
-        out.print(_text_lines(texts, examples, where, bytes_each), highlight=False)
+    where = "after" if placement == "suffix" else "within"
+    for name, each in texts.items():
+        if name != "text_cache":
+            out.print("\nwith cache.cross_attention: true")
+        out.print(_text_lines(each, examples, where, bytes_each), highlight=False)
 
 
 def _text_lines(texts: Any, examples: int, where: str, bytes_each: int) -> str:

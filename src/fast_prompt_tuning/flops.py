@@ -60,6 +60,8 @@ class BatchShape:
         placement: `prefix`, or `suffix`: the prompt after the text (in front of the decoder's input). The text then
             runs forward only, and prompt and target run over its keys and values (`placement.py`).
         text_examples: with `suffix`, examples whose text runs at all; None is every one, 0 a warm cache.
+        kept_cross: with `suffix`, running a text gives an encoder-decoder's cross-attention its keys and values, and
+            what follows computes none (`TextCache`).
 
     Raises:
         ConfigError: a size below its least value, more labels than target tokens, or a prompt of none after the text.
@@ -73,6 +75,7 @@ class BatchShape:
     full_logits: bool = False
     placement: Literal["prefix", "suffix"] = "prefix"
     text_examples: int | None = None
+    kept_cross: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("input_tokens", 0), ("prompt_tokens", 0), ("target_tokens", 1)):
@@ -413,12 +416,19 @@ def _pass_flops(
 
 
 def text_flops(
-    cost: CostModel, stage: Stage | None, examples: int, tokens: int, *, convention: Convention = "all"
+    cost: CostModel,
+    stage: Stage | None,
+    examples: int,
+    tokens: int,
+    *,
+    convention: Convention = "all",
+    kept_cross: bool = False,
 ) -> float:
     """FLOPs of running texts alone, forward, as a prompt after the text lets one do: no LM head, no prompt.
 
     Args:
         examples, tokens: how many texts, and their padded length.
+        kept_cross: as of `BatchShape`: the decoder has run over one token, which computes keys and values.
 
     Raises:
         ScheduleError: the stage does not fit the model. ConfigError: unknown convention.
@@ -430,7 +440,14 @@ def text_flops(
     each = stack.outside + layers * (stack.attention + 2 * scores + stack.neuron * ffn + stack.other)
     if name == "decoder" and convention == "all":
         each -= stack.token_wise + stack.neuron * ffn  # of the last layer only keys and values are wanted
-    return 2 * examples * tokens * each
+    once = 0.0
+    if kept_cross and name == "encoder":
+        decoder, (layers, ffn) = cost.stacks["decoder"], cost.sizes(stage)["decoder"]
+        each += layers * decoder.cross_kv
+        token = decoder.attention + decoder.neuron * ffn + decoder.other + decoder.cross_query + decoder.cross_out
+        scores = decoder.attention_width + tokens * decoder.cross_width if convention == "all" else 0
+        once = decoder.outside + layers * (token + 2 * scores)
+    return 2 * examples * (tokens * each + once)
 
 
 def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
@@ -451,7 +468,7 @@ def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, 
     if seq2seq:
         projections = tokens * (stack.cross_query + stack.cross_out)
         cross_scores = products * tokens * shape.input_tokens * stack.cross_width
-        kv = shape.batch * shape.input_tokens * stack.cross_kv
+        kv = 0 if shape.kept_cross else shape.batch * shape.input_tokens * stack.cross_kv
         forward += layers * (projections + kv + 2 * cross_scores)
         backward += layers * (projections + 2 * cross_scores)  # the encoder's states have no gradient
     labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
@@ -462,7 +479,14 @@ def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, 
         forward, backward = forward - left_out, backward - left_out
     logits = shape.batch * labels * cost.head
     examples = shape.batch if shape.text_examples is None else shape.text_examples
-    text = text_flops(cost, stage, examples, shape.input_tokens, convention=convention)  # type: ignore[arg-type]
+    text = text_flops(
+        cost,
+        stage,
+        examples,
+        shape.input_tokens,
+        convention=convention,  # type: ignore[arg-type]
+        kept_cross=shape.kept_cross,
+    )
     return text + 2 * (forward + logits), 2 * (backward + logits)
 
 
@@ -526,7 +550,7 @@ def generation_flops(cost: CostModel, shape: BatchShape, *, stage: Stage | None 
     text = 0.0
     if suffix := shape.placement == "suffix":
         examples = shape.batch if shape.text_examples is None else shape.text_examples
-        text = text_flops(cost, stage, examples, shape.input_tokens)
+        text = text_flops(cost, stage, examples, shape.input_tokens, kept_cross=shape.kept_cross)
         source = shape.input_tokens
     macs = 0.0
     for name, stack in cost.stacks.items():
@@ -542,7 +566,8 @@ def generation_flops(cost: CostModel, shape: BatchShape, *, stage: Stage | None 
             keys = new * (seen + read) + new * (new + 1) / 2  # summed over the new tokens
             macs += new * stack.outside + layers * (new * linear + 2 * keys * stack.attention_width)
             if cross:
-                macs += layers * (source * stack.cross_kv + (read + new) * (stack.cross_query + stack.cross_out))
+                keys = 0 if suffix and shape.kept_cross else source
+                macs += layers * (keys * stack.cross_kv + (read + new) * (stack.cross_query + stack.cross_out))
                 macs += layers * 2 * (read + new) * source * stack.cross_width
     return text + 2 * shape.batch * (macs + new * cost.head)
 
@@ -569,11 +594,17 @@ def weight_bytes(cost: CostModel, stage: Stage | None, *, dtype_bytes: float = 2
     return int(dtype_bytes * (cost.params + copies))
 
 
-def text_bytes(cost: CostModel, stage: Stage | None, tokens: int, *, dtype_bytes: float = 2) -> int:
+def text_bytes(
+    cost: CostModel, stage: Stage | None, tokens: int, *, dtype_bytes: float = 2, kept_cross: bool = False
+) -> int:
     """Bytes that a text of `tokens` leaves behind where the prompt stands after it: what a text cache keeps of it.
 
-    Keys and values of every layer; of an encoder-decoder the encoder's output.
+    Keys and values of every layer; of an encoder-decoder the encoder's output, or those of the decoder's
+    cross-attention (`kept_cross`).
     """
+    if len(cost.stacks) > 1 and kept_cross:
+        width = 2 * cost.stacks["decoder"].cross_width
+        return int(dtype_bytes * tokens * cost.sizes(stage)["decoder"][0] * width)
     if len(cost.stacks) > 1:
         return int(dtype_bytes * tokens * cost.stacks["encoder"].d_model)
     name = next(iter(cost.stacks))

@@ -114,7 +114,8 @@ class TextStates:
 
     Args:
         states: keys and values `(L, 2, B, heads, T, D)` padded on the left, so that prompt and target follow at once;
-            of an encoder-decoder the encoder's output `(B, T, H)`, padded on the right.
+            of an encoder-decoder the encoder's output `(B, T, H)`, padded on the right, or as a cache keeps them the
+            decoder's cross-attention keys and values `(L, 2, B, heads, T, D)`, likewise.
         mask: 1 at real tokens `(B, T)`.
         ran: `(texts, tokens)` of the forward pass that was needed; `(0, 0)` where all were kept from before.
     """
@@ -132,6 +133,17 @@ class TextStates:
         """The text as a cache for a decoder-only model's forward; forwards never change it."""
         return Cache(layers=[_TextLayer(keys, values) for keys, values in self.states])
 
+    def encoded(self) -> tuple[BaseModelOutput, EncoderDecoderCache]:
+        """The text for an encoder-decoder's forward: as what the encoder gives, and as a cache for the decoder."""
+        if self.states.dim() == 3:
+            past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            return BaseModelOutput(last_hidden_state=self.states), past
+        # With keys and values at hand the decoder reads no more of the encoder's output than how long it is.
+        stand_in = self.states.new_zeros(1, 1, 1).expand(*self.mask.shape, 1)
+        cross = DynamicCache()  # of this type, or beams do not take it
+        cross.layers = self.cache().layers
+        return BaseModelOutput(last_hidden_state=stand_in), EncoderDecoderCache(DynamicCache(), cross)
+
 
 def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | None = None) -> TextStates:
     """Run texts without a gradient and without dropout, or take their states from a cache.
@@ -147,8 +159,7 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
     check_suffix(plm)
     if cache is not None and cache.plm is not plm:
         raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
-    stack = "encoder" if plm.config.is_encoder_decoder else "decoder"
-    cut = cut_key(plm, stack) if cache is not None else ""
+    cut = _cut(plm, cache) if cache is not None else ""
     keys = [TextCache.key(cut, ids) for ids in texts] if cache is not None else []
     rows: list[torch.Tensor | None] = [cache.get(key) for key in keys] if cache is not None else [None] * len(texts)
     # The same text twice in a batch (several prompts asked about it) is run once.
@@ -157,7 +168,7 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
         if row is None:
             missing.setdefault(tuple(texts[i]), []).append(i)
     if missing:
-        made = _run_texts(plm, list(missing))
+        made = _run_texts(plm, list(missing), cross_attention=cache is not None and cache.cross_attention)
         for places, row in zip(missing.values(), made, strict=True):
             if cache is not None:
                 row = cache.put(keys[places[0]], row)
@@ -168,17 +179,23 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
     left = not plm.config.is_encoder_decoder
     for i, ids in enumerate(texts):
         mask[i, slice(mask.shape[1] - len(ids), None) if left else slice(len(ids))] = 1
-    states = (_joined(found, mask.shape[1]) if left else nn.utils.rnn.pad_sequence(found, batch_first=True)).to(
-        plm.device
-    )
+    encoded = found[0].dim() == 2
+    states = nn.utils.rnn.pad_sequence(found, batch_first=True) if encoded else _joined(found, mask.shape[1], left)
     ran = (len(missing), max((len(ids) for ids in missing), default=0))
     if cache is not None and missing:
         cache.ran.append(ran)
-    return TextStates(states, mask.to(plm.device), ran)
+    return TextStates(states.to(plm.device), mask.to(plm.device), ran)
 
 
-def _run_texts(plm: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Each text's own states: `(L, 2, heads, T, D)`, or `(T, H)` of an encoder-decoder.
+def _cut(plm: Any, cache: TextCache) -> str:
+    """What the PLM runs now, as far as the states in a cache follow from it."""
+    if not plm.config.is_encoder_decoder:
+        return cut_key(plm, "decoder")
+    return cut_key(plm, "encoder") + (cut_key(plm, "decoder") if cache.cross_attention else "")
+
+
+def _run_texts(plm: Any, texts: Sequence[Sequence[int]], cross_attention: bool) -> list[torch.Tensor]:
+    """Each text's own states: `(L, 2, heads, T, D)`, or the output `(T, H)` of an encoder.
 
     Padded on the right, where causal attention, or the encoder's mask, keeps padding from being seen.
     """
@@ -192,11 +209,25 @@ def _run_texts(plm: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     with _undisturbed(plm):
         if plm.config.is_encoder_decoder:
             hidden = plm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            return [hidden[i, : len(text)].clone() for i, text in enumerate(texts)]
-        past = DynamicCache()  # without a config, so that no layer crops: the window is the mask's matter
-        with last_layer_rows(plm, lambda _: torch.zeros(0, dtype=torch.long)):  # its keys and values are all it gives
-            plm.base_model(input_ids=ids, attention_mask=torch.ones_like(mask), past_key_values=past, use_cache=True)
-        states = _stacked(past)
+            if not cross_attention:
+                return [hidden[i, : len(text)].clone() for i, text in enumerate(texts)]
+            both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            plm.get_decoder()(  # over any one token
+                input_ids=ids[:, :1],
+                encoder_hidden_states=hidden,
+                encoder_attention_mask=mask,
+                past_key_values=both,
+                use_cache=True,
+            )
+            states = _stacked(both.cross_attention_cache)
+        else:
+            past = DynamicCache()  # without a config, so that no layer crops: the window is the mask's matter
+            # Its keys and values are all that the last layer gives.
+            with last_layer_rows(plm, lambda _: torch.zeros(0, dtype=torch.long)):
+                plm.base_model(
+                    input_ids=ids, attention_mask=torch.ones_like(mask), past_key_values=past, use_cache=True
+                )
+            states = _stacked(past)
         return [states[:, :, i, :, : len(text)].clone() for i, text in enumerate(texts)]
 
 
@@ -218,14 +249,15 @@ def _undisturbed(plm: Any) -> Iterator[None]:
             module.training = True
 
 
-def _joined(rows: Sequence[torch.Tensor], length: int) -> torch.Tensor:
-    """Rows `(L, 2, heads, T, D)` as one batch `(L, 2, B, heads, T, D)`, padded with zeros on the left."""
+def _joined(rows: Sequence[torch.Tensor], length: int, left: bool = True) -> torch.Tensor:
+    """Rows `(L, 2, heads, T, D)` as one batch `(L, 2, B, heads, T, D)`, padded with zeros on the left or the right."""
     layers, two, heads, _, width = rows[0].shape
     out = rows[0].new_empty(layers, two, len(rows), heads, length, width)
     for i, row in enumerate(rows):
-        pad = length - row.shape[3]
-        out[:, :, i, :, :pad] = 0
-        out[:, :, i, :, pad:] = row
+        own = row.shape[3]
+        start = length - own if left else 0
+        out[:, :, i, :, start : start + own] = row
+        out[:, :, i, :, slice(start) if left else slice(own, None)] = 0
     return out
 
 
@@ -434,11 +466,13 @@ def suffix_logits(
         }
         aligned = F.pad(labels, (size - 1, 0), value=IGNORED)
     else:
+        encoded, both = text.encoded()
         inputs = {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=text.states),
+            "encoder_outputs": encoded,
             "attention_mask": text.mask,
             "decoder_inputs_embeds": embeds,
-            "use_cache": False,
+            "past_key_values": both,
+            "use_cache": True,
         }
         aligned = F.pad(labels, (size, 0), value=IGNORED)
         limit = context_length(plm)
@@ -491,8 +525,7 @@ def generation_inputs(
             "attention_mask": F.pad(text.mask, (0, 1), value=1),
             "past_key_values": past,
         }
-    encoded = BaseModelOutput(last_hidden_state=text.states)
-    past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    encoded, past = text.encoded()
     with _undisturbed(plm), selected_rows(plm, lambda _: torch.zeros(1, dtype=torch.long)):
         plm(
             encoder_outputs=encoded,
@@ -658,7 +691,7 @@ class SuffixPromptModel(nn.Module):
 
     def _forget_last_stage(self) -> None:
         """Training never goes back to an earlier stage: its texts' states only take room."""
-        cut = cut_key(self.plm, "encoder" if self.plm.config.is_encoder_decoder else "decoder")
+        cut = _cut(self.plm, self.cache)  # type: ignore[arg-type]
         if self._cut and cut != self._cut:
             self.cache.forget(self._cut)  # type: ignore[union-attr]
         self._cut = cut

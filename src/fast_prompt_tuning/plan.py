@@ -266,7 +266,8 @@ def plan_texts(
     """
     if examples < 1:
         raise ConfigError(f"examples={examples} must be at least 1")
-    each = text_bytes(cost, None, shape.input_tokens, dtype_bytes=dtype_bytes)
+    cross = shape.kept_cross
+    each = text_bytes(cost, None, shape.input_tokens, dtype_bytes=dtype_bytes, kept_cross=cross)
     sizes: list[Stage] = []
     for stage in schedule.stages:
         if not any(stage.same_size(other) for other in sizes):
@@ -275,7 +276,7 @@ def plan_texts(
     return TextPlan(
         bytes_per_example=each,
         bytes=each * examples,
-        fill_flops=sum(text_flops(cost, stage, examples, shape.input_tokens) for stage in sizes),
+        fill_flops=sum(text_flops(cost, s, examples, shape.input_tokens, kept_cross=cross) for s in sizes),
         cold=step_flops(cost, None, replace(shape, text_examples=None)) / whole,
         warm=step_flops(cost, None, replace(shape, text_examples=0)) / whole,
     )

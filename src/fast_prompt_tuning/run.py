@@ -166,6 +166,7 @@ def _usual_shape(session: Session) -> BatchShape:
         prompt_tokens=shape.prompt_tokens + between,
         input_tokens=max(shape.input_tokens - between, 1),
         text_examples=0,
+        kept_cross=config.cache.cross_attention,
     )
 
 

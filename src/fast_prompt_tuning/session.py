@@ -27,7 +27,7 @@ from .placement import check_suffix
 from .results import write_atomic
 from .run_folder import read_log
 from .soft_prompt import context_length
-from .text_cache import DiskTextCache, TextCache
+from .text_cache import DiskTextCache, TextCache, check_cross_attention
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ class Session:
         """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
         chosen = self.config.cache
         if self._texts is None or self._texts[0] != chosen:
-            int8 = chosen.dtype == "int8"
+            kept: dict[str, Any] = {"int8": chosen.dtype == "int8", "cross_attention": chosen.cross_attention}
             if chosen.tier == "disk":
                 folder = chosen.folder or cache_dir() / "texts"
-                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, int8=int8)
+                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, **kept)
             else:
                 budget = 0 if chosen.tier == "none" else chosen.budget_mib
-                made = TextCache(self.plm, budget_mib=budget, int8=int8)
+                made = TextCache(self.plm, budget_mib=budget, **kept)
             self._texts = chosen, made
         return self._texts[1]
 
@@ -120,6 +120,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
     if config.prompt.placement != "prefix":
         check_suffix(plm, config.prompt.placement)
+        check_cross_attention(plm, config.cache.cross_attention)
     _check_within(task, config.prompt.placement)
     limit = context_length(plm)
     for needs in _positions(session):
@@ -282,7 +283,8 @@ def _predict(
     if several > 1:
         found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
     answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
-    spent = sum(text_flops(session.cost, None, *ran) for ran in session.texts.ran) if where else 0.0
+    cross = session.config.cache.cross_attention
+    spent = sum(text_flops(session.cost, None, *ran, kept_cross=cross) for ran in session.texts.ran) if where else 0.0
     for picked in batches_of(by_length(inputs), settings.batch_size):
         between = max(after[i] for i in picked)  # costs what the prompt does
         shape = BatchShape(
@@ -292,6 +294,7 @@ def _predict(
             target_tokens=longest_label or session.max_target_tokens,
             placement="suffix" if where else "prefix",
             text_examples=0 if where else None,
+            kept_cross=cross,
         )
         if session.choices:
             passes = 1 if session.decoder and longest_label == 1 else len(session.choices)

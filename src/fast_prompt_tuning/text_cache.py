@@ -50,6 +50,14 @@ def _size(kept: Kept) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
+def check_cross_attention(plm: Any, wanted: bool) -> None:
+    """Raise ConfigError where a cache is to keep cross-attention keys and values, and the PLM has none."""
+    if wanted and not plm.config.is_encoder_decoder:
+        raise ConfigError(
+            f"cache.cross_attention=True is for encoder-decoders, which {type(plm).__name__} is not; leave it out"
+        )
+
+
 class TextCache:
     """States of texts in memory, for one PLM and all of its stages.
 
@@ -59,19 +67,22 @@ class TextCache:
     Args:
         plm: the bare PLM the states are of; its weights must not change.
         budget_mib: memory of the PLM's device it may use, in MiB.
-        int8: keep states in 8 bits, rounded to 1/127 of the largest number of a token and head (of a token, in an
-            encoder-decoder): half the room of bfloat16. Texts are used so whether or not there is room to keep them.
+        int8: keep states in 8 bits, rounded to 1/127 of the largest number of a token and head (of a token, for an
+            encoder's output): half the room of bfloat16. Texts are used so whether or not there is room to keep them.
+        cross_attention: of an encoder-decoder, keep the keys and values of the cross-attention in place of the
+            encoder's output: steps compute them no more, and twice the decoder's layers take its room.
 
     `ran` lists `(texts, padded tokens)` of every forward pass that had to be made: what the cache did not save.
 
     Raises:
-        ConfigError: a negative budget.
+        ConfigError: a negative budget, or `cross_attention` of a model without one.
     """
 
-    def __init__(self, plm: Any, *, budget_mib: float = 1024, int8: bool = False):
+    def __init__(self, plm: Any, *, budget_mib: float = 1024, int8: bool = False, cross_attention: bool = False):
         if not budget_mib >= 0:
             raise ConfigError(f"budget_mib={budget_mib!r} must be at least 0")
-        self.plm, self.int8 = plm, int8
+        check_cross_attention(plm, cross_attention)
+        self.plm, self.int8, self.cross_attention = plm, int8, cross_attention
         self.budget = int(budget_mib * 2**20)
         self.bytes = 0
         self._full = False
@@ -135,14 +146,22 @@ class DiskTextCache(TextCache):
         plm: as `TextCache`.
         folder: where the files are; made if need be.
         budget_mib: most that the folder may hold, of all models together, in MiB.
-        int8: as `TextCache`.
+        int8, cross_attention: as `TextCache`.
 
     Raises:
-        ConfigError: a negative budget, or a folder that cannot be written.
+        ConfigError: as `TextCache`, or a folder that cannot be written.
     """
 
-    def __init__(self, plm: Any, folder: str | Path, *, budget_mib: float = 8192, int8: bool = False):
-        super().__init__(plm, budget_mib=budget_mib, int8=int8)
+    def __init__(
+        self,
+        plm: Any,
+        folder: str | Path,
+        *,
+        budget_mib: float = 8192,
+        int8: bool = False,
+        cross_attention: bool = False,
+    ):
+        super().__init__(plm, budget_mib=budget_mib, int8=int8, cross_attention=cross_attention)
         self.root = Path(folder) / OWN_FOLDER
         self.folder = self.root / (model_key(plm) + ("-int8" if int8 else ""))
         self._uncounted = 0  # bytes that this process has written since it last counted the folder

@@ -426,12 +426,15 @@ class PromptTrainer(Trainer):
         size, shape = replace(stage, batch=None, length=None), self._shape(inputs)
         if not isinstance(self.model, SuffixPromptModel):
             return step_flops(self.cost, size, shape)
-        return step_flops(self.cost, size, shape) + sum(text_flops(self.cost, size, *ran) for ran in self._texts)
+        texts = sum(text_flops(self.cost, size, *ran, kept_cross=shape.kept_cross) for ran in self._texts)
+        return step_flops(self.cost, size, shape) + texts
 
     def probe_flops(self, inputs: Any) -> float:
         """FLOPs of the last forward pass, if it was of `inputs` on the full PLM."""
-        texts = text_flops(self.cost, None, *self.model.text_ran) if isinstance(self.model, SuffixPromptModel) else 0.0
-        return forward_flops(self.cost, None, self._shape(inputs)) + texts
+        shape, texts = self._shape(inputs), 0.0
+        if isinstance(self.model, SuffixPromptModel):
+            texts = text_flops(self.cost, None, *self.model.text_ran, kept_cross=shape.kept_cross)
+        return forward_flops(self.cost, None, shape) + texts
 
     def _shape(self, inputs: Any) -> BatchShape:
         shape = batch_shape(inputs, self.prompt_tokens, self.cost)
@@ -445,6 +448,7 @@ class PromptTrainer(Trainer):
             input_tokens=self.model.text_tokens,
             prompt_tokens=shape.prompt_tokens + between,
             text_examples=0,
+            kept_cross=self.model.cache is not None and self.model.cache.cross_attention,
         )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
