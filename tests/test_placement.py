@@ -16,6 +16,7 @@ from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.evaluation import score_labels
 from fast_prompt_tuning.partial_plm import PartialPLM
 from fast_prompt_tuning.placement import SuffixPromptModel, load_soft_prompt, suffix_loss, text_states
+from fast_prompt_tuning.schedule import Stage
 from fast_prompt_tuning.soft_prompt import export_prompt, placement_of
 from fast_prompt_tuning.text_cache import TextCache
 
@@ -147,6 +148,13 @@ def test_kept_cross_attention_is_exact_and_computed_once(family, attention, monk
     model, batch = suffix_model(family, cross_attention=True), ids_and_labels(family)
     model.plm.set_attn_implementation(attention)
     check_losses_at_every_size(model, family, batch)
+    partial = PartialPLM(model, keep_neurons="first")
+    for layers in (2, 3, LAYERS):  # the encoder as it is
+        partial.resize(Stage({"decoder": layers}, {"decoder": FFN}, stacks=("decoder",)))
+        torch.testing.assert_close(
+            suffix_loss(model, tensors(batch)), uncached_loss(model.plm, model.soft_prompt, batch), **EXACT
+        )
+    partial.restore()
     model.train()
     wanted = suffix_loss(model, tensors(batch))  # at the full size, whose texts are all kept
     projections = [
@@ -160,6 +168,21 @@ def test_kept_cross_attention_is_exact_and_computed_once(family, attention, monk
         monkeypatch.setattr(projection, "forward", lambda *_: pytest.fail("computed again"))
     assert torch.equal(suffix_loss(model, tensors(batch)), wanted)
     assert model.text_ran == (0, 0)
+
+
+def test_kept_cross_attention_drops_out_as_it_does_without():
+    losses = []
+    for cross in (False, True):
+        model, batch = suffix_model(BY_NAME["t5"], cross_attention=cross), ids_and_labels(BY_NAME["t5"])
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        still = suffix_loss(model, tensors(batch))  # fills the cache
+        model.train()
+        torch.manual_seed(7)
+        losses.append(suffix_loss(model, tensors(batch)))
+        assert abs(losses[-1] - still) > 1e-3
+    torch.testing.assert_close(*losses, **EXACT)
 
 
 def test_a_prompt_of_token_embeddings_is_those_tokens(placed):

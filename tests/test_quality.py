@@ -75,9 +75,17 @@ def test_table2_over_the_five_tasks(data, tmp_path, monkeypatch):
     for task, stacks in (("mnli", ["encoder"]), ("xsum", ["encoder", "decoder"])):
         record = json.loads((tmp_path / "runs" / "table2" / task / "ld" / "result.json").read_text())
         assert record["schedule"][0]["stacks"] == stacks
-    # Again: everything is there, nothing is trained.
+    # Again: everything is there, nothing is trained, though settings have come since one run.
+    earlier = tmp_path / "runs" / "table2" / "qqp" / "pt" / "result.json"
+    record = json.loads(earlier.read_text())
+    del record["config"]["cache"]["cross_attention"]
+    earlier.write_text(json.dumps(record))
     monkeypatch.setattr(run, "train", lambda *a, **k: pytest.fail("trained again"))
     assert table("table2", data, tmp_path) == rows
+    record["config"]["train"]["seed"] = 7
+    earlier.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"was run otherwise: train.seed was 7, is 0"):
+        table("table2", data, tmp_path)
 
 
 def test_table1_is_of_the_partial_plms_and_goes_on_after_a_stop(data, tmp_path, monkeypatch):

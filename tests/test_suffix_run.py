@@ -176,6 +176,7 @@ def test_a_prompt_is_the_start_of_the_next_one(tmp_path):
         ({"train__gradient_checkpointing": True}, "gradient_checkpointing cannot be used"),
         ({"prompt__placement": "suffx"}, "prompt.placement='suffx'"),
         ({"cache__tier": "ram"}, "cache.tier='ram'"),
+        ({"cache__tier": "none", "cache__cross_attention": True}, "keeps nothing with cache.tier='none'"),
         ({"cache__budget_mib": -1}, "cache.budget_mib=-1"),
         ({"cache__budget": 3}, "did you mean 'budget_mib'"),
     ],

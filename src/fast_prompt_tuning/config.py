@@ -238,6 +238,8 @@ class RunConfig(_Section):
                 )
             if self.train.compile:
                 raise ValueError(f"train.compile cannot be used with {place}; leave it out")
+        if self.cache.cross_attention and self.cache.tier == "none":
+            raise ValueError("cache.cross_attention=True keeps nothing with cache.tier='none'; leave one of them out")
         output = Path(self.output).resolve()
         if self.cache.folder is not None and output in Path(self.cache.folder).resolve().parents:
             raise ValueError(

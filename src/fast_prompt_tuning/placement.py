@@ -467,12 +467,13 @@ def suffix_logits(
         aligned = F.pad(labels, (size - 1, 0), value=IGNORED)
     else:
         encoded, both = text.encoded()
+        kept = text.states.dim() > 3  # an empty cache would only be filled, with copies that nothing reads
         inputs = {
             "encoder_outputs": encoded,
             "attention_mask": text.mask,
             "decoder_inputs_embeds": embeds,
-            "past_key_values": both,
-            "use_cache": True,
+            "past_key_values": both if kept else None,
+            "use_cache": kept,
         }
         aligned = F.pad(labels, (size, 0), value=IGNORED)
         limit = context_length(plm)

@@ -18,7 +18,7 @@ from .plan import PAPER_TABLE2, PAPER_TASKS, paper_rows
 from .preparation import evaluate_partial, full_size
 from .report import spent_flops, stopped_at
 from .results import RunResult, load_result, write_atomic
-from .run_folder import differences
+from .run_folder import changes_from
 from .session import open_session
 
 PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
@@ -142,7 +142,7 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
     record = folder / "quality.json"
     if record.is_file():
         found = load_result(folder)
-        if changed := differences(found.config, config.model_dump(mode="json")):
+        if changed := changes_from(found.config, config):
             raise ConfigError(f"{str(folder)!r} was run otherwise: {'; '.join(changed)}; choose another --output")
         return found, float(json.loads(record.read_text(encoding="utf-8"))["value"])
     resume = (folder / "config.yaml").is_file()

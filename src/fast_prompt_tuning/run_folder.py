@@ -63,12 +63,16 @@ def recipe_changes(config: RunConfig) -> list[str]:
         before = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{str(saved)!r} cannot be read ({type(error).__name__}); use --overwrite") from error
-    now = config.model_dump(mode="json")
     if isinstance(before, dict):
-        before["output"] = now["output"]  # the same folder, however it is spelled
-        with suppress(ValidationError, ScheduleError):  # settings that came later have their defaults there
-            before = RunConfig.model_validate(before).model_dump(mode="json")
-    return differences(before, now)
+        before["output"] = config.output  # the same folder, however it is spelled
+    return changes_from(before, config)
+
+
+def changes_from(before: Any, config: RunConfig) -> list[str]:
+    """How a recipe differs from one that was saved: settings that came later have their defaults there."""
+    with suppress(ValidationError, ScheduleError):
+        before = RunConfig.model_validate(before).model_dump(mode="json")
+    return differences(before, config.model_dump(mode="json"))
 
 
 RUN_MARK = "# The resolved recipe of a run of fast-prompt-tuning.\n"

@@ -70,7 +70,8 @@ class TextCache:
         int8: keep states in 8 bits, rounded to 1/127 of the largest number of a token and head (of a token, for an
             encoder's output): half the room of bfloat16. Texts are used so whether or not there is room to keep them.
         cross_attention: of an encoder-decoder, keep the keys and values of the cross-attention in place of the
-            encoder's output: steps compute them no more, and twice the decoder's layers take its room.
+            encoder's output: steps compute them no more, and their room is at least twice the decoder's layers times
+            as large.
 
     `ran` lists `(texts, padded tokens)` of every forward pass that had to be made: what the cache did not save.
 
