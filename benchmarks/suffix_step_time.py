@@ -60,10 +60,8 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for _ in range(args.steps * args.batch):
         ids = [generator.randrange(4, plm.config.vocab_size) for _ in range(tokens + 2)]
-        text, target = ids[:tokens], ids[tokens:]
-        rows.append(
-            {"input_ids": text, "labels": target} if seq2seq else {"input_ids": ids, "labels": [-100] * tokens + target}
-        )
+        text, end = ids[:tokens], ids[tokens:]
+        rows.append({"input_ids": text if seq2seq else ids, "labels": end if seq2seq else [-100] * tokens + end})
     data = datasets.Dataset.from_list(rows)
     cost, collate = CostModel.from_model(plm), Collator(tokenizer, decoder=not seq2seq)
     schedule = Schedule.constant(cost.full_stage, args.steps)

@@ -373,7 +373,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         probes = [[r["step"], r[PROBE]] for r in read_log(Path(work) / "run" / "log.jsonl") if PROBE in r]
     if result.status != "finished":
         sys.exit(f"{result.status} ({result.reason}): the same command begins this cell again")
-    flops = result.flops
+    flops, here = result.flops, machine()
     overhead = flops["score"] + flops["probe"]
     return {
         **{k: v for k, v in asdict(cell).items() if k != "rate"},
@@ -395,7 +395,7 @@ def run_cell(cell: Cell, rate: float, args: argparse.Namespace, sessions: dict[A
         "schedule": result.schedule,
         "kept_layers": result.kept_layers,
         "minutes": (time.time() - started) / 60,
-        "environment": {**result.environment, **{k: machine()[k] for k in ("processor", "capability")}},
+        "environment": {**result.environment, "processor": here["processor"], "capability": here["capability"]},
     }
 
 

@@ -133,11 +133,10 @@ class TextStates:
         """The text as a cache for a decoder-only model's forward; forwards never change it."""
         return Cache(layers=[_TextLayer(keys, values) for keys, values in self.states])
 
-    def encoded(self) -> tuple[BaseModelOutput, EncoderDecoderCache]:
-        """The text for an encoder-decoder's forward: as what the encoder gives, and as a cache for the decoder."""
+    def encoded(self) -> tuple[BaseModelOutput, EncoderDecoderCache | None]:
+        """For an encoder-decoder's forward: the encoder's output, and the keys and values where they are kept."""
         if self.states.dim() == 3:
-            past = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            return BaseModelOutput(last_hidden_state=self.states), past
+            return BaseModelOutput(last_hidden_state=self.states), None
         # With keys and values at hand the decoder reads no more of the encoder's output than how long it is.
         stand_in = self.states.new_zeros(1, 1, 1).expand(*self.mask.shape, 1)
         cross = DynamicCache()  # of this type, or beams do not take it
@@ -466,14 +465,13 @@ def suffix_logits(
         }
         aligned = F.pad(labels, (size - 1, 0), value=IGNORED)
     else:
-        encoded, both = text.encoded()
-        kept = text.states.dim() > 3  # an empty cache would only be filled, with copies that nothing reads
+        encoded, kept = text.encoded()
         inputs = {
             "encoder_outputs": encoded,
             "attention_mask": text.mask,
             "decoder_inputs_embeds": embeds,
-            "past_key_values": both if kept else None,
-            "use_cache": kept,
+            "past_key_values": kept,
+            "use_cache": kept is not None,
         }
         aligned = F.pad(labels, (size, 0), value=IGNORED)
         limit = context_length(plm)
@@ -526,7 +524,8 @@ def generation_inputs(
             "attention_mask": F.pad(text.mask, (0, 1), value=1),
             "past_key_values": past,
         }
-    encoded, past = text.encoded()
+    encoded, kept = text.encoded()
+    past = EncoderDecoderCache(DynamicCache(), DynamicCache()) if kept is None else kept
     with _undisturbed(plm), selected_rows(plm, lambda _: torch.zeros(1, dtype=torch.long)):
         plm(
             encoder_outputs=encoded,
