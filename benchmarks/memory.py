@@ -23,8 +23,8 @@ from peft import get_peft_model
 from step_time import MODELS, PROMPT, build, machine
 
 from fast_prompt_tuning import PartialPLM, Schedule, Stage, soft_prompt_config
-from fast_prompt_tuning.objective import choose_attention, label_loss
-from fast_prompt_tuning.soft_prompt import prompt_parameter
+from fast_prompt_tuning.plm.objective import choose_attention, label_loss
+from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
 
 SLACK = 0.02
 """What a stage may need beyond weights and narrowed copies, of the full model's weights: allocator and activations."""

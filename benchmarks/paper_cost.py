@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import transformers
 
-from fast_prompt_tuning.reproduce import measure_partial_plms
+from fast_prompt_tuning.paper.reproduce import measure_partial_plms
 
 ALLOWED_POINTS = 3.0
 """How far the wall clock of a partial PLM may lie above its FLOPs, in points of the full model's cost."""

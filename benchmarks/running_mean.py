@@ -24,11 +24,12 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent / "quality"))
 import run as grid
 
-from fast_prompt_tuning import config, run
-from fast_prompt_tuning.console import quiet_libraries
-from fast_prompt_tuning.results import write_atomic
-from fast_prompt_tuning.session import evaluate, open_session
-from fast_prompt_tuning.soft_prompt import prompt_parameter
+from fast_prompt_tuning import recipe as config
+from fast_prompt_tuning.cli.console import quiet_libraries
+from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run.results import write_atomic
+from fast_prompt_tuning.run.session import evaluate, open_session
 
 RESULTS = Path(__file__).parent / "results" / "running_mean.json"
 DECAYS = (0.8, 0.9, 0.95)

@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from fast_prompt_tuning.metrics import squad_v2
+from fast_prompt_tuning.data.metrics import squad_v2
 
 PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 

@@ -48,15 +48,15 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Gemma3TextConfig, GPT2Config, LlamaConfig, Trainer, TrainerCallback
 
 from fast_prompt_tuning import ProgressiveCallback, Schedule
-from fast_prompt_tuning.config import load as load_recipe
-from fast_prompt_tuning.data import Collator, LengthBatchSampler
-from fast_prompt_tuning.flops import CostModel, step_flops
-from fast_prompt_tuning.models import choose_dtype, load_plm, load_tokenizer
-from fast_prompt_tuning.objective import choose_attention, label_loss
-from fast_prompt_tuning.partial_plm import PartialPLM
-from fast_prompt_tuning.plan import paper_config, random_plm
-from fast_prompt_tuning.soft_prompt import prompt_parameter
-from fast_prompt_tuning.trainer import PromptTrainer, batch_shape, make_optimizer, training_arguments
+from fast_prompt_tuning.cost.flops import CostModel, step_flops
+from fast_prompt_tuning.cost.plan import paper_config, random_plm
+from fast_prompt_tuning.data.encoding import Collator, LengthBatchSampler
+from fast_prompt_tuning.plm.loading import choose_dtype, load_plm, load_tokenizer
+from fast_prompt_tuning.plm.objective import choose_attention, label_loss
+from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
+from fast_prompt_tuning.recipe import load as load_recipe
+from fast_prompt_tuning.train.trainer import PromptTrainer, batch_shape, make_optimizer, training_arguments
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "step_time.json"
@@ -111,7 +111,8 @@ class FakeTokenizer:
 
 def news_rows(tokenizer: Any, count: int, longest: int, seed: int) -> list[dict[str, list[int]]]:
     """Paragraphs of BBC articles with their topic as target: news text of naturally mixed length."""
-    from fast_prompt_tuning import examples, tasks
+    from fast_prompt_tuning.data import readers as examples
+    from fast_prompt_tuning.data import tasks
 
     articles = examples.load_examples(tasks.load_task("bbc_topics"), "train", decoder=True)
     rows = []

@@ -33,11 +33,11 @@ from step_time import PROMPT, build, machine, run_trainer, spread
 from transformers import LlamaConfig
 
 from fast_prompt_tuning import Schedule, SuffixPromptModel, TextCache, soft_prompt_config
-from fast_prompt_tuning.data import Collator
-from fast_prompt_tuning.flops import CostModel
-from fast_prompt_tuning.models import choose_dtype
-from fast_prompt_tuning.objective import choose_attention
-from fast_prompt_tuning.trainer import PromptTrainer
+from fast_prompt_tuning.cost.flops import CostModel
+from fast_prompt_tuning.data.encoding import Collator
+from fast_prompt_tuning.plm.loading import choose_dtype
+from fast_prompt_tuning.plm.objective import choose_attention
+from fast_prompt_tuning.train.trainer import PromptTrainer
 
 COMMITTED = Path(__file__).parent / "results" / "suffix_step_time.json"
 TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}

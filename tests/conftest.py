@@ -12,7 +12,8 @@ import pytest
 import torch
 from settings import FAMILIES, Settings
 
-from fast_prompt_tuning import cli, console
+from fast_prompt_tuning.cli import app as cli
+from fast_prompt_tuning.cli import console
 
 
 @pytest.fixture(autouse=True)

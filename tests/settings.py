@@ -31,8 +31,8 @@ from transformers import (
     T5Config,
 )
 
-from fast_prompt_tuning.schedule import Stage
-from fast_prompt_tuning.soft_prompt import soft_prompt_config
+from fast_prompt_tuning.prompt.soft_prompt import soft_prompt_config
+from fast_prompt_tuning.schedule.stages import Stage
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS = 61, 16, 24, 5, 4
 

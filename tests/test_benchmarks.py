@@ -289,7 +289,7 @@ def test_squad_keeps_the_sentence_that_holds_the_answer(quality, tmp_path):
 
 
 def test_every_method_is_a_valid_recipe(quality):
-    from fast_prompt_tuning import config
+    from fast_prompt_tuning import recipe as config
 
     for name, settings in quality.METHODS.items():
         task = quality.TASKS["topics"]

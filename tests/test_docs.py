@@ -18,12 +18,15 @@ from settings import BY_NAME
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from typer.main import get_command
 
-from fast_prompt_tuning import cli, families, soft_prompt_config, tasks
-from fast_prompt_tuning.config import load
-from fast_prompt_tuning.examples import load_examples
-from fast_prompt_tuning.plan import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
-from fast_prompt_tuning.report import table_rows
-from fast_prompt_tuning.results import load_result
+from fast_prompt_tuning import soft_prompt_config
+from fast_prompt_tuning.cli import app as cli
+from fast_prompt_tuning.cost.plan import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
+from fast_prompt_tuning.data import tasks
+from fast_prompt_tuning.data.readers import load_examples
+from fast_prompt_tuning.plm import families
+from fast_prompt_tuning.recipe import load
+from fast_prompt_tuning.report.tables import table_rows
+from fast_prompt_tuning.run.results import load_result
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

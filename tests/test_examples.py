@@ -13,7 +13,8 @@ import pytest
 from peft import PeftConfig
 from toy import toy
 
-from fast_prompt_tuning import cli, console
+from fast_prompt_tuning.cli import app as cli
+from fast_prompt_tuning.cli import console
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -15,7 +15,11 @@ from typing import Any
 import yaml
 from settings import BY_NAME
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from fast_prompt_tuning.recipe import RunConfig, load
+from fast_prompt_tuning.run.results import Point, RunResult
+from fast_prompt_tuning.schedule.stages import Schedule, Stage
 
 TOPICS = {"sport": ["ball", "goal", "team", "match"], "business": ["bank", "market", "profit", "stock"]}
 FILLER = ["the", "a", "of", "news", "today", "and", "big", "small", "new", "old"]
@@ -129,3 +133,58 @@ def toy() -> Toy:
     for task in (topics, words):
         (folder / f"{task['name']}.yaml").write_text(yaml.safe_dump(task))
     return Toy(folder, folder / "llama", folder / "t5", folder / "topics.yaml", folder / "words.yaml")
+
+
+def recipe(output, **changes) -> RunConfig:
+    return load(toy().recipe(output, **changes))
+
+
+class Broken(RuntimeError):
+    pass
+
+
+class At(TrainerCallback):
+    """Does something once, when a step has ended."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.what()
+
+
+def raises(*_):
+    raise Broken
+
+
+FULL = Stage(4, 8, stacks=("decoder",))
+
+
+def result(name="plain", method="pt", train=2e12, seconds=100.0, *, score=0.0, curve=True, **changes) -> RunResult:
+    schedule = Schedule.preset(method, FULL, total_steps=10) if method != "none" else None
+    points = [
+        Point(step=s, metrics={"accuracy": 40.0 + s}, train_flops=train * s / 10, train_seconds=seconds * s / 10)
+        for s in (5, 10)
+    ]
+    fields = {
+        "name": name,
+        "method": method,
+        "status": "finished" if curve else "evaluated",
+        "config": {},
+        "schedule": schedule.to_dict() if schedule else [],
+        "boundaries": list(schedule.boundaries) if schedule else [],
+        "steps": 10,
+        "primary": "accuracy",
+        "metrics": {"accuracy": 50.0},
+        "intervals": {"accuracy": (45.0, 55.0)},
+        "examples": 12,
+        "best_step": 10,
+        "curve": points if curve else [],
+        "flops": {"train": train, "score": score, "probe": 0.0, "eval": 5e12, "total": train + score + 5e12},
+        "train_seconds": seconds,
+        "total_seconds": 2 * seconds,
+        "fingerprints": {},
+        "environment": {},
+    }
+    return RunResult(**{**fields, **changes})

@@ -43,12 +43,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from base_model import base_model
 from step_time import machine
 
-from fast_prompt_tuning import config, run
-from fast_prompt_tuning.console import quiet_libraries
-from fast_prompt_tuning.growth import PROBE
-from fast_prompt_tuning.results import write_atomic
-from fast_prompt_tuning.run_folder import read_log
-from fast_prompt_tuning.session import Session, open_session
+from fast_prompt_tuning import recipe as config
+from fast_prompt_tuning.cli.console import quiet_libraries
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run.folder import read_log
+from fast_prompt_tuning.run.results import write_atomic
+from fast_prompt_tuning.run.session import Session, open_session
+from fast_prompt_tuning.schedule.auto import PROBE
 
 HERE = Path(__file__).parent
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)

@@ -1,6 +1,6 @@
 """Faults put into real runs of tiny models: each function causes one and raises where it was not borne as promised.
 
-The harness counts them and `tests/test_faults.py` runs each as a test.
+The harness counts them and `tests/run/test_faults.py` runs each as a test.
 """
 
 from __future__ import annotations
@@ -24,19 +24,13 @@ from scenarios import forked, recipe, same_run
 from toy import toy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from fast_prompt_tuning import (
-    PartialPLM,
-    ProgressiveCallback,
-    Schedule,
-    checkpoint,
-    cli,
-    run,
-    soft_prompt_config,
-    trainer,
-)
+from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, soft_prompt_config
+from fast_prompt_tuning.cli import app as cli
 from fast_prompt_tuning.errors import ConfigError, FptError, TrainingStopped
-from fast_prompt_tuning.results import load_result
-from fast_prompt_tuning.soft_prompt import load_prompt, prompt_parameter
+from fast_prompt_tuning.prompt.soft_prompt import load_prompt, prompt_parameter
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run.results import load_result
+from fast_prompt_tuning.train import checkpoint, trainer
 
 FAULTS: dict[str, Callable[[Path], None]] = {}
 """What happens to the run → the function that makes it happen."""

@@ -38,10 +38,15 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from toy import toy  # noqa: E402
 
-from fast_prompt_tuning import checkpoint, config, examples, results, soft_prompt, tasks  # noqa: E402
+from fast_prompt_tuning import recipe as config  # noqa: E402
+from fast_prompt_tuning.data import readers as examples  # noqa: E402
+from fast_prompt_tuning.data import tasks  # noqa: E402
 from fast_prompt_tuning.errors import FptError  # noqa: E402
-from fast_prompt_tuning.layer_scores import LayerScores  # noqa: E402
-from fast_prompt_tuning.scoring import NeuronScores  # noqa: E402
+from fast_prompt_tuning.prompt import soft_prompt  # noqa: E402
+from fast_prompt_tuning.run import results  # noqa: E402
+from fast_prompt_tuning.scores.layers import LayerScores  # noqa: E402
+from fast_prompt_tuning.scores.neurons import NeuronScores  # noqa: E402
+from fast_prompt_tuning.train import checkpoint  # noqa: E402
 
 SLOW = 10.0
 """Seconds after which a case counts as hanging."""
@@ -58,7 +63,7 @@ class Target:
 
 # -- what reads -------------------------------------------------------------------------------------------------------
 
-DATA = HERE.parents[1] / "tests" / "data"
+DATA = HERE.parents[1] / "tests" / "files"
 SPLITS = {  # task, its files
     "mnli": ["mnli_train.tsv"],
     "qqp": ["qqp_train.tsv"],

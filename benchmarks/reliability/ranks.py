@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from fast_prompt_tuning import parallel, run
-from fast_prompt_tuning.config import load
+from fast_prompt_tuning.recipe import load
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.train import parallel
 
 
 class Break(TrainerCallback):

@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the report here; parts not run are kept from what is there")
     parser.add_argument("--page", type=Path, help="and as Markdown here")
     options = parser.parse_args(arguments)
-    from fast_prompt_tuning.results import environment
+    from fast_prompt_tuning.run.results import environment
 
     report: dict[str, Any] = json.loads(options.out.read_text()) if options.out and options.out.is_file() else {}
     report["command"] = "python benchmarks/reliability/run.py" + (" --quick" if options.quick else "")

@@ -22,11 +22,12 @@ import ranks  # noqa: E402
 import torch  # noqa: E402
 from toy import toy  # noqa: E402
 
-from fast_prompt_tuning import checkpoint, run, trainer  # noqa: E402
-from fast_prompt_tuning.config import load  # noqa: E402
-from fast_prompt_tuning.results import load_result  # noqa: E402
-from fast_prompt_tuning.scoring import NeuronScores  # noqa: E402
-from fast_prompt_tuning.soft_prompt import load_prompt  # noqa: E402
+from fast_prompt_tuning.prompt.soft_prompt import load_prompt  # noqa: E402
+from fast_prompt_tuning.recipe import load  # noqa: E402
+from fast_prompt_tuning.run import run  # noqa: E402
+from fast_prompt_tuning.run.results import load_result  # noqa: E402
+from fast_prompt_tuning.scores.neurons import NeuronScores  # noqa: E402
+from fast_prompt_tuning.train import checkpoint, trainer  # noqa: E402
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3}
 

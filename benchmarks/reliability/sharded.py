@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 
 from fast_prompt_tuning import PartialPLM, soft_prompt_config
 from fast_prompt_tuning.errors import ModelError
-from fast_prompt_tuning.schedule import Stage
-from fast_prompt_tuning.soft_prompt import prompt_parameter
+from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
+from fast_prompt_tuning.schedule.stages import Stage
 
 
 def main() -> None:

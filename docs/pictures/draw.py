@@ -8,9 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fast_prompt_tuning.pictures import COLOURS, save
-from fast_prompt_tuning.schedule import Schedule, Stage
-from fast_prompt_tuning.selection import evenly
+from fast_prompt_tuning.plm.selection import evenly
+from fast_prompt_tuning.report.pictures import COLOURS, save
+from fast_prompt_tuning.schedule.stages import Schedule, Stage
 
 FULL = Stage(12, 2048)
 

@@ -14,17 +14,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import AutoCallback, EmaCallback, ProgressiveCallback
     from .errors import FptError
-    from .growth import AutoSchedule
-    from .layer_scores import LayerScores, block_influence, greedy_removal
-    from .objective import label_loss
-    from .partial_plm import PartialPLM
-    from .placement import SuffixPromptModel, load_soft_prompt, suffix_loss
-    from .schedule import Schedule, Stage
-    from .scoring import NeuronScores, activation_scores
-    from .soft_prompt import init_soft_prompt, soft_prompt_config
-    from .text_cache import DiskTextCache, TextCache
+    from .plm.objective import label_loss
+    from .plm.partial import PartialPLM
+    from .prompt.placement import SuffixPromptModel, load_soft_prompt, suffix_loss
+    from .prompt.soft_prompt import init_soft_prompt, soft_prompt_config
+    from .prompt.text_cache import DiskTextCache, TextCache
+    from .schedule.auto import AutoSchedule
+    from .schedule.stages import Schedule, Stage
+    from .scores.layers import LayerScores, block_influence, greedy_removal
+    from .scores.neurons import NeuronScores, activation_scores
+    from .train.callback import AutoCallback, EmaCallback, ProgressiveCallback
 
 try:
     __version__ = version("fast-prompt-tuning")
@@ -32,27 +32,27 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 _EXPORTS = {
-    "AutoCallback": "callback",
-    "AutoSchedule": "growth",
-    "DiskTextCache": "text_cache",
-    "EmaCallback": "callback",
+    "AutoCallback": "train.callback",
+    "AutoSchedule": "schedule.auto",
+    "DiskTextCache": "prompt.text_cache",
+    "EmaCallback": "train.callback",
     "FptError": "errors",
-    "LayerScores": "layer_scores",
-    "NeuronScores": "scoring",
-    "PartialPLM": "partial_plm",
-    "ProgressiveCallback": "callback",
-    "Schedule": "schedule",
-    "Stage": "schedule",
-    "SuffixPromptModel": "placement",
-    "TextCache": "text_cache",
-    "activation_scores": "scoring",
-    "block_influence": "layer_scores",
-    "greedy_removal": "layer_scores",
-    "init_soft_prompt": "soft_prompt",
-    "label_loss": "objective",
-    "load_soft_prompt": "placement",
-    "soft_prompt_config": "soft_prompt",
-    "suffix_loss": "placement",
+    "LayerScores": "scores.layers",
+    "NeuronScores": "scores.neurons",
+    "PartialPLM": "plm.partial",
+    "ProgressiveCallback": "train.callback",
+    "Schedule": "schedule.stages",
+    "Stage": "schedule.stages",
+    "SuffixPromptModel": "prompt.placement",
+    "TextCache": "prompt.text_cache",
+    "activation_scores": "scores.neurons",
+    "block_influence": "scores.layers",
+    "greedy_removal": "scores.layers",
+    "init_soft_prompt": "prompt.soft_prompt",
+    "label_loss": "plm.objective",
+    "load_soft_prompt": "prompt.placement",
+    "soft_prompt_config": "prompt.soft_prompt",
+    "suffix_loss": "prompt.placement",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`python -m fast_prompt_tuning` is `fpt`, for launchers that take a module."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,163 @@
+"""`fpt demo`: plain prompt tuning against FPT on a real model and real text, in minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import TrainerCallback
+
+from ..cost.flops import BatchShape, step_flops
+from ..errors import ConfigError
+from ..recipe import RunConfig, load, override
+from ..report.page import find_runs, render
+from ..report.pictures import draw_quality
+from ..report.tables import comparison_table, table_rows
+from ..run import run
+from ..run.folder import check_folder
+from ..run.results import RunResult, save_result, write_atomic
+from ..run.session import Session, open_session
+from ..schedule.stages import Schedule, Stage
+from .progress import ProgressReporter
+
+RECIPE = "bbc_topics_smollm2"
+
+
+@contextmanager
+def reporting(
+    console: Console, title: str, session: Session
+) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule, Any], None]]]:
+    """Callbacks and a hook for `run.train`: the hook puts a progress reporter for the run's schedule among them.
+
+    However the run ends, the terminal is as it was.
+    """
+    callbacks: list[TrainerCallback] = []
+
+    def hook(schedule: Schedule, full: Any) -> None:
+        data = session.config.data
+        shape = BatchShape(
+            batch=session.config.train.batch_size,
+            input_tokens=data.max_input_tokens,
+            prompt_tokens=session.config.prompt.tokens,
+            target_tokens=min(session.max_target_tokens, 16),
+        )
+        whole = step_flops(session.cost, None, shape)
+
+        def relative(stage: Stage) -> float:
+            return step_flops(session.cost, stage, shape) / whole
+
+        callbacks.append(reporter := ProgressReporter(console, title, schedule, full, relative))
+        held.callback(reporter.close)
+
+    with ExitStack() as held:
+        yield callbacks, hook
+
+
+def demo(
+    console: Console,
+    answers: Console,
+    *,
+    output: str,
+    method: str = "cr",
+    overwrite: bool = False,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run the comparison and write `result.json`, `quality.png`, `report.html` and the runs into `output`.
+
+    Returns:
+        The content of `result.json`: accuracy, FLOPs and seconds of zero-shot, plain and FPT.
+
+    Raises:
+        FptError: as `run.train`.
+    """
+    folder = Path(output)
+    if method not in ("ld", "fr", "cr", "auto"):
+        raise ConfigError(
+            f"--method {method!r} must be ld, fr, cr or auto: plain prompt tuning is what it is compared with"
+        )
+    there = [name for name in ("result.json", "report.html", "quality.png") if (folder / name).exists()]
+    if there and not overwrite:
+        raise ConfigError(f"output={output!r} holds a {there[0]} already; add --overwrite or choose another --output")
+    configs: dict[str, RunConfig] = {
+        name: load(
+            RECIPE,
+            [
+                *overrides,
+                f"method={m}",
+                override("output", str(folder / name)),
+                f"name={label}",
+            ],
+        )
+        for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
+    }
+    plain = configs["plain"]
+    for config in configs.values():
+        check_folder(config, overwrite=overwrite, resume=False)
+    subject = escape(f"{plain.model.path} on {plain.data.task}")
+    console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
+    console.print("loading the model and the articles …")
+    session = open_session(plain, ("train", "validation", "test"))
+    train, validation, test = (len(session.encoded[split]) for split in ("train", "validation", "test"))
+    console.print(
+        f"  {session.plm.config.num_hidden_layers} layers, {session.plm.num_parameters() / 1e6:.0f}M frozen weights "
+        f"({str(session.plm.dtype).removeprefix('torch.')}); {train} training articles, "
+        f"{validation} for validation, {test} for the final test, cut to {plain.data.max_input_tokens} tokens",
+        highlight=False,
+    )
+    console.print("[bold]zero-shot[/bold] …")
+    results: list[RunResult] = [run.zero_shot(session)]
+    console.print(f"  {results[0].primary} {results[0].metrics[results[0].primary]:.1f}%", highlight=False)
+    for config in configs.values():
+        console.print(f"[bold]{escape(str(config.name))}[/bold], {config.train.steps} steps", highlight=False)
+        with reporting(console, str(config.name), session) as (callbacks, hook):
+            found = run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook)
+        results.append(found)
+        if results[-1].status != "finished":
+            break
+    answers.print()
+    answers.print(comparison_table(results, f"On the full model, {test} test articles no run has seen"))
+    picture = draw_quality(results, folder / "quality.png")
+    _show_predictions(console, Path(results[-1].config["output"]) / "predictions.jsonl")
+    record = {
+        "recipe": RECIPE,
+        "method": method,
+        "status": results[-1].status,
+        "reason": results[-1].reason,
+        "environment": results[-1].environment,
+        "runs": dict(zip(("zero_shot", "plain", "fpt"), table_rows(results), strict=False)),
+        "prompt_folder": results[-1].prompt_folder,
+        "picture": str(picture),
+    }
+    write_atomic(folder / "result.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    save_result(results[0], folder / "zero-shot")
+    runs = find_runs([folder / "zero-shot", *(Path(r.config["output"]) for r in results[1:])])
+    write_atomic(folder / "report.html", render(runs))
+    console.print(f"report    {escape(str(folder / 'report.html'))}", highlight=False, soft_wrap=True)
+    console.print(f"picture   {escape(str(picture))}", highlight=False, soft_wrap=True)
+    console.print(f"result    {escape(str(folder / 'result.json'))}", highlight=False, soft_wrap=True)
+    saved = f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)"
+    console.print(escape(saved), highlight=False, soft_wrap=True)
+    return record
+
+
+def _show_predictions(console: Console, path: Path, number: int = 6) -> None:
+    """A few held-out examples, wrong ones among them if there are any."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    wrong = [r for r in rows if r["prediction"] not in r["gold"]][: number // 3]
+    right = [r for r in rows if r["prediction"] in r["gold"]][: number - len(wrong)]
+    table = Table(title="Predictions of the last prompt", title_justify="left", header_style="bold")
+    for name in ("article", "gold", "predicted"):
+        table.add_column(name, no_wrap=name != "article")
+    for row in right + wrong:
+        colour = "green" if row["prediction"] in row["gold"] else "red"
+        headline = row["input"].split("\n")[0][:60]
+        table.add_row(
+            escape(headline), escape(" / ".join(row["gold"])), f"[{colour}]{escape(row['prediction'])}[/{colour}]"
+        )
+    console.print(table)

@@ -1,0 +1,1 @@
+"""What a step, a run and a plan cost: FLOPs, memory, seconds."""

@@ -1,0 +1,1 @@
+"""Tasks, readers, token ids, batches and metrics."""

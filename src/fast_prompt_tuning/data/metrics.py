@@ -1,0 +1,312 @@
+"""Metrics of text predictions, each computed per example first so that it can be averaged and bootstrapped. No torch.
+
+All scores are in percent. Sources: the official SQuAD 2.0 evaluation script (Rajpurkar et al. 2018); the SuperGLUE
+ReCoRD evaluation (Zhang et al. 2018; Wang et al. 2019); ROUGE as implemented by the `rouge-score` package.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+
+Scores = dict[str, list[float]]
+"""Score name -> one value in percent per example (or per example of a subset, see `squad_v2`)."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_CHUNK = 1 << 22  # resampled values held at once: 32 MiB
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of `METRICS`.
+
+    Args:
+        per_example: predictions and references -> `Scores`.
+        scores: the names it always gives, the one to choose checkpoints by first.
+    """
+
+    per_example: Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]
+    scores: tuple[str, ...]
+
+    def __call__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+        _check(predictions, references)
+        return self.per_example(predictions, references)
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """What `evaluate` found.
+
+    Args:
+        name: metric name, a key of `METRICS`.
+        values: score name -> mean over the examples, percent.
+        intervals: score name -> 95% bootstrap interval (low, high), percent.
+        primary: the score to report first and to choose checkpoints by.
+        n: number of examples scored (of groups, where groups were given).
+    """
+
+    name: str
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    primary: str
+    n: int
+
+
+def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    if len(predictions) != len(references):
+        raise DataError(
+            f"{len(predictions)} predictions but {len(references)} references; give one list per prediction"
+        )
+    if not predictions:
+        raise DataError("no predictions to score; check the split and its limit")
+    for i, golds in enumerate(references):
+        if isinstance(golds, str):  # a string is a sequence of letters: it would be scored, wrongly
+            raise DataError(f"references[{i}] is a string; give a list of acceptable answers")
+
+
+def _require_references(references: Sequence[Sequence[str]]) -> None:
+    for i, golds in enumerate(references):
+        if not golds:
+            raise DataError(f"example {i} has no reference; this metric needs a labelled split")
+
+
+# --- accuracy ---
+
+
+def _accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    _require_references(references)
+    hits = (p.strip() in {gold.strip() for gold in golds} for p, golds in zip(predictions, references, strict=True))
+    return {"accuracy": [100.0 * hit for hit in hits]}
+
+
+# --- SQuAD and ReCoRD ---
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, no ASCII punctuation, no English articles, single spaces: the official SQuAD normalisation."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def _token_f1(gold: str, prediction: str, *, both_empty: float) -> float:
+    """F1 (0 to 1) of the bags of normalised words; `both_empty` where neither has a word."""
+    gold_words, words = normalize_answer(gold).split(), normalize_answer(prediction).split()
+    if not gold_words or not words:
+        return both_empty if not gold_words and not words else 0.0
+    common = sum((Counter(gold_words) & Counter(words)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(words), common / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _best(golds: Sequence[str], prediction: str, *, both_empty: float) -> tuple[float, float]:
+    """Exact match and F1 in percent, each the best over the gold answers."""
+    exact = any(normalize_answer(gold) == normalize_answer(prediction) for gold in golds)
+    return 100.0 * exact, 100.0 * max(_token_f1(gold, prediction, both_empty=both_empty) for gold in golds)
+
+
+def _squad_v2(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    scores: Scores = {"em": [], "f1": []}
+    for prediction, golds in zip(predictions, references, strict=True):
+        # The official script drops golds that normalise to nothing, and scores against "" where none is left.
+        answers = [gold for gold in golds if normalize_answer(gold)] or [""]
+        subset = "has_ans" if golds else "no_ans"
+        for name, value in zip(("em", "f1"), _best(answers, prediction, both_empty=1.0), strict=True):
+            scores[name].append(value)
+            scores.setdefault(f"{subset}_{name}", []).append(value)
+    return scores
+
+
+def _record(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    _require_references(references)
+    # SuperGLUE's F1 is SQuAD 1.1's: two empty answers share no word, so they score 0.
+    pairs = [_best(golds, p, both_empty=0.0) for p, golds in zip(predictions, references, strict=True)]
+    return {"em": [em for em, _ in pairs], "f1": [f1 for _, f1 in pairs]}
+
+
+# --- ROUGE ---
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score import rouge_scorer  # imported late: it loads a stemmer that other metrics do not need
+
+    return rouge_scorer.RougeScorer(list(_ROUGE), use_stemmer=True)
+
+
+def _one_sentence_a_line(text: str) -> str:
+    # ROUGE-Lsum takes lines for sentences. T5's tokenizer cannot write a newline, so a text without one is split at
+    # sentence ends; rouge1, rouge2 and rougeL see the same words either way.
+    return text if "\n" in text.strip() else _SENTENCE_END.sub("\n", text.strip())
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+    _require_references(references)
+    scores: Scores = {name: [] for name in ("rougeL", "rouge1", "rouge2", "rougeLsum")}
+    for prediction, golds in zip(predictions, references, strict=True):
+        best = _rouge_scorer().score_multi([_one_sentence_a_line(g) for g in golds], _one_sentence_a_line(prediction))
+        for name, values in scores.items():
+            values.append(100.0 * float(best[name].fmeasure))
+    return scores
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "accuracy": Metric(_accuracy, ("accuracy",)),
+        "squad_v2": Metric(_squad_v2, ("em", "f1")),
+        "record": Metric(_record, ("em", "f1")),
+        "rouge": Metric(_rouge, ("rougeL", "rouge1", "rouge2", "rougeLsum")),
+    }
+)
+"""Every metric by name: one line registers a new one."""
+
+
+def _means(scores: Scores) -> dict[str, float]:
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def accuracy(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """`{"accuracy": percent}`: predictions equal to one of their references, outer white space aside.
+
+    Raises:
+        DataError: lengths differ, nothing to score, or an example without a reference.
+    """
+    return _means(METRICS["accuracy"](predictions, references))
+
+
+def squad_v2(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """SQuAD 2.0 scores as the official evaluation script gives them.
+
+    Args:
+        predictions: answers; "" means "no answer".
+        references: gold answers of each question; an empty list means it has none.
+
+    Returns:
+        `em` and `f1` in percent; the same over the answerable (`has_ans_em`, `has_ans_f1`) and the unanswerable
+        questions (`no_ans_em`, `no_ans_f1`), each left out where there are no such questions, as in the official
+        script; and the counts `total`, `has_ans_total`, `no_ans_total`.
+
+    Raises:
+        DataError: lengths differ or there is nothing to score.
+    """
+    values = _means(METRICS["squad_v2"](predictions, references))
+    answerable = sum(bool(golds) for golds in references)
+    counts = {"total": len(references), "has_ans_total": answerable, "no_ans_total": len(references) - answerable}
+    return {**values, **counts}
+
+
+def record(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """SuperGLUE ReCoRD `em` and `f1` in percent, each the best over a query's answers.
+
+    Raises:
+        DataError: lengths differ, nothing to score, or a query without an answer.
+    """
+    return _means(METRICS["record"](predictions, references))
+
+
+def rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """ROUGE-1, -2, -L and -Lsum F-measures in percent, stemmed, each the best over the references.
+
+    An empty prediction scores 0 and counts. For Lsum, lines are sentences; a text of one line is split after `.!?`.
+
+    Raises:
+        DataError: lengths differ, nothing to score, or an example without a reference.
+    """
+    return _means(METRICS["rouge"](predictions, references))
+
+
+def bootstrap_interval(per_example: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of a mean (Efron 1979), the same for the same seed.
+
+    Args:
+        per_example: one score per example, in any unit.
+        seed: seed of the resampling.
+        resamples: number of resampled means.
+
+    Returns:
+        (low, high), in the unit of the scores; it always contains their mean.
+
+    Raises:
+        DataError: no scores.
+        ConfigError: `resamples` below 1.
+    """
+    scores = np.asarray(per_example, dtype=np.float64)
+    if scores.size == 0:
+        raise DataError("no scores to resample")
+    if resamples < 1:
+        raise ConfigError(f"resamples={resamples} must be at least 1")
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // scores.size)  # resamples drawn at once, so that memory does not grow with the split
+    means = np.concatenate(
+        [
+            scores[rng.integers(scores.size, size=(min(rows, resamples - done), scores.size))].mean(axis=1)
+            for done in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.quantile(means, (0.025, 0.975))
+    mean = scores.mean()  # rounding, or a very rare event, may leave it just outside
+    return float(min(low, mean)), float(max(high, mean))
+
+
+def evaluate(
+    metric_name: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    primary: str | None = None,
+    seed: int = 0,
+) -> MetricResult:
+    """Scores with 95% bootstrap intervals.
+
+    Args:
+        metric_name: key of `METRICS`.
+        predictions: one text per example.
+        references: acceptable answers of each example.
+        groups: optional id per example. Examples with one id are one question (ReCoRD has a training example per
+            answer): the first prediction is scored against all their references.
+        primary: score to report first; default: the metric's own choice.
+        seed: seed of the bootstrap.
+
+    Raises:
+        ConfigError: unknown metric, or a `primary` it does not give.
+        DataError: lengths differ, nothing to score, or a reference that the metric needs is missing.
+    """
+    if metric_name not in METRICS:
+        raise ConfigError(f"metric={metric_name!r} is unknown; choose one of {', '.join(METRICS)}")
+    metric = METRICS[metric_name]
+    _check(predictions, references)
+    if groups is not None:
+        predictions, references = _merge_groups(predictions, references, groups)
+    scores = metric(predictions, references)
+    primary = primary or metric.scores[0]
+    if primary not in scores:
+        raise ConfigError(f"primary={primary!r} is not a score of {metric_name}; choose one of {', '.join(scores)}")
+    intervals = {name: bootstrap_interval(values, seed=seed) for name, values in scores.items()}
+    return MetricResult(metric_name, _means(scores), intervals, primary, len(predictions))
+
+
+def _merge_groups(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[Hashable]
+) -> tuple[list[str], list[list[str]]]:
+    if len(groups) != len(predictions):
+        raise DataError(f"{len(groups)} groups but {len(predictions)} predictions; give one group id per prediction")
+    first: dict[Hashable, str] = {}
+    golds: dict[Hashable, dict[str, None]] = {}  # a dict keeps order where a set would not
+    for group, prediction, answers in zip(groups, predictions, references, strict=True):
+        first.setdefault(group, prediction)
+        golds.setdefault(group, {}).update(dict.fromkeys(answers))
+    return list(first.values()), [list(answers) for answers in golds.values()]

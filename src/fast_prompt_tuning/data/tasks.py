@@ -1,0 +1,577 @@
+"""Tasks as data: where the examples come from, how they become text, and how predictions are scored.
+
+A task is one YAML file (`tasks/*.yaml`, or the user's own). Its Jinja templates turn a row's fields into an input and
+a target text; `examples.load_examples` reads a split from the Hub or from local files in the benchmarks' formats.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import ConfigError, DataError
+from .metrics import METRICS
+
+Format = Literal["jsonl", "csv", "tsv", "glue_tsv", "squad", "record", "bbc_package"]
+
+_SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+# --- templates ---
+
+_JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a task file is data: it must not be able to run code
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+)
+
+
+@lru_cache(maxsize=256)
+def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """The template and the names of the fields it reads."""
+    try:
+        fields = jinja2.meta.find_undeclared_variables(_JINJA.parse(template))
+        return _JINJA.from_string(template), frozenset(fields)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"template {template!r}, line {error.lineno}: {error.message}") from None
+
+
+def _render(template: str, fields: Mapping[str, Any]) -> str:
+    compiled, needed = _compile(template)
+    try:
+        return compiled.render(fields)
+    except jinja2.UndefinedError as error:
+        missing = sorted(needed - set(fields))
+        what = f"field {missing[0]!r} is missing or null" if missing else str(error.message)
+        raise DataError(f"{what}; the row has {', '.join(map(repr, fields)) or 'no fields'}") from None
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, OverflowError) as error:
+        raise DataError(f"template {template!r} fails on this row: {error}") from None
+
+
+def _render_input(template: str, fields: Mapping[str, Any], truncate: str | None) -> tuple[str, int, int]:
+    """The input text and the characters [start, end) of it that may be cut from their end; (-1, -1) for none."""
+    text = _render(template, fields)
+    if truncate is None or truncate not in fields:
+        return text, -1, -1
+    value = fields[truncate]
+    if not isinstance(value, str):
+        raise DataError(f"field {truncate!r}, the one to shorten, is {type(value).__name__}; it must be text")
+    # Render again with a mark on both sides of the field: where the marks land is where the field lies.
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text and c not in value)
+    parts = _render(template, {**fields, truncate: f"{mark}{value}{mark}"}).split(mark)
+    if len(parts) == 1:
+        return text, -1, -1  # a template may leave the field out of some rows
+    if len(parts) != 3 or "".join(parts) != text:
+        raise ConfigError(
+            f"truncate={truncate!r}: the input template must show this field once and unchanged, so that its end can "
+            f"be cut; got {template!r}. Use it once and without a filter, or set truncate: null"
+        )
+    return text, len(parts[0]), len(parts[0]) + len(parts[1])
+
+
+# --- the task ---
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Frozen):
+    """Where the rows are: a Hub data set, or local files.
+
+    Args:
+        hub: data set id on the Hub. It is loaded without running any code of its own.
+        config: its configuration name.
+        revision: branch, tag or commit of it.
+        files: split name -> local file, relative to the task's YAML file.
+        format: how local files are written; decides where a suffix (.json, .tsv) leaves a choice.
+    """
+
+    hub: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    files: dict[str, str] = {}
+    format: Format | None = None
+
+
+class Templates(_Frozen):
+    """The pair of templates for decoder-only models: no `<extra_id_0>`; a separator ends the input."""
+
+    input_template: str
+    target_template: str
+
+
+class Replace(_Frozen):
+    """A regular-expression clean-up of one field, before rendering."""
+
+    field: str
+    pattern: str
+    by: str
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"pattern {value!r} is no regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Replace:
+        try:
+            re.compile(f"{self.pattern}|").sub(self.by, "")  # matches the empty text: its template is looked at
+        except (re.error, IndexError) as error:
+            raise ValueError(f"by {self.by!r} does not fit the pattern {self.pattern!r}: {error}") from None
+        return self
+
+
+class Task(_Frozen):
+    """One task. Templates see the row's fields, plus `label` (the label word) or `answer` (one of `answers`).
+
+    Args:
+        name: short name.
+        version: raised whenever inputs, targets or scores change.
+        description: one sentence.
+        source: where the rows are.
+        splits: our split name -> the source's.
+        aliases: field -> other names it has in some formats.
+        replace: clean-ups, in order.
+        input_template: Jinja template of the input.
+        target_template: Jinja template of the target.
+        decoder: both templates for decoder-only models; default: the same ones.
+        truncate: the field that loses its end when an input is too long; null: the input loses its end.
+        label_field: field with the label, for a closed set of labels.
+        labels: the data's label value -> label word. The first value of a word is the one a submission file wants.
+        unlabeled: label values that mean "no gold label": such rows are left out of training and validation.
+        answers: field with the list of acceptable answers, for open answers.
+        expand: one training example per distinct answer instead of the first answer only.
+        no_answer: target where the list of answers is empty; a prediction of it means "".
+        metric: key of `metrics.METRICS`.
+        primary: the score that chooses checkpoints.
+        one_line: answers end with their first line; false where targets have several.
+        max_target_tokens: longest target, and longest generation.
+        stacks: stacks of an encoder-decoder that the preset schedules cut.
+    """
+
+    name: str = Field(min_length=1)
+    version: int = Field(ge=1)
+    description: str = ""
+    source: Source = Source()
+    splits: dict[str, str] = {"train": "train", "validation": "validation", "test": "test"}
+    aliases: dict[str, list[str]] = {}
+    replace: list[Replace] = []
+    input_template: str
+    target_template: str
+    decoder: Templates | None = None
+    truncate: str | None = None
+    label_field: str | None = None
+    labels: dict[str, str] | None = None
+    unlabeled: list[str] = []
+    answers: str | None = None
+    expand: bool = False
+    no_answer: str | None = None
+    metric: str
+    primary: str
+    one_line: bool = True
+    max_target_tokens: int = Field(ge=1)
+    stacks: list[Literal["encoder", "decoder"]] = Field(default=["encoder", "decoder"], min_length=1)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _label_keys(cls, value: Any) -> Any:
+        return {_label_key(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Task:
+        for decoder in (False, True) if self.decoder else (False,):
+            input_template, target_template = self.templates(decoder=decoder)
+            _, shown = _compile(input_template)
+            _compile(target_template)
+            if self.truncate and self.truncate not in shown:
+                raise ConfigError(f"truncate={self.truncate!r} is not a field of input_template={input_template!r}")
+        if self.labels is not None and self.label_field is None:
+            raise ConfigError("labels need label_field, the field that holds the label")
+        if self.labels is not None and not self.labels:
+            raise ConfigError("labels={} is empty; list the labels, or set labels: null")
+        if self.label_field and self.answers:
+            raise ConfigError(f"label_field={self.label_field!r} and answers={self.answers!r} exclude each other")
+        if self.answers is None and (self.expand or self.no_answer is not None):
+            raise ConfigError("expand and no_answer need answers, the field that holds the list of answers")
+        if self.metric not in METRICS:
+            raise ConfigError(f"metric={self.metric!r} is unknown{nearest(self.metric, METRICS)}")
+        if self.primary not in METRICS[self.metric].scores:
+            known = ", ".join(METRICS[self.metric].scores)
+            raise ConfigError(f"primary={self.primary!r} is not a score of metric={self.metric!r}; choose from {known}")
+        return self
+
+    def templates(self, *, decoder: bool) -> tuple[str, str]:
+        """(input template, target template) for decoder-only models or for encoder-decoders.
+
+        Raises:
+            ConfigError: only T5's templates are given and the model is decoder-only.
+        """
+        if decoder and self.decoder:
+            return self.decoder.input_template, self.decoder.target_template
+        if decoder and _SENTINEL.search(self.input_template + self.target_template):
+            raise ConfigError(
+                f"task {self.name!r} has <extra_id_0> in its templates, which decoder-only models do not know; "
+                "give it a decoder section with both templates"
+            )
+        return self.input_template, self.target_template
+
+    def input_fields(self, *, decoder: bool) -> frozenset[str]:
+        """Names of the fields that the input template reads."""
+        return _compile(self.templates(decoder=decoder)[0])[1]
+
+    def choices(self, *, decoder: bool) -> dict[str, str]:
+        """Label word -> target text, in the order of `labels`; empty for a task with open answers.
+
+        Raises:
+            ConfigError: the target template needs more than the label.
+        """
+        _, template = self.templates(decoder=decoder)
+        try:
+            return {word: _render(template, {"label": word}) for word in (self.labels or {}).values()}
+        except DataError as error:
+            raise ConfigError(f"target_template={template!r} must need `label` only to score labels: {error}") from None
+
+    def postprocess(self, text: str) -> str:
+        """A generated text as the metric wants it: no `<extra_id_N>`, no outer space, "" where it says no answer."""
+        text = _SENTINEL.sub("", text).strip()
+        return "" if self.no_answer is not None and text == self.no_answer.strip() else text
+
+    def render(
+        self, fields: Mapping[str, Any], *, split: str, decoder: bool, default_id: str = "0"
+    ) -> list[dict[str, Any]]:
+        """A row's examples: one as a rule; none where it has no gold label; several where answers are expanded.
+
+        Args:
+            fields: the row.
+            split: its split. In `test...`, a row without a label gives an empty target; elsewhere that is an error.
+                Answers are expanded in `train...` only.
+            decoder: for a decoder-only model.
+            default_id: id of a row without an `id`, `index` or `idx` field.
+
+        Returns:
+            Rows of the data set `load_examples` gives.
+
+        Raises:
+            DataError: a field or the label is missing, or the label is not in the label set.
+            ConfigError: the templates do not fit the task.
+        """
+        row = self._prepare(fields)
+        row_id = _row_id(row, default_id)
+        input_template, target_template = self.templates(decoder=decoder)
+        variants = self._variants(row, target_template, test=split.startswith("test"), train=split.startswith("train"))
+        examples = []
+        for k, (extra, references, labelled) in enumerate(variants):
+            seen = {**row, **extra}
+            text, start, end = _render_input(input_template, seen, self.truncate)
+            target = _render(target_template, seen) if labelled else ""
+            if labelled and references is None:
+                references = [self.postprocess(target)]
+            _check_text(text + target)
+            examples.append(
+                {
+                    "id": row_id if len(variants) == 1 else f"{row_id}-{k}",
+                    "input": text,
+                    "cut_start": start,
+                    "cut_end": end,
+                    "target": target,
+                    "references": references or [],
+                    "group": row_id,
+                    "label": extra.get("label"),
+                }
+            )
+        return examples
+
+    def _prepare(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        row = {str(k): v for k, v in fields.items() if v is not None}  # null would render as the word "None"
+        for field, others in self.aliases.items():
+            found = next((name for name in others if name in row), None)
+            if field not in row and found is not None:
+                row[field] = row.pop(found)
+        for rule in self.replace:
+            if isinstance(row.get(rule.field), str):
+                row[rule.field] = re.sub(rule.pattern, rule.by, row[rule.field])
+        return row
+
+    def _variants(
+        self, row: Mapping[str, Any], target_template: str, *, test: bool, train: bool
+    ) -> list[tuple[dict[str, str], list[str] | None, bool]]:
+        """Per example: fields to add, references (None: take the target), and whether there is a target."""
+        unlabelled: list[tuple[dict[str, str], list[str] | None, bool]] = [({}, [], False)]
+        if self.label_field is not None:
+            raw = row.get(self.label_field)
+            key = None if raw is None or raw == "" else _label_key(raw)
+            if key in self.unlabeled:
+                return unlabelled if test else []
+            if key is None:
+                if test:
+                    return unlabelled
+                raise DataError(f"label field {self.label_field!r} is missing or empty; {_has(row)}")
+            if self.labels is not None and key not in self.labels:
+                raise DataError(f"label {raw!r} is not in the label set {list(self.labels)}")
+            word = key if self.labels is None else self.labels[key]
+            return [({"label": word}, [word], True)]
+        if self.answers is not None:
+            if self.answers not in row:
+                if test:
+                    return unlabelled
+                raise DataError(f"answers field {self.answers!r} is missing; {_has(row)}")
+            answers = _answer_texts(row[self.answers])
+            if not answers:
+                if self.no_answer is not None:
+                    return [({"answer": self.no_answer}, [], True)]
+                if test:
+                    return unlabelled
+                raise DataError(f"answers field {self.answers!r} is empty, and the task has no no_answer text")
+            chosen = list(dict.fromkeys(answers)) if self.expand and train else answers[:1]
+            return [({"answer": answer}, answers, True) for answer in chosen]
+        if test and not _compile(target_template)[1] <= set(row):
+            return unlabelled
+        return [({}, None, True)]
+
+
+def _has(row: Mapping[str, Any]) -> str:
+    return f"the row has {', '.join(map(repr, row)) or 'no fields'}"
+
+
+def _label_key(value: Any) -> str:
+    return str(value).strip()
+
+
+def _row_id(row: Mapping[str, Any], default: str) -> str:
+    for name in ("id", "index", "idx"):
+        value = row.get(name)
+        if isinstance(value, Mapping):  # SuperGLUE on the Hub: {"passage": 3, "query": 7}
+            value = value.get("query")
+        if value is not None and value != "":
+            return str(value)
+    return default
+
+
+def _answer_texts(value: Any) -> list[str]:
+    """Texts of `"a"`, `["a"]`, `[{"text": "a"}]` or `{"text": ["a"]}` (SQuAD on the Hub)."""
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    if isinstance(value, str):
+        value = [value]
+    texts = [v.get("text") if isinstance(v, Mapping) else v for v in value] if isinstance(value, list) else [None]
+    strings = [text for text in texts if isinstance(text, str)]
+    if len(strings) < len(texts):
+        raise DataError(f"answers are {str(value)[:80]!r}; they must be a text or a list of texts")
+    return strings
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"character {error.start} of the text is half of a surrogate pair; fix the escape") from None
+
+
+# --- finding and checking tasks ---
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
+
+
+def _folder() -> Any:
+    return importlib.resources.files("fast_prompt_tuning").joinpath("tasks")
+
+
+def task_names() -> list[str]:
+    """Names of the built-in tasks, sorted."""
+    return sorted(entry.name[: -len(".yaml")] for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_task(name_or_path: str) -> Task:
+    """A built-in task by name, or the user's own from a YAML file.
+
+    Raises:
+        ConfigError: unknown name, unreadable file, or a key or value that does not fit; names the nearest valid one.
+    """
+    if name_or_path in task_names():
+        return _parse(_folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path, None)
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, task_names())} (or give a .yaml)")
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path), path.parent)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read task file {name_or_path}: {error}") from None
+
+
+def _parse(text: str, where: str, folder: Path | None) -> Task:
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: a task file must hold `key: value` lines, not {type(data).__name__}")
+    task = _validate(data, where)
+    if folder is None or not task.source.files:
+        return task
+    files = {split: str(folder / file) for split, file in task.source.files.items()}
+    return task.model_copy(update={"source": task.source.model_copy(update={"files": files})})
+
+
+def _validate(data: Mapping[str, Any], where: str) -> Task:
+    try:
+        return Task.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+
+
+_NESTED: Mapping[str, type[BaseModel]] = MappingProxyType({"source": Source, "decoder": Templates, "replace": Replace})
+
+
+def _explain(error: Any, where: str) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        model = Task if len(error["loc"]) == 1 else _NESTED[str(error["loc"][0])]
+        return f"{where}: unknown key {key!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
+    if error["type"] == "missing":
+        return f"{where}: key {key!r} is required"
+    if error["type"] == "value_error":
+        return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
+    return f"{where}: {key}={error['input']!r}: {error['msg']}"
+
+
+def task_from_templates(
+    name: str = "custom",
+    *,
+    files: Mapping[str, str],
+    input_template: str,
+    target_template: str,
+    labels: Mapping[str, str] | Sequence[str] | None = None,
+    label_field: str | None = None,
+    answers: str | None = None,
+    truncate: str | None = None,
+    metric: str | None = None,
+    max_target_tokens: int = 64,
+    format: Format | None = None,
+) -> Task:
+    r"""A task from the command line: the templates are used as they are for every kind of model.
+
+    Args:
+        name: short name for logs and results.
+        files: split -> local file.
+        input_template: Jinja template, such as `"{{ text }}\nTopic:"`.
+        target_template: Jinja template, such as `" {{ label }}"`.
+        labels: label value -> word, or the list of words, for a closed set.
+        label_field: field with the label; default `label` where labels are given.
+        answers: field with the list of acceptable answers.
+        truncate: field to shorten when an input is too long; default: the template's only one, if it stands there
+            once and without a filter. With neither, an input loses its own end.
+        metric: default: accuracy with labels, `squad_v2` with answers, else ROUGE.
+        max_target_tokens: longest target.
+        format: of the files, where their suffix does not say.
+
+    Raises:
+        ConfigError: the settings do not fit together.
+    """
+    if labels is not None:
+        labels = dict(labels) if isinstance(labels, Mapping) else {word: word for word in labels}
+        label_field = label_field or "label"
+    truncate = truncate or _only_field(input_template)
+    metric = metric or ("accuracy" if label_field else "squad_v2" if answers else "rouge")
+    data = {
+        "name": name,
+        "version": 1,
+        "source": {"files": {k: str(v) for k, v in files.items()}, "format": format},
+        "input_template": input_template,
+        "target_template": target_template,
+        "labels": labels,
+        "label_field": label_field,
+        "answers": answers,
+        "truncate": truncate,
+        "metric": metric,
+        "primary": METRICS[metric].scores[0] if metric in METRICS else metric,
+        "max_target_tokens": max_target_tokens,
+    }
+    return _validate(data, name)
+
+
+def _only_field(template: str) -> str | None:
+    """The field that a template reads, if it is the only one and is shown once, as it is."""
+    fields = _compile(template)[1]
+    if len(fields) != 1:
+        return None
+    (field,) = fields
+    try:
+        shown = _render_input(template, {field: "text"}, field)[1] >= 0
+    except (ConfigError, DataError):
+        return None
+    return field if shown else None
+
+
+# --- submissions ---
+
+
+def check_submission(task: Task) -> None:
+    """Raise where a task's benchmark has no submission format of ours.
+
+    Raises:
+        ConfigError: the task's source is neither GLUE with labels nor SQuAD.
+    """
+    if task.source.format != "squad" and not (task.source.format == "glue_tsv" and task.labels):
+        raise ConfigError(
+            f"task {task.name!r} has no submission format (source.format={task.source.format!r}); "
+            "it must be glue_tsv with labels, or squad"
+        )
+
+
+def write_submission(task: Task, path: str | Path, ids: Sequence[str], predictions: Sequence[str]) -> None:
+    r"""Predictions on a test split in the benchmark's format: GLUE TSV (`index\tprediction`) or SQuAD JSON.
+
+    Args:
+        task: a task whose `source.format` is `glue_tsv` or `squad`.
+        path: new file; an existing one is never overwritten.
+        ids: the examples' ids.
+        predictions: label words (GLUE; written as the benchmark spells them) or answers (SQuAD; "" for none).
+
+    Raises:
+        ConfigError: the task has no submission format.
+        DataError: lengths differ, an id repeats, a prediction is no label, or the file exists or cannot be written.
+    """
+    check_submission(task)
+    if len(ids) != len(predictions):
+        raise DataError(f"{len(ids)} ids but {len(predictions)} predictions; give one id per prediction")
+    if len(set(ids)) != len(ids):
+        raise DataError("an id occurs twice; write one test split at a time")
+    if task.source.format == "squad":
+        answers = dict(zip(ids, map(task.postprocess, predictions), strict=True))
+        text = json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
+    else:
+        spelling = {word: key for key, word in reversed((task.labels or {}).items())}
+        text = "index\tprediction\n"
+        for row_id, prediction in zip(ids, predictions, strict=True):
+            word = task.postprocess(prediction)
+            if word not in spelling:
+                raise DataError(f"prediction {prediction!r} for id {row_id!r} is no label; expected {list(spelling)}")
+            text += f"{row_id}\t{spelling[word]}\n"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", encoding="utf-8", newline="\n") as handle:
+            handle.write(text)
+    except FileExistsError:
+        raise DataError("the file exists; choose another name", file=str(path)) from None
+    except OSError as error:
+        raise DataError(f"cannot write the file: {error.strerror}", file=str(path)) from None

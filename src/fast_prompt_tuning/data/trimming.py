@@ -1,0 +1,120 @@
+"""The part of a batch that a stage trains on: fewer examples, shorter inputs.
+
+Early steps of prompt tuning need neither large batches nor whole texts. A stage's `batch` and `length` are applied to
+the batch the loader gives, inside the step: which examples the loader deals does not depend on the stage, so a run
+resumed anywhere sees the batches it would have seen, and growing moves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from ..plm.objective import IGNORED
+from ..schedule.stages import Stage
+
+TAIL = "n_tail"
+"""Batch entry `(B,)`: tokens at the end of each input that are never cut (a template's `Topic:`). Models do not take
+it; `trim` takes it out."""
+
+AFTER = "n_after"
+"""Batch entry `(B,)`: tokens at the end of each text that stand after the prompt (`placement="infix"`)."""
+
+_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0) -> Mapping[str, Any]:
+    """The batch as `stage` trains on it, without padding that no row needs any more.
+
+    Examples are taken at even distances, since a batch may be sorted by length, and others in every turn: a loader that
+    deals the same batches in every epoch would else train on the same part of the data all along. An input longer than
+    `stage.length` loses tokens from its end, before the last `n_tail` ones where the batch has that entry; targets are
+    never cut.
+
+    Args:
+        batch: `input_ids`, `attention_mask` `(B, T)` and `labels`, `(B, T)` for a decoder-only model (unlabelled
+            positions are the input) or `(B, T_target)`. Padding on either side.
+        stage: `batch` and `length` count, its sizes do not.
+        decoder: for a decoder-only model.
+        turn: the epoch; each takes the rows behind those of the one before.
+
+    Returns:
+        The same entries, less `n_tail`; the very same tensors where there is nothing to cut, and the batch itself where
+        the stage cuts nothing and there is no `n_tail`.
+
+    Raises:
+        ModelError: there is something to cut and no `input_ids`.
+    """
+    cuts = stage.batch is not None or stage.length is not None
+    if not cuts and TAIL not in batch:
+        return batch
+    found = {name: value for name, value in batch.items() if name != TAIL}
+    if not cuts:
+        return found
+    if "input_ids" not in found:
+        raise ModelError(
+            f"a stage with batch={stage.batch} and length={stage.length} cuts input_ids, and the batch has only "
+            f"{', '.join(found)}; leave batch and length out of the schedule's stages"
+        )
+    tail = batch.get(TAIL)
+    rows = len(found["input_ids"])
+    if stage.batch is not None and stage.batch < rows:
+        picked = torch.tensor(sorted((i * rows // stage.batch + turn) % rows for i in range(stage.batch)))
+        found = {k: v[picked.to(v.device)] if _has_rows(v, rows) else v for k, v in found.items()}
+        tail = tail[picked.to(tail.device)] if tail is not None else None
+        if not decoder:
+            found = _without_empty_targets(found)
+    elif stage.length is None:
+        return found
+    return _cut(found, stage.length, tail, decoder)
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+
+
+def _without_empty_targets(batch: dict[str, Any]) -> dict[str, Any]:
+    """Encoder-decoder targets without columns that hold no label in any row; they are padded on the right."""
+    labels = batch.get("labels")
+    if labels is None:
+        return batch
+    used = (labels != IGNORED).any(0).nonzero()
+    width = int(used.max()) + 1 if len(used) else 1
+    return {
+        name: value[:, :width] if name in ("labels", "decoder_input_ids", "decoder_attention_mask") else value
+        for name, value in batch.items()
+    }
+
+
+def _cut(batch: dict[str, Any], length: int | None, tail: Any, decoder: bool) -> dict[str, Any]:
+    ids, labels = batch["input_ids"], batch.get("labels")
+    mask = batch.get("attention_mask")
+    per_token = decoder and labels is not None and labels.shape == ids.shape  # a classifier has one label a row
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    keep = real
+    if length is not None:
+        is_input = real & (labels == IGNORED) if per_token else real
+        place = is_input.cumsum(1)  # 1 for a row's first input token
+        n_input = is_input.sum(1, keepdim=True)
+        ends = torch.zeros_like(n_input) if tail is None else tail.to(ids.device)[:, None].minimum(n_input)
+        front = (length - ends).clamp(min=0)  # tokens kept ahead of the tail
+        keep = real & (~is_input | (place <= front) | (place > n_input - ends))
+    left = bool((~real[:, 0]).any()) and bool(real[:, -1].all())
+    # A stable sort brings the kept tokens together, in order, at the side where the padding is not.
+    order = torch.argsort((keep if left else ~keep).int(), dim=1, stable=True)
+    size = max(int(keep.sum(1).max()), 1)
+    order = order[:, -size:] if left else order[:, :size]
+    found = {
+        name: value.gather(1, order) if name in _PER_TOKEN and value.shape == ids.shape else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    kept = keep.gather(1, order)
+    if mask is not None:
+        found["attention_mask"] = kept.to(mask.dtype)
+    if labels is not None:
+        found["labels"] = labels.gather(1, order).masked_fill(~kept, IGNORED) if per_token else labels
+    return found

@@ -1,0 +1,1 @@
+"""The frozen model: families, stacks, loading, the partial PLM, the loss at labelled positions."""

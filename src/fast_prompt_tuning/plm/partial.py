@@ -1,0 +1,506 @@
+"""The partial PLM: the model a user already has, run with fewer layers and fewer FFN neurons.
+
+Nothing is copied out of the model and nothing is taken from its registries: a kept-layers list *shadows* the full
+module list as an instance attribute, so that the stack's own forward iterates the kept layers while `state_dict()`,
+`.to()` and `named_parameters()` still walk the full one. An FFN is narrowed by a forward on its projections that
+reads a contiguous copy of the kept rows or columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ModelError, ScheduleError, ScoreError
+from ..schedule.stages import Stage
+from . import families, selection
+from .families import StackSpec
+
+LAYER_SELECTIONS = ("evenly", "first", "score")
+NEURON_SELECTIONS = ("activation", "first")
+
+
+def get_plm(model: Any) -> Any:
+    """The PLM under a PEFT wrapper; the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def resolve(module: Any, path: str) -> Any:
+    """The submodule at a dotted `path` in which numbers (also negative) index module lists; None if there is none."""
+    for part in path.split("."):
+        if part.lstrip("-").isdigit():
+            if not isinstance(module, nn.ModuleList) or not -len(module) <= int(part) < len(module):
+                return None
+            module = module[int(part)]
+        else:
+            child = getattr(module, part, None)
+            if not isinstance(child, nn.Module):
+                return None
+            module = child
+    return module
+
+
+@dataclass
+class StackModules:
+    """The modules of one stack of a live model.
+
+    Args:
+        parent, attribute: where the module list hangs.
+        layers: the full module list (L layers).
+        width: FFN width F.
+        ffn_in, ffn_out: for every layer the FFN input projections and the output projection; empty or None where a
+            layer has no FFN of the registered shape.
+    """
+
+    name: str
+    spec: StackSpec
+    parent: nn.Module
+    attribute: str
+    layers: nn.ModuleList
+    width: int
+    ffn_in: list[tuple[nn.Module, ...]]
+    ffn_out: list[nn.Module | None]
+
+
+def find_stacks(plm: Any) -> dict[str, StackModules]:
+    """The stacks of a PLM at its full size, as its family declares them.
+
+    Raises:
+        UnknownFamilyError: the architecture is not registered.
+        ModelError: the model's modules are not where its family says, or it is shrunk already.
+    """
+    config = plm.config
+    stacks = {}
+    for name, spec in families.of(config).stacks.items():
+        parent_path, _, attribute = spec.layers.rpartition(".")
+        base = getattr(plm, "base_model", plm)
+        parent = resolve(base, parent_path) if parent_path else base
+        if parent is not None and attribute in parent.__dict__:
+            raise ModelError(_SHRUNK)
+        layers = parent._modules.get(attribute) if parent is not None else None
+        count = families.layer_count(config, spec)
+        if not isinstance(layers, nn.ModuleList) or len(layers) != count:
+            found = "no module list" if layers is None else f"{len(layers)} layers"
+            raise ModelError(
+                f"{type(plm).__name__} (model_type={config.model_type!r}) has {found} at {spec.layers!r}, but its "
+                f"config counts {count}; if it is a variant of the family, register it with its own paths"
+            )
+        ffn_in: list[tuple[nn.Module, ...]] = []
+        ffn_out = []
+        for layer in layers:
+            found_in: list[tuple[nn.Module, ...]] = []
+            for paths in spec.ffn_in:
+                modules = tuple(resolve(layer, p) for p in paths)
+                if all(m is not None for m in modules):
+                    found_in.append(modules)  # type: ignore[arg-type]
+            ffn_in.append(found_in[0] if found_in else ())
+            ffn_out.append(resolve(layer, spec.ffn_out))
+            if any(_narrowed_to(module) for module in (*ffn_in[-1], ffn_out[-1])):
+                raise ModelError(_SHRUNK)
+        width = families.ffn_width(config, spec)
+        stacks[name] = StackModules(name, spec, parent, attribute, layers, width, ffn_in, ffn_out)
+    return stacks
+
+
+_SHRUNK = "this model is shrunk by a PartialPLM; call its restore() first"
+
+
+class _NarrowProjection:
+    """An FFN projection on the kept neurons only; its `forward` stands in for the module's own.
+
+    Holds a contiguous copy of the kept rows (input projection) or columns (output projection), and makes it anew if
+    the module's weight has moved, changed dtype or been written to since.
+    """
+
+    def __init__(self, module: Any, kept: torch.Tensor, dim: int, keep_bias: bool):
+        self.module, self.kept, self.dim, self.keep_bias = module, kept, dim, keep_bias
+        self.transposed = isinstance(module, Conv1D)  # stores (in, out), the reverse of nn.Linear
+        self.kept_key = hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()[:16]
+        self.refresh()
+
+    def _select(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, bias = self.module.weight, self.module.bias
+        kept = self.kept.to(weight.device)
+        weight = (weight.t() if self.transposed else weight).index_select(self.dim, kept)
+        return weight, bias if bias is None or self.keep_bias else bias.index_select(0, kept)
+
+    def _source_key(self) -> tuple[Any, ...]:
+        weight = self.module.weight
+        version = None if weight.is_inference() else weight._version
+        return weight.dtype, weight.device, version
+
+    def refresh(self) -> None:
+        with torch.no_grad():
+            weight, bias = self._select()
+        self.weight, self.bias = weight.contiguous(), bias
+        self.key = self._source_key()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.module.weight.requires_grad:
+            return F.linear(x, *self._select())  # someone trains the base weights: gradients must reach them
+        if not torch.compiler.is_compiling() and self._source_key() != self.key:
+            self.refresh()
+        # The output projection keeps the module's own bias, whose dtype and device follow the module.
+        return F.linear(x, self.weight, self.module.bias if self.keep_bias else self.bias)
+
+
+def _narrowed_to(module: nn.Module | None) -> _NarrowProjection | None:
+    """What stands in for a projection's own forward now."""
+    owner = getattr(getattr(module, "__dict__", {}).get("forward"), "__self__", None)
+    return owner if isinstance(owner, _NarrowProjection) else None
+
+
+def _check_projection(module: nn.Module | None, shape: tuple[int, int], where: str) -> None:
+    plain = isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if not plain:
+        raise ModelError(
+            f"{where} is {type(module).__name__}, not a plain linear layer, so its neurons cannot be left out; "
+            "load the model unquantized and without adapters on the FFN, or use layer dropping (method ld)"
+        )
+    weight = module.weight  # type: ignore[union-attr]
+    if weight.device.type == "meta" and hasattr(module, "_hf_hook"):
+        raise ModelError(f"{where} is offloaded, so its neurons cannot be left out; use layer dropping (method ld)")
+    if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
+        raise ModelError(
+            f"{where} is sharded over processes, so its neurons cannot be left out; use layer dropping (method ld)"
+        )
+    got = tuple(reversed(weight.shape)) if isinstance(module, Conv1D) else tuple(weight.shape)
+    if (shape[0] and got[0] != shape[0]) or (shape[1] and got[1] != shape[1]):
+        raise ModelError(f"{where} has shape {got}, expected {shape} (out, in; 0 is any); its family's paths are wrong")
+
+
+def cut_key(plm: Any, stack: str) -> str:
+    """What of a stack the PLM runs now, as a short text: kept layers and neurons, and the dtypes it computes in.
+
+    Two equal keys of one PLM mean the same computation; at its full size and in one dtype the key is always the same.
+    """
+    spec = families.of(plm.config).stacks[stack]
+    parent_path, _, attribute = spec.layers.rpartition(".")
+    parent = resolve(plm.base_model, parent_path) if parent_path else plm.base_model
+    order = {module: i for i, module in enumerate(parent._modules[attribute])}
+    kind = plm.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ""
+    digest = hashlib.sha256(f"{plm.dtype}{autocast}".encode())
+    for layer in getattr(parent, attribute):
+        narrow = _narrowed_to(resolve(layer, spec.ffn_out))
+        digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())
+    return digest.hexdigest()[:16]
+
+
+class PartialPLM:
+    """A PLM that can be run at the size of any stage, in place and reversibly.
+
+    The soft prompt is untouched: it stays the same `Parameter` at every stage. The state dict of the model is the
+    same at every stage.
+
+    Args:
+        model: a PEFT model with a soft prompt, or a bare `transformers` model. Make the PEFT model first: PEFT reads
+            the live config.
+        neuron_scores: FFN neuron scores by stack, `(L, F)` each (`activation_scores`); needed for stages with fewer
+            neurons under `keep_neurons="activation"`.
+        layer_scores: one score per layer by stack, `(L,)` each, higher is kept longer (`block_influence`,
+            `greedy_removal`, or your own); needed for stages with fewer layers under `keep_layers="score"`.
+        keep_layers: `evenly` (the paper's), `first` or `score`.
+        keep_neurons: `activation` (the paper's: the highest scores) or `first`.
+
+    Raises:
+        UnknownFamilyError: the architecture is not registered.
+        ModelError: modules not found, or already shrunk by another `PartialPLM`.
+        ScoreError: scores of the wrong shape, or of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        neuron_scores: Any = None,
+        layer_scores: Any = None,
+        keep_layers: str = "evenly",
+        keep_neurons: str = "activation",
+    ):
+        self.model, self.plm = model, get_plm(model)
+        if keep_layers not in LAYER_SELECTIONS:
+            raise ScheduleError(f"keep_layers={keep_layers!r} is unknown; choose one of {', '.join(LAYER_SELECTIONS)}")
+        if keep_neurons not in NEURON_SELECTIONS:
+            raise ScheduleError(
+                f"keep_neurons={keep_neurons!r} is unknown; choose one of {', '.join(NEURON_SELECTIONS)}"
+            )
+        self._stacks = find_stacks(self.plm)
+        self._keep_layers, self._keep_neurons = keep_layers, keep_neurons
+        self._neuron_scores = self._check_neuron_scores(neuron_scores)
+        self._layer_scores = self._check_layer_scores(layer_scores)
+        self.full_stage = Stage(
+            {n: len(s.layers) for n, s in self._stacks.items()},
+            {n: s.width for n, s in self._stacks.items()},
+            stacks=tuple(self._stacks),
+        )
+        self._stage = self.full_stage
+        self._narrow: dict[nn.Module, _NarrowProjection] = {}
+        self._own_forward: dict[nn.Module, Any] = {}
+        self._layer_idx = {
+            name: [
+                [(m, m.__dict__["layer_idx"]) for m in layer.modules() if type(m.__dict__.get("layer_idx")) is int]
+                for layer in stack.layers
+            ]
+            for name, stack in self._stacks.items()
+        }
+        self._configs = self._find_configs()
+
+    # -- what is kept ---------------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        """The size the model has now."""
+        return self._stage
+
+    def kept_layers(self, stage: Stage) -> dict[str, list[int]]:
+        """Indices of the layers each stack keeps at `stage`."""
+        return {name: self._kept_layers(stack, stage.layers_in(name)) for name, stack in self._stacks.items()}
+
+    def _kept_layers(self, stack: StackModules, k: int | None) -> list[int]:
+        n = len(stack.layers)
+        if k is None or k == n:
+            return list(range(n))
+        if self._keep_layers == "score":
+            if stack.name not in self._layer_scores:
+                raise ScoreError(
+                    f"layer_scores lacks the {stack.name}, but a stage leaves out layers there; pass one score per "
+                    "layer: layer_scores=block_influence(model, calibration_batches), or greedy_removal(…)"
+                )
+            return selection.top(k, self._layer_scores[stack.name], stack.spec.always_kept)
+        return (selection.evenly if self._keep_layers == "evenly" else selection.first)(k, n)
+
+    def kept_neurons(self, stack: str, layer: int, k: int) -> torch.Tensor:
+        """Ascending indices `(k,)` of the neurons that layer `layer` of `stack` keeps."""
+        if self._keep_neurons == "first":
+            return torch.arange(k)
+        if self._neuron_scores is None or stack not in self._neuron_scores:
+            raise ScoreError(
+                f"neuron_scores lacks the {stack}, but a stage leaves out FFN neurons there; pass neuron_scores="
+                "activation_scores(model, calibration_batches), or keep_neurons='first'"
+            )
+        # A stable sort makes ties deterministic: the lower index wins, as everywhere in selection.py.
+        order = torch.sort(self._neuron_scores[stack][layer], descending=True, stable=True).indices
+        return order[:k].sort().values
+
+    def _own_scores(self, scores: Any) -> dict[str, Any]:
+        """Scores by stack, refused where they say that they are another model's."""
+        if hasattr(scores, "check_model"):
+            scores.check_model(self.plm)
+            scores = scores.scores
+        return dict(scores)
+
+    def _check_neuron_scores(self, scores: Any) -> dict[str, torch.Tensor] | None:
+        if scores is None:
+            return None
+        checked = {}
+        for name, value in self._own_scores(scores).items():
+            if name not in self._stacks:
+                raise ScoreError(f"neuron_scores names the stack {name!r}; this model has {list(self._stacks)}")
+            stack = self._stacks[name]
+            tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
+            if tuple(tensor.shape) != (len(stack.layers), stack.width):
+                raise ScoreError(
+                    f"neuron_scores[{name!r}] has shape {tuple(tensor.shape)}, this model needs "
+                    f"({len(stack.layers)}, {stack.width}): the scores are another model's"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ScoreError(f"neuron_scores[{name!r}] holds NaN or infinity; score the model again")
+            checked[name] = tensor
+        return checked
+
+    def _check_layer_scores(self, scores: Any) -> dict[str, list[float]]:
+        if scores is None:
+            return {}
+        checked = {}
+        for name, values in self._own_scores(scores).items():
+            if name not in self._stacks or len(values) != len(self._stacks[name].layers):
+                want = {n: len(s.layers) for n, s in self._stacks.items()}
+                raise ScoreError(f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {want}")
+            checked[name] = [float(v) for v in values]
+            if not all(math.isfinite(v) for v in checked[name]):
+                raise ScoreError(f"layer_scores[{name!r}] holds NaN or infinity; score the layers again")
+        if missing := set(self._stacks) - set(checked):
+            raise ScoreError(f"layer_scores lacks the stacks {sorted(missing)}; score every stack")
+        return checked
+
+    # -- resizing -------------------------------------------------------------------------------------------------
+
+    def check(self, stage: Stage) -> None:
+        """Raise unless the model can be run at `stage`; nothing is changed and no compute is spent.
+
+        Raises:
+            ScheduleError: a size the model does not have.
+            ScoreError: neurons to leave out, but no scores to choose them by.
+            ModelError: an FFN that cannot be cut (quantized, sharded, offloaded, or not a plain FFN).
+        """
+        stage.check_fits(self.full_stage)
+        for name, stack in self._stacks.items():
+            k = stage.ffn_in(name)
+            self._kept_layers(stack, stage.layers_in(name))
+            if k is None or k == stack.width:
+                continue
+            self.kept_neurons(name, 0, k)
+            for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):
+                where = f"layer {i} of the {name}"
+                if not ins or out is None:
+                    raise ModelError(
+                        f"{where} has no feed-forward layer that neurons can be left out of; use method ld"
+                    )
+                for module in ins:
+                    _check_projection(module, (stack.spec.fused * stack.width, 0), f"an FFN input of {where}")
+                _check_projection(out, (0, stack.width), f"the FFN output of {where}")
+
+    def resize(self, stage: Stage) -> None:
+        """Give the model the size of `stage`. Idempotent; cheap where the size does not change.
+
+        Raises:
+            ScheduleError, ScoreError, ModelError: as `check`; the model then keeps the size it had. After any other
+        exception (out of memory, Ctrl-C) it is the full model.
+        """
+        self._apply(stage)
+        self._drop_copies(keep=set(self._own_forward))
+
+    grow = resize
+    """The same as `resize`: named for the direction a schedule takes."""
+
+    @contextmanager
+    def at(self, stage: Stage) -> Iterator[PartialPLM]:
+        """Run a block at `stage`, then give the model back the size it had, whatever happens in the block.
+
+        The narrowed FFN copies of the surrounding partial stage are kept, so that going back costs nothing.
+        """
+        before = self._stage
+        self._apply(stage)
+        try:
+            yield self
+        finally:
+            self._apply(before)
+
+    @contextmanager
+    def keeping(self, layers: Mapping[str, Sequence[int]]) -> Iterator[PartialPLM]:
+        """Run a block on exactly these layers at full width, then give the model back the size it had.
+
+        Args:
+            layers: ascending indices by stack; a stack that is not named stays whole.
+
+        Raises:
+            ScheduleError: a stack or layer that the model lacks, no layer, or T5's first one left out.
+        """
+        kept = {name: list(range(len(stack.layers))) for name, stack in self._stacks.items()}
+        for name, indices in layers.items():
+            if name not in kept:
+                raise ScheduleError(f"layers name the stack {name!r}; this model has {list(kept)}")
+            must = set(self._stacks[name].spec.always_kept)
+            if not indices or sorted(set(indices) & set(kept[name])) != list(indices) or must - set(indices):
+                raise ScheduleError(
+                    f"layers[{name!r}]={list(indices)} must be ascending, of 0 to {len(kept[name]) - 1}"
+                    + (f", with {sorted(must)} among them" if must else "")
+                )
+            kept[name] = list(indices)
+        before = self._stage
+        widths = {name: stack.width for name, stack in self._stacks.items()}
+        stage = Stage({name: len(k) for name, k in kept.items()}, widths, stacks=tuple(kept))
+        try:
+            self._cut(stage, kept)
+            yield self
+        finally:
+            self._cut(before)
+
+    def full(self) -> Any:
+        """`with partial.full():` runs a block on the full PLM: evaluation, saving, generation."""
+        return self.at(self.full_stage)
+
+    def restore(self) -> None:
+        """The full model again, with nothing of this object left in it. Idempotent."""
+        self._apply(self.full_stage)
+        self._drop_copies(keep=set())
+
+    def _apply(self, stage: Stage) -> None:
+        if stage.same_size(self._stage):
+            return
+        self.check(stage)
+        try:
+            self._cut(stage)
+        except BaseException:  # out of memory for a narrowed copy, Ctrl-C: never leave a model half cut
+            self._cut(self.full_stage)
+            raise
+
+    def _cut(self, stage: Stage, layers: Mapping[str, list[int]] | None = None) -> None:
+        for name, stack in self._stacks.items():
+            kept = self._kept_layers(stack, stage.layers_in(name)) if layers is None else layers[name]
+            self._shadow_layers(stack, kept)
+            self._set_counts(name, kept)
+            for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):
+                self._narrow_layer(name, i, ins, out, stage.ffn_in(name) if i in kept else None)
+        self._stage = stage
+
+    def _shadow_layers(self, stack: StackModules, kept: list[int]) -> None:
+        if len(kept) == len(stack.layers):
+            stack.parent.__dict__.pop(stack.attribute, None)
+        else:
+            # An instance attribute wins over a registered module of the same name in attribute look-up, and only there.
+            stack.parent.__dict__[stack.attribute] = nn.ModuleList(stack.layers[i] for i in kept)
+        for i, modules in enumerate(self._layer_idx[stack.name]):
+            for module, own in modules:
+                module.__dict__["layer_idx"] = kept.index(i) if i in kept else own
+
+    def _narrow_layer(
+        self, stack: str, layer: int, ins: tuple[nn.Module, ...], out: nn.Module | None, k: int | None
+    ) -> None:
+        width = self._stacks[stack].width
+        if k is None or k == width or out is None:
+            for module in (*ins, *([out] if out is not None else [])):
+                if module in self._own_forward:
+                    own = self._own_forward.pop(module)
+                    module.__dict__.pop("forward") if own is None else module.__dict__.__setitem__("forward", own)
+            return
+        if (ready := self._narrow.get(out)) is None or len(ready.kept) != k:
+            for module in (*ins, out):
+                self._narrow.pop(module, None)  # freed before the new copy is made: at most one copy at any time
+            kept = self.kept_neurons(stack, layer, k)
+            fused = torch.cat([kept + part * width for part in range(self._stacks[stack].spec.fused)])
+            made = {module: _NarrowProjection(module, fused, dim=0, keep_bias=False) for module in ins}
+            made[out] = _NarrowProjection(out, kept, dim=1, keep_bias=True)
+            self._narrow.update(made)
+        for module in (*ins, out):
+            if module not in self._own_forward:
+                self._own_forward[module] = module.__dict__.get("forward")
+            module.__dict__["forward"] = self._narrow[module].forward
+
+    def _drop_copies(self, keep: set[nn.Module]) -> None:
+        for module in [m for m in self._narrow if m not in keep]:
+            del self._narrow[module]
+
+    def _find_configs(self) -> list[tuple[str, Any, str, Any]]:
+        """`(stack, config object, field, full value)` for every count or per-layer list that follows the stage."""
+        found, seen = [], set()
+        for name, stack in self._stacks.items():
+            own = getattr(stack.parent, "config", self.plm.config)
+            fields = stack.spec.own_count_fields or stack.spec.count_fields
+            live = stack.spec.count_fields if stack.spec.live_fields is None else stack.spec.live_fields
+            pairs = [(self.plm.config, f) for f in (*live, *stack.spec.per_layer_fields)]
+            if own is not self.plm.config:
+                pairs += [(own, f) for f in (*fields, *stack.spec.per_layer_fields)]
+            for config, field in pairs:
+                value = getattr(config, field, None)
+                if value is not None and (id(config), field) not in seen:
+                    seen.add((id(config), field))
+                    found.append((name, config, field, value))
+        return found
+
+    def _set_counts(self, stack: str, kept: list[int]) -> None:
+        for name, config, field, full in self._configs:
+            if name == stack:
+                whole = len(kept) == len(self._stacks[stack].layers)
+                value = full if whole else [full[i] for i in kept] if isinstance(full, (list, tuple)) else len(kept)
+                setattr(config, field, value)

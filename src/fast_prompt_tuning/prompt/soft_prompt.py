@@ -1,0 +1,322 @@
+"""The soft prompt: a stock PEFT prompt-tuning adapter, and its initialisations."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, TaskType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import ConfigError, ModelError
+from ..plm.partial import get_plm
+
+INITS = ("uniform", "vocab", "text", "prompt")
+
+_TASK_TYPES = (  # ending of the class name -> PEFT task type
+    ("ForSequenceClassification", TaskType.SEQ_CLS),
+    ("ForTokenClassification", TaskType.TOKEN_CLS),
+    ("ForQuestionAnswering", TaskType.QUESTION_ANS),
+)
+
+
+def context_length(plm: Any) -> int | None:
+    """Positions the model has; None where positions are relative (T5)."""
+    return getattr(plm.config, "max_position_embeddings", None)
+
+
+def check_prompt_tokens(plm: Any, num_virtual_tokens: Any) -> None:
+    """Raise unless a prompt can have this length.
+
+    Raises:
+        ConfigError: fewer than one virtual token, or at least as many as the model has positions.
+    """
+    limit = context_length(plm)
+    if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+        raise ConfigError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number of at least 1")
+    if limit is not None and num_virtual_tokens >= limit:
+        raise ConfigError(
+            f"num_virtual_tokens={num_virtual_tokens} leaves no room for text: this model has {limit} positions"
+        )
+
+
+def soft_prompt_config(plm: Any, num_virtual_tokens: int = 20) -> PromptTuningConfig:
+    """A stock `PromptTuningConfig` for any supported PLM: P virtual tokens in front of the (encoder) input.
+
+    Encoder-decoders get one prompt, in front of the encoder only (paper, Section 4.1): with PEFT's own default of two
+    submodules, half of the prompt would never be used. The initialisation is a sample of the vocabulary's embeddings
+    (Lester et al. 2021); PEFT's own random one is N(0, 1), far off the scale of embeddings. `init_soft_prompt` gives
+    others.
+
+    Raises:
+        ConfigError: fewer than one virtual token, or at least as many as the model has positions.
+    """
+    check_prompt_tokens(plm, num_virtual_tokens)
+    name = type(plm).__name__
+    task_type = next((t for ending, t in _TASK_TYPES if name.endswith(ending)), None)
+    if task_type is None:
+        if plm.config.is_encoder_decoder:
+            task_type = TaskType.SEQ_2_SEQ_LM
+        else:
+            task_type = TaskType.CAUSAL_LM if plm.can_generate() else TaskType.FEATURE_EXTRACTION
+    return PromptTuningConfig(
+        task_type=task_type,
+        num_virtual_tokens=num_virtual_tokens,
+        num_transformer_submodules=1,
+        prompt_tuning_init="SAMPLE_VOCAB",
+    )
+
+
+def prompt_parameter(model: Any) -> nn.Parameter:
+    """The soft prompt `(P, H)` of a PEFT model, or of a `SuffixPromptModel`: the one trained `Parameter`.
+
+    Raises:
+        ModelError: the model has no soft prompt.
+    """
+    if isinstance(own := getattr(model, "soft_prompt", None), nn.Parameter):  # a prompt after the text
+        return own
+    encoder = getattr(model, "prompt_encoder", None)
+    if not isinstance(encoder, nn.ModuleDict) or model.active_adapter not in encoder:
+        raise ModelError(
+            "the model has no soft prompt; wrap it: get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=20))"
+        )
+    prompt: Any = encoder[model.active_adapter]
+    return prompt.embedding.weight
+
+
+def prompt_length(model: Any) -> int:
+    """Virtual tokens in front of a model's inputs; 0 where it has no soft prompt."""
+    encoder = getattr(model, "prompt_encoder", None)
+    return len(prompt_parameter(model)) if isinstance(encoder, nn.ModuleDict) else 0
+
+
+def init_soft_prompt(
+    model: nn.Module,
+    init: str,
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    text: str | None = None,
+    path: str | Path | None = None,
+) -> None:
+    """Set the soft prompt's values in place, in fp32, without touching the global random state.
+
+    Args:
+        init: `uniform`: U(−1/√H, 1/√H) (paper, Section 4.1); `vocab`: embeddings of random tokens; `text`: embeddings
+            of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: a saved prompt at `path`.
+
+    Raises:
+        ConfigError: unknown `init`, or what it needs is missing or does not fit.
+    """
+    weight = prompt_parameter(model)
+    size, width = weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    if init == "uniform":
+        bound = 1 / math.sqrt(width)
+        values = torch.empty(size, width).uniform_(-bound, bound, generator=generator)
+    elif init in ("vocab", "text"):
+        # Called, not indexed: some models (Gemma) scale inside their embedding module.
+        embed = get_plm(model).get_input_embeddings()
+        if init == "vocab":
+            ids = torch.randint(0, embed.num_embeddings, (size,), generator=generator)
+        else:
+            if tokenizer is None or not text:
+                raise ConfigError(f"prompt.init='text' needs a tokenizer and a text, got text={text!r}")
+            found = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not found:
+                raise ConfigError(f"prompt.text={text!r} has no tokens; choose a longer text")
+            ids = torch.tensor((found * math.ceil(size / len(found)))[:size])
+        with torch.no_grad():
+            values = embed(ids.to(embed.weight.device))
+    elif init == "prompt":
+        if path is None:
+            raise ConfigError("prompt.init='prompt' needs prompt.path: the folder of a saved prompt")
+        values = load_prompt(path)
+        if tuple(values.shape) != (size, width):
+            raise ConfigError(
+                f"prompt.path={str(path)!r} holds a prompt of shape {tuple(values.shape)}, this model needs "
+                f"({size}, {width}); set prompt.tokens to {values.shape[0]} or use another prompt"
+            )
+    else:
+        raise ConfigError(f"prompt.init={init!r} is unknown; choose one of {', '.join(INITS)}")
+    with torch.no_grad():
+        weight.data = weight.data.float()
+        weight.copy_(values)
+
+
+SUFFIX_FILES = ("adapter_config.json", "soft_prompt.json", "soft_prompt.safetensors")
+"""What a saved prompt after the text consists of; the first one is only there to tell PEFT's users what it is."""
+
+_FOR_PEFT = (
+    "SOFT PROMPT AFTER OR WITHIN THE TEXT: PEFT cannot place it; load it with "
+    "fast_prompt_tuning.load_soft_prompt(model, folder)"
+)
+
+
+def save_suffix_prompt(
+    folder: str | Path, values: torch.Tensor, *, placement: str, base_model: str, model_fingerprint: str
+) -> None:
+    """Save a prompt `(P, H)` that stands after the text: safetensors, a JSON file that says so, and a note to PEFT.
+
+    A stock adapter could not say where the prompt stands, and PEFT would put it in front: its `from_pretrained` fails
+    on this folder with a message that names `load_soft_prompt`.
+
+    Raises:
+        ConfigError: the folder holds a stock adapter, which would be overwritten.
+    """
+    place = Path(folder)
+    if (place / "adapter_model.safetensors").exists():
+        raise ConfigError(f"{str(place)!r} holds a PEFT adapter already; choose another folder")
+    place.mkdir(parents=True, exist_ok=True)
+    record = {
+        "format": 1,
+        "placement": placement,
+        "prompt_tokens": values.shape[0],
+        "width": values.shape[1],
+        "base_model": base_model,
+        "model_fingerprint": model_fingerprint,
+    }
+    tensors = {"prompt_embeddings": values.detach().cpu().contiguous()}
+    save_file(tensors, place / ".new", metadata={"placement": placement})
+    os.replace(place / ".new", place / SUFFIX_FILES[2])
+    for name, content in ((SUFFIX_FILES[0], {"peft_type": _FOR_PEFT}), (SUFFIX_FILES[1], record)):
+        (place / ".new").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(place / ".new", place / name)
+
+
+def suffix_record(path: str | Path) -> dict[str, Any] | None:
+    """What is recorded of a saved prompt after the text; None where the folder holds none.
+
+    Raises:
+        ConfigError: the record cannot be read, or is of a later version; the folder holds another prompt as well.
+    """
+    file = Path(path) / SUFFIX_FILES[1]
+    if not file.is_file():
+        return None
+    if (file.parent / "adapter_model.safetensors").is_file():
+        raise ConfigError(
+            f"{str(path)!r} holds two prompts: one in front of the text ('adapter_model.safetensors') and one after it "
+            f"({file.name!r}); save each in a folder of its own, or remove the one that is not wanted"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        known = record["format"] == 1 and record["placement"] in PLACES and record["placement"] != "prefix"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); save the prompt again"
+        ) from error
+    if not known:
+        raise ConfigError(
+            f"{str(file)!r} has format={record['format']!r}, placement={record['placement']!r}; this version knows "
+            "format 1 and the placements 'suffix' and 'infix'"
+        )
+    return dict(record)
+
+
+def placement_of(path: str | Path) -> str:
+    """`prefix`, `suffix` or `infix`: where the prompt saved in a folder stands."""
+    record = suffix_record(path)
+    return "prefix" if record is None else str(record["placement"])
+
+
+def load_prompt(path: str | Path) -> torch.Tensor:
+    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands.
+
+    Raises:
+        ConfigError: no readable prompt there.
+    """
+    folder = Path(path)
+    if suffix_record(folder) is not None:
+        try:
+            found = load_file(folder / SUFFIX_FILES[2])["prompt_embeddings"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ConfigError(
+                f"{str(folder)!r} lacks the vectors of its prompt ({type(error).__name__}: {error}); it needs "
+                f"{SUFFIX_FILES[2]} with prompt_embeddings"
+            ) from error
+        return found
+    file = folder / "adapter_model.safetensors"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, tokens = config.get("peft_type"), config.get("num_virtual_tokens")
+        values = load_file(file)["prompt_embeddings"]
+    except (OSError, KeyError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        raise ConfigError(
+            f"{str(folder)!r} is not a saved soft prompt ({type(error).__name__}: {error}); it needs "
+            "adapter_config.json and adapter_model.safetensors with prompt_embeddings"
+        ) from error
+    if kind != "PROMPT_TUNING" or values.ndim != 2:
+        raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {kind!r}, not a soft prompt")
+    # PEFT's default for encoder-decoders stores as many vectors again for the decoder, and uses the first half.
+    return values[:tokens]
+
+
+PLACES = {
+    "prefix": "in front of the input",
+    "suffix": "after the input (encoder-decoder: in front of the target)",
+    "infix": "within the input, after the field that may be shortened and in front of what the template has behind it",
+}
+
+
+def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
+    """Write a saved prompt's vectors as the tensor `prompt_embeds` `(P, H)` of a new safetensors file.
+
+    The file's metadata says where they stand: in front of the (encoder) input's embeddings, or after them.
+
+    Returns:
+        Their shape.
+
+    Raises:
+        ConfigError: no prompt there, or the file exists already or cannot be written.
+    """
+    values, path = load_prompt(folder), Path(output)
+    if path.exists():
+        raise ConfigError(f"output={str(path)!r} exists already; choose another name")
+    metadata = {"place": PLACES[placement_of(folder)]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"output={str(path)!r} cannot be written: {error}") from error
+    return values.shape[0], values.shape[1]
+
+
+def stack_prompts(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Several prompts as one tensor `(K, P, H)`, for an ensemble.
+
+    Raises:
+        ConfigError: they differ in shape.
+    """
+    shapes = {tuple(p.shape) for p in prompts}
+    if len(shapes) != 1:
+        raise ConfigError(f"prompts of an ensemble or a comparison must have one shape, got {sorted(shapes)}")
+    return torch.stack(list(prompts))
+
+
+def prompt_similarity(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity `(P,)` of two prompts `(P, H)`, token by token; its mean is the similarity of the prompts.
+
+    Source: Huang et al. 2022 compare prompts learned on partial PLMs with those of the full PLM this way.
+
+    Raises:
+        ConfigError: they differ in shape.
+    """
+    stack_prompts([one, other])
+    return nn.functional.cosine_similarity(one.double(), other.double(), dim=-1)
+
+
+def similarity_matrix(prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean token-by-token cosine similarity `(K, K)` of every two of K prompts `(P, H)`.
+
+    Raises:
+        ConfigError: they differ in shape.
+    """
+    stacked = nn.functional.normalize(stack_prompts([p.double() for p in prompts]), dim=-1)
+    return torch.einsum("aph,bph->ab", stacked, stacked) / stacked.shape[1]

@@ -1,0 +1,403 @@
+"""The recipe: every setting of a run, validated before anything is loaded, saved resolved with the run."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError, ScheduleError
+from .schedule.auto import AutoSchedule, default_ladder
+from .schedule.stages import METHODS, Schedule, Stage
+
+METHOD_NAMES = (*METHODS, "auto", "full")
+"""The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
+weights, the baseline."""
+
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path as people write it: `~` is their home."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """Which PLM."""
+
+    path: UserPath = Field(min_length=1, description="hub id, local folder, .gguf file, or smollm2-135m")
+    revision: str | None = Field(None, description="revision on the hub")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the frozen weights")
+    device: str | None = Field(None, description="torch device; default CUDA where there is one")
+
+
+class DataConfig(_Section):
+    """Which task, which files of it, and how much of each text."""
+
+    task: UserPath | None = Field(
+        None, min_length=1, description="a built-in task (fpt ls tasks) or a task's YAML file"
+    )
+    input_template: str | None = Field(None, description="Jinja template of the input, in place of a task")
+    target_template: str | None = Field(None, description="Jinja template of the target, in place of a task")
+    labels: list[str] | None = Field(None, description="with templates: the closed set of the field `label`")
+    files: dict[str, UserPath] = Field(
+        default_factory=dict, description="split -> local file, in place of the task's own"
+    )
+    train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
+    validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
+    test_limit: int | None = Field(None, ge=1, description="test on at most this many examples; default all")
+    max_input_tokens: int = Field(492, ge=1, description="text tokens an input may have, the prompt not counted")
+    max_target_tokens: int | None = Field(None, ge=1, description="default: the task's own")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="what to do with rows that cannot be used")
+
+    @model_validator(mode="after")
+    def _one_task(self) -> DataConfig:
+        templates = (self.input_template, self.target_template)
+        if self.task is None and None in templates:
+            raise ValueError("needs a task, or input_template and target_template; set data.task")
+        if self.task is not None and (templates != (None, None) or self.labels is not None):
+            raise ValueError(f"task={self.task!r} has templates and labels of its own; leave out data.task or these")
+        if self.task is None and not self.files:
+            raise ValueError("templates need files; set data.files.train and data.files.validation")
+        return self
+
+
+class PromptConfig(_Section):
+    """The soft prompt."""
+
+    tokens: int = Field(20, ge=1, description="virtual tokens P")
+    init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
+    text: str | None = Field(None, description="the text of init: text")
+    path: UserPath | None = Field(None, description="the saved prompt of init: prompt")
+    placement: Literal["prefix", "suffix", "infix"] = Field(
+        "prefix",
+        description="before the text (the paper's); after it (an encoder-decoder's: before the target); or within it, "
+        "after the task's truncate field and before what its template has behind that",
+    )
+
+    @model_validator(mode="after")
+    def _needs(self) -> PromptConfig:
+        for name, init in (("text", "text"), ("path", "prompt")):
+            value = getattr(self, name)
+            if self.init == init and not value:
+                raise ValueError(f"init={self.init!r} needs prompt.{name}; set it")
+            if self.init != init and value is not None:
+                raise ValueError(
+                    f"{name}={value!r} is not used with init={self.init!r}; leave it out, or set init={init}"
+                )
+        return self
+
+
+class CacheConfig(_Section):
+    """What texts leave behind, kept between steps where the prompt stands after them (prompt.placement)."""
+
+    tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
+    budget_mib: float = Field(2048, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
+    dtype: Literal["model", "int8"] = Field("model", description="int8: rounded, in half the room of bfloat16")
+    cross_attention: bool = Field(
+        False, description="of an encoder-decoder, keep its keys and values: cheaper steps, far more room"
+    )
+    folder: UserPath | None = Field(None, description="of tier disk, shared by runs; default in $FPT_CACHE")
+
+
+class StageConfig(_Section):
+    """One stage of a schedule of your own. Numbers hold for every stack in `stacks`; a mapping gives one each."""
+
+    layers: int | dict[str, int] | None = Field(None, description="layers kept; default all")
+    ffn: int | dict[str, int] | None = Field(None, description="FFN neurons kept; default all")
+    batch: int | None = Field(None, ge=1, description="examples of each forward pass; default train.batch_size")
+    length: int | None = Field(None, ge=1, description="text tokens of an input; default data.max_input_tokens")
+    rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="times optim.lr while it lasts; default 1")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; left out with method: auto")
+    stacks: list[str] | None = None
+
+    def stage(self, full: Stage, stacks: tuple[str, ...]) -> Stage:
+        """This stage of a model whose full size is `full`; `stacks` are cut where the stage names none."""
+        stacks = tuple(self.stacks or stacks)
+        layers: Any = {s: full.layers_in(s) for s in stacks} if self.layers is None else self.layers
+        ffn: Any = {s: full.ffn_in(s) for s in stacks} if self.ffn is None else self.ffn
+        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length, self.rate)
+
+
+class ScoringConfig(_Section):
+    """How neurons and layers are chosen for the partial PLMs."""
+
+    examples: int = Field(256, ge=1, description="training examples the neurons are scored on (the paper: 1000)")
+    kind: Literal["mean", "max", "integrated_gradients"] = Field("mean", description="activation score")
+    path: UserPath | None = Field(None, description="scores made before with fpt score, instead of scoring again")
+    keep_layers: Literal["evenly", "first", "influence", "greedy"] = Field("evenly", description="which layers stay")
+    layer_examples: int = Field(16, ge=1, description="training examples layers are chosen on (influence, greedy)")
+    layer_candidates: int | None = Field(4, ge=1, description="layers greedy tries a round; null: all that are left")
+    layer_path: UserPath | None = Field(None, description="layer scores made before with fpt score")
+    keep_neurons: Literal["activation", "first"] = Field("activation", description="which neurons stay")
+
+    @model_validator(mode="after")
+    def _used(self) -> ScoringConfig:
+        if self.path is not None and self.keep_neurons != "activation":
+            raise ValueError(f"path={self.path!r} is not used with keep_neurons={self.keep_neurons!r}; leave one out")
+        if self.layer_path is not None and self.keep_layers not in ("influence", "greedy"):
+            raise ValueError(
+                f"layer_path={self.layer_path!r} is not used with keep_layers={self.keep_layers!r}; leave it out, or "
+                "set keep_layers to influence or greedy, whichever the scores are of"
+            )
+        return self
+
+
+class OptimConfig(_Section):
+    """The optimizer; all of its settings, none hidden."""
+
+    optimizer: Literal["adam", "adafactor"] = Field("adam", description="adafactor is the paper's, for T5")
+    lr: float = Field(
+        0.01, gt=0, allow_inf_nan=False, description="constant learning rate (the paper's Adafactor: 0.3)"
+    )
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="the paper: 1e-5")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up before the constant rate")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm is clipped at this")
+    ema_decay: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="evaluate and save a running mean of the prompt, of this decay (0.9); null: the last prompt",
+    )
+
+
+class TrainConfig(_Section):
+    """Length and shape of the run."""
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="examples per forward pass and process")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="text tokens per forward pass at most, padding included: long texts in smaller batches"
+    )
+    accumulate: int = Field(1, ge=1, description="forward passes per optimizer step")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations on the full PLM; default 10")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default as eval_every")
+    save_minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="and minutes between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    keep: Literal["best", "last"] = Field("best", description="which prompt the run ends with, by the first metric")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="torch.compile layers for training steps: pays in runs of many steps")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="tensorboard, wandb, trackio"
+    )
+    seed: int = Field(0, ge=0)
+
+
+class EvalConfig(_Section):
+    """How answers are made."""
+
+    batch_size: int = Field(16, ge=1)
+    num_beams: int = Field(1, ge=1, description="1 is greedy")
+    length_normalize: bool = Field(False, description="label scoring: log-probability per token")
+
+
+class RunConfig(_Section):
+    """A whole run. `fpt train --config recipe.yaml --set train.steps=100` overrides single settings."""
+
+    name: str | None = Field(None, description="what reports call the run")
+    model: ModelConfig
+    data: DataConfig
+    method: Literal["pt", "ld", "fr", "cr", "auto", "full"] = Field(
+        "cr", description="which partial PLMs (fpt ls methods)"
+    )
+    stages: list[StageConfig] | None = Field(
+        None, description="a schedule of your own instead of the paper's; with auto, what to try, small to large"
+    )
+    stacks: list[Literal["encoder", "decoder"]] | None = Field(None, description="stacks to cut; default the task's")
+    prompt: PromptConfig = Field(default_factory=PromptConfig)  # type: ignore[arg-type]
+    cache: CacheConfig = Field(default_factory=CacheConfig)  # type: ignore[arg-type]
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)  # type: ignore[arg-type]
+    optim: OptimConfig = Field(default_factory=OptimConfig)  # type: ignore[arg-type]
+    train: TrainConfig
+    eval: EvalConfig = Field(default_factory=EvalConfig)  # type: ignore[arg-type]
+    output: UserPath = Field(min_length=1, description="folder of the run")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.optim.ema_decay is not None and self.method == "full":
+            raise ValueError(
+                f"optim.ema_decay={self.optim.ema_decay} averages the prompt, and method='full' has none; leave it out"
+            )
+        if self.prompt.placement != "prefix":
+            place = f"prompt.placement={self.prompt.placement!r}"
+            if self.method == "full":
+                raise ValueError(f"{place} has no prompt with method='full'; leave one of them out")
+            if self.train.gradient_checkpointing:
+                raise ValueError(
+                    f"train.gradient_checkpointing cannot be used with {place}, whose text keeps no activations "
+                    "anyway; leave it out"
+                )
+            if self.train.compile:
+                raise ValueError(f"train.compile cannot be used with {place}; leave it out")
+        if self.cache.cross_attention and self.cache.tier == "none":
+            raise ValueError("cache.cross_attention=True keeps nothing with cache.tier='none'; leave one of them out")
+        output = Path(self.output).resolve()
+        if self.cache.folder is not None and output in Path(self.cache.folder).resolve().parents:
+            raise ValueError(
+                f"cache.folder={self.cache.folder!r} lies inside output={self.output!r}, which must be the run's own; "
+                "choose a folder beside it"
+            )
+        if self.train.compile and self.train.gradient_checkpointing:
+            raise ValueError("train.compile cannot be used with train.gradient_checkpointing; leave one of them out")
+        if self.stages is not None:
+            if self.method in ("pt", "full"):
+                raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
+            for i, stage in enumerate(self.stages):
+                if (stage.steps is None) != (self.method == "auto"):
+                    fix = "leave it out, for auto decides, or set method=cr" if self.method == "auto" else "set it"
+                    raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
+            total = sum(stage.steps or 0 for stage in self.stages)
+            if total != self.train.steps and self.method != "auto":
+                raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
+            for i, stage in enumerate(self.stages):
+                limits = (
+                    ("batch", "train.batch_size", self.train.batch_size),
+                    ("length", "data.max_input_tokens", self.data.max_input_tokens),
+                )
+                for name, setting, limit in limits:
+                    value = getattr(stage, name)
+                    if value is not None and value > limit:
+                        raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
+        return self
+
+    def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule:
+        """The run's schedule for a model whose full size is `full`.
+
+        Args:
+            task_stacks: stacks the task's presets cut, where `stacks` is not set; those the model lacks are ignored.
+
+        Raises:
+            ScheduleError: a size that does not fit the model, or too few steps.
+        """
+        stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
+        stacks = stacks or full.stacks
+        schedule: Schedule
+        if self.method == "auto":
+            own = [s.stage(full, stacks) for s in self.stages or ()]
+            plain = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
+            ladder = [*(s for s in own if s != plain), plain] if own else default_ladder(plain, self.train.batch_size)
+            schedule = AutoSchedule(ladder, self.train.steps)
+        elif self.stages is not None:
+            schedule = Schedule(s.stage(full, stacks) for s in self.stages)
+        else:
+            method = "pt" if self.method == "full" else self.method
+            schedule = Schedule.preset(method, full, total_steps=self.train.steps, stacks=stacks)
+        schedule.check_fits(full)
+        return schedule
+
+    def to_yaml(self) -> str:
+        """The resolved config; `load` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("fast_prompt_tuning") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def override(key: str, value: Any) -> str:
+    """One of the `overrides` of `load`, whatever characters the value holds."""
+    pair = r"(?<!\\)((?:\\\\)*)(\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})"
+    # YAML reads JSON, but does not join the two halves by which it escapes an emoji.
+    joined = re.sub(pair, lambda m: m[1] + json.loads(f'"{m[2]}"'), json.dumps(value))
+    return f"{key}={joined}"
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a recipe.
+
+    Args:
+        source: path of a YAML file, name of a built-in recipe (`fpt ls recipes`), or a mapping.
+        overrides: `key=value` texts, keys dotted (`train.steps=100`), values YAML.
+
+    Raises:
+        ConfigError: unreadable, an unknown key (the nearest valid one is named), a value of the wrong kind.
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read(source)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    name = str(source)
+    if not path.is_file() and name in recipe_names():
+        text = (resources.files("fast_prompt_tuning") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:  # not text, or a name that cannot be one
+            near = difflib.get_close_matches(name, recipe_names(), n=1)
+            hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
+            raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config={name!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise ConfigError(f"config={name!r} must hold settings (key: value), found {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text!r} is not key=value; write for example --set train.steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = data.get(section)
+        data[section] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[section]
+    data[last] = parsed
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(error: Any) -> str:
+    location = tuple(error["loc"])
+    name = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        valid = _fields_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        return f"{name} is not a setting; {hint}"
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the recipe or with --set {name}=…"
+    message = error["msg"].removeprefix("Value error, ")
+    if name and error["type"] != "value_error":
+        return f"{name}={error['input']!r}: {message}"
+    return f"{name}: {message}".lstrip(": ")

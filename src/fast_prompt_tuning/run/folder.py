@@ -1,0 +1,152 @@
+"""The folder of a run: what is ours in it, when it may be used, its recipe and its log."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import ConfigError, ScheduleError
+from ..recipe import RunConfig
+from ..train import checkpoint
+from .results import write_atomic
+
+OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
+OUR_FOLDERS = ("prompt", "model", "checkpoints")
+
+
+def check_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> None:
+    """Raise where the run's folder cannot be used; nothing is written, so it can be asked before weights are loaded.
+
+    Args:
+        allow_changed: go on with a recipe that has changed since the run began.
+
+    Raises:
+        ConfigError: it holds a run already, holds other files, or there is nothing to resume, or another recipe's.
+    """
+    folder = Path(config.output)
+    saved = folder / "config.yaml"
+    if overwrite and resume:
+        raise ConfigError("--overwrite and --resume exclude each other; choose one")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={str(folder)!r} is a file; choose a folder")
+    if resume:
+        if not saved.is_file():
+            raise ConfigError(f"output={str(folder)!r} holds no run to resume; leave out --resume")
+        changed = recipe_changes(config)
+        if changed and not allow_changed:
+            raise ConfigError(
+                f"the recipe has changed since the run began: {'; '.join(changed)}; set it back, or add --allow-changed"
+            )
+    elif saved.exists() and not _is_ours(saved):
+        raise ConfigError(f"output={str(folder)!r} has a config.yaml that is not a run's; choose another folder")
+    elif saved.exists() and not overwrite:
+        raise ConfigError(f"output={str(folder)!r} holds a run already; add --resume, --overwrite, or choose another")
+    elif not saved.exists() and folder.is_dir() and any(not _WORK.match(f.name) for f in folder.iterdir()):
+        raise ConfigError(f"output={str(folder)!r} is not empty and holds no run of ours; choose another folder")
+
+
+_WORK = re.compile(r"\.lock$|\.config\.yaml-")  # all that a run killed before its first word leaves
+
+
+def recipe_changes(config: RunConfig) -> list[str]:
+    """How a recipe differs from the one saved in its output folder."""
+    saved = Path(config.output) / "config.yaml"
+    try:
+        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{str(saved)!r} cannot be read ({type(error).__name__}); use --overwrite") from error
+    if isinstance(before, dict):
+        before["output"] = config.output  # the same folder, however it is spelled
+    return changes_from(before, config)
+
+
+def changes_from(before: Any, config: RunConfig) -> list[str]:
+    """How a recipe differs from one that was saved: settings that came later have their defaults there."""
+    with suppress(ValidationError, ScheduleError):
+        before = RunConfig.model_validate(before).model_dump(mode="json")
+    return differences(before, config.model_dump(mode="json"))
+
+
+RUN_MARK = "# The resolved recipe of a run of fast-prompt-tuning.\n"
+"""First line of a run's config.yaml: what has it may be overwritten when asked, nothing else."""
+
+
+def _is_ours(saved: Path) -> bool:
+    with saved.open("rb") as file:
+        return file.readline() == RUN_MARK.encode()
+
+
+def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> Path:
+    """Make the run's folder, refused where something would be lost; see `check_folder`.
+
+    Raises:
+        ConfigError: as `check_folder`, or it cannot be written.
+    """
+    check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    folder = Path(config.output)
+    if resume:
+        for place in (folder, folder / "checkpoints"):
+            checkpoint.clear_leftovers(place)
+        if recipe_changes(config):
+            write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
+        return folder
+    doomed = [(folder / name).resolve() for name in (*OURS, *OUR_FOLDERS)]
+    for name, used in (
+        ("model.path", config.model.path),
+        ("prompt.path", config.prompt.path),
+        ("scoring.path", config.scoring.path),
+        ("scoring.layer_path", config.scoring.layer_path),
+        *((f"data.files.{split}", file) for split, file in config.data.files.items()),
+    ):
+        path = Path(used).resolve() if used else None
+        if path is not None and path.exists() and any(path == d or d in path.parents for d in doomed):
+            raise ConfigError(f"{name}={used!r} lies in the run that would be overwritten; choose another output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in OUR_FOLDERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in OURS:
+            if name != "config.yaml":  # what marks the folder as a run's is replaced last, by a rename
+                (folder / name).unlink(missing_ok=True)
+        checkpoint.clear_leftovers(folder)
+        write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
+    except OSError as error:
+        raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def differences(before: Any, after: Any, at: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(set(before) | set(after))
+        return [d for k in keys for d in differences(before.get(k), after.get(k), f"{at}.{k}".lstrip("."))]
+    return [] if before == after else [f"{at} was {before!r}, is {after!r}"]
+
+
+def log_of(found: checkpoint.Checkpoint | None) -> list[dict[str, Any]]:
+    """What was logged up to a checkpoint."""
+    if found is None:
+        return []
+    state = json.loads((found.folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return list(state["log_history"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a `log.jsonl`; a torn last line (of a run that was killed) is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write `log.jsonl` anew: a killed run may have torn its last line, or logged steps that will be made again."""
+    write_atomic(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history))

@@ -1,0 +1,270 @@
+"""What a recipe trains, and the partial PLM it asks for: scored, cut and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from torch import nn
+
+from ..cost.flops import FlopsLedger, forward_flops
+from ..cost.plan import full_stage, load_config
+from ..data.encoding import Collator, examples_fingerprint, train_calibration
+from ..errors import ConfigError
+from ..plm.loading import locate
+from ..plm.partial import PartialPLM
+from ..prompt.placement import SuffixPromptModel
+from ..prompt.prediction import batches_of, by_length
+from ..prompt.soft_prompt import init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
+from ..recipe import RunConfig
+from ..schedule.auto import AutoSchedule
+from ..schedule.stages import Schedule, Stage
+from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
+from ..scores.neurons import NeuronScores, activation_scores
+from ..train import parallel
+from ..train.trainer import batch_shape, make_collator
+from .session import Evaluation, Session, evaluate
+
+
+def full_size(config: RunConfig) -> Stage:
+    """The full size of a recipe's model, from its config alone."""
+    return full_stage(load_config(locate(config.model.path)))
+
+
+def trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The model to train and its trained parameters: the soft prompt, or all weights for `full`."""
+    config = session.config
+    if config.method == "full":
+        session.plm.requires_grad_(True)
+        return session.plm, [p for p in session.plm.parameters() if p.requires_grad]
+    session.plm.requires_grad_(False)
+    model: Any
+    if (place := config.prompt.placement) != "prefix":
+        model = SuffixPromptModel(session.plm, config.prompt.tokens, placement=place, cache=session.texts)
+    else:
+        model = get_peft_model(session.plm, soft_prompt_config(session.plm, num_virtual_tokens=config.prompt.tokens))
+    init_soft_prompt(
+        model,
+        config.prompt.init,
+        seed=config.train.seed,
+        tokenizer=session.tokenizer,
+        text=config.prompt.text,
+        path=config.prompt.path,
+    )
+    return model, [prompt_parameter(model)]
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What the schedule needs: a partial PLM at all, scores of its neurons and layers, and those made before.
+
+    `down_to`: the fewest layers of each stack that needs layer scores.
+    """
+
+    partial: bool
+    scores: bool
+    given: NeuronScores | None
+    down_to: dict[str, int]
+    given_layers: LayerScores | None
+
+
+def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule, Needed]:
+    """The schedule, checked against the model, and what it needs; nothing is computed or written yet."""
+    config = session.config
+    bare = PartialPLM(model, keep_neurons="first")
+    full = bare.full_stage
+    schedule = config.schedule(full, session.task.stacks)
+    tried = schedule.ladder if isinstance(schedule, AutoSchedule) else schedule.stages
+    for stage in tried:
+        bare.check(stage)
+    # A stage that only trains on part of each batch goes the same way as one of part of the model.
+    partial = not all(s.is_full(full) and s.batch is s.length is s.rate is None for s in tried)
+    widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in tried for s in stage.stacks)
+    scores = partial and widths and config.scoring.keep_neurons == "activation"
+    given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
+    if given is not None:
+        PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
+        _check_kind("scoring.path", given.metadata, "scoring.kind", config.scoring.kind)
+    down_to = fewest_layers(tried, full) if config.scoring.keep_layers in LAYER_KINDS else {}
+    given_layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
+    if given_layers is not None:
+        PartialPLM(model, keep_layers="score", layer_scores=given_layers)
+        _check_kind("scoring.layer_path", given_layers.metadata, "scoring.keep_layers", config.scoring.keep_layers)
+    return schedule, Needed(partial, scores, given, down_to, given_layers)
+
+
+def _check_kind(path: str, metadata: Mapping[str, str], setting: str, wanted: str) -> None:
+    found = metadata.get("kind", wanted)
+    if found != wanted:
+        raise ConfigError(
+            f"{path} holds {found} scores, but {setting}={wanted!r}; set {setting}={found}, or score again"
+        )
+
+
+def fewest_layers(stages: Iterable[Stage], full: Stage) -> dict[str, int]:
+    """For each stack that a stage leaves layers out of, the fewest it ever has."""
+    found: dict[str, int] = {}
+    for stage in stages:
+        for stack in stage.stacks:
+            layers = stage.layers_in(stack)
+            if layers is not None and layers != full.layers_in(stack):
+                found[stack] = min(layers, found.get(stack, layers))
+    return found
+
+
+def scored_partial(
+    session: Session, model: nn.Module, schedule: Schedule, needed: Needed, folder: Path, ledger: FlopsLedger
+) -> PartialPLM | None:
+    """The partial PLM where a stage needs one; neurons are scored on training data if need be."""
+    if not needed.partial:
+        return None
+    config, scores = session.config, needed.given
+    if needed.scores and scores is None:
+        scores = _neuron_scores(session, model, folder, ledger)
+    layers = needed.given_layers
+    if needed.down_to and layers is None:
+        layers = _layer_scores(session, model, needed.down_to, folder, ledger)
+    partial = _cut_by(config, model, scores, layers)
+    for stage in schedule.stages:
+        partial.check(stage)
+    return partial
+
+
+def _cut_by(
+    config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None
+) -> PartialPLM:
+    """The partial PLM as a recipe's `scoring` chooses layers and neurons."""
+    chosen = config.scoring
+    by = "score" if chosen.keep_layers in LAYER_KINDS else chosen.keep_layers
+    return PartialPLM(
+        model, neuron_scores=neurons, layer_scores=layers, keep_layers=by, keep_neurons=chosen.keep_neurons
+    )
+
+
+def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
+    batches = calibration_batches(session, session.config.scoring.examples)
+    ledger.add("score", sum(score_flops(session, batch) for batch in batches))
+    file = folder / "scores.safetensors"
+
+    def scores() -> NeuronScores:
+        if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
+            _score(session, model, batches).save(file)
+        return NeuronScores.load(file)
+
+    return parallel.on_main(scores)  # the same on every process, whatever it computes on
+
+
+def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
+    return activation_scores(model, batches, kind=session.config.scoring.kind, metadata=_provenance(session))
+
+
+def _provenance(session: Session) -> dict[str, str]:
+    return {
+        "data": session.task.name,
+        "data_fingerprint": examples_fingerprint(session.examples["train"]),
+        "seed": str(session.config.train.seed),
+    }
+
+
+def _layer_scores(
+    session: Session, model: nn.Module, down_to: dict[str, int], folder: Path, ledger: FlopsLedger
+) -> LayerScores:
+    file = folder / "layers.safetensors"
+
+    def made() -> LayerScores:
+        if not file.is_file():  # as with neurons: a resumed run keeps the layers it began with
+            score_layers(session, model, session.config.scoring.keep_layers, down_to).save(file)
+        return LayerScores.load(file)
+
+    scores = parallel.on_main(made)
+    ledger.add("score", float(scores.metadata["flops"]))
+    return scores
+
+
+def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[str, int]) -> LayerScores:
+    """Layer scores of a kind of `LAYER_KINDS` on a session's training data; `metadata["flops"]` is their cost."""
+    chosen = session.config.scoring
+    batches = calibration_batches(session, chosen.layer_examples)
+    metadata = _provenance(session)
+    if kind == "influence":
+        flops = sum(_forward_of(session, batch) for batch in batches)
+        return block_influence(model, batches, metadata={**metadata, "flops": flops})
+    return greedy_removal(model, batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata)
+
+
+def score_neurons(session: Session, model: nn.Module | None = None) -> NeuronScores:
+    """Activation scores on a session's training data, with its prompt as it is initialised where it is in front."""
+    model = trainable(session)[0] if model is None else model
+    return _score(session, model, calibration_batches(session, session.config.scoring.examples))
+
+
+def score_layers_of_run(session: Session) -> LayerScores | None:
+    """The layer scores that a session's recipe needs, made likewise; None where it needs none."""
+    model, _ = trainable(session)
+    _, needed = checked_schedule(session, model)
+    return score_layers(session, model, session.config.scoring.keep_layers, needed.down_to) if needed.down_to else None
+
+
+def score_flops(session: Session, batch: dict[str, Any]) -> float:
+    """FLOPs of scoring one calibration batch: a forward pass, or one and several steps for integrated gradients."""
+    once = _forward_of(session, batch)
+    return once * (1 + 8 * 2) if session.config.scoring.kind == "integrated_gradients" else once
+
+
+def _forward_of(session: Session, batch: dict[str, Any]) -> float:
+    prompt = session.config.prompt
+    in_front = prompt.tokens if prompt.placement == "prefix" else 0  # as `scored_model`
+    return forward_flops(session.cost, None, batch_shape(batch, in_front, session.cost), whole_last_layer=True)
+
+
+def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:
+    """Batches of `examples` *training* examples, as the model's forward takes them."""
+    rows = train_calibration(session.encoded["train"], examples, session.config.train.seed)
+    collate: Collator = make_collator(session.tokenizer, session.plm)
+    indices = by_length(rows["input_ids"])
+    return [collate([rows[i] for i in picked]) for picked in batches_of(indices, session.config.train.batch_size)]
+
+
+def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
+    """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
+    given = session.config.scoring
+
+    def file_of(name: str, path: str | None) -> Path | None:
+        return folder / name if (folder / name).is_file() else Path(path) if path else None
+
+    neurons = file_of("scores.safetensors", given.path)
+    layers = file_of("layers.safetensors", given.layer_path)
+    return _cut_by(
+        session.config,
+        session.plm,
+        NeuronScores.load(neurons) if neurons else None,
+        LayerScores.load(layers) if layers else None,
+    )
+
+
+def evaluate_partial(session: Session, folder: Path) -> Evaluation:
+    """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
+    partial = _partial_of_run(session, folder)
+    schedule = session.config.schedule(partial.full_stage, session.task.stacks)
+    with partial.at(schedule.stages[-1]):
+        return evaluate(session, load_prompt(folder / "prompt").to(session.plm.device))
+
+
+def partial_of(session: Session, size: str, folder: Path) -> AbstractContextManager[PartialPLM]:
+    """A block that runs on the partial PLM of `LAYERSxFFN`, neurons chosen by the scores of the run in `folder`.
+
+    Raises:
+        ConfigError: not of that form. ScheduleError, ScoreError: it does not fit, or the run has scored no neurons.
+    """
+    layers, _, ffn = size.partition("x")
+    if not (layers.isdigit() and ffn.isdigit()):
+        raise ConfigError(f"--partial {size!r} is not LAYERSxFFN, for example 15x768")
+    partial = _partial_of_run(session, folder)
+    stacks = tuple(session.config.stacks or (s for s in partial.full_stage.stacks if s in session.task.stacks))
+    stage = Stage(int(layers), int(ffn), stacks=stacks or partial.full_stage.stacks)
+    partial.check(stage)
+    return partial.at(stage)

@@ -1,0 +1,357 @@
+"""A loaded model, tokenizer and task, and what a prompt answers and scores with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ..cost.flops import BatchShape, CostModel, forward_flops, generation_flops, text_flops
+from ..data import metrics, tasks
+from ..data.encoding import encode, label_ids
+from ..data.readers import load_examples
+from ..errors import ConfigError, DataError
+from ..plm.loading import cache_dir, load_plm, load_tokenizer
+from ..plm.objective import choose_attention
+from ..prompt.placement import check_suffix
+from ..prompt.prediction import Prediction, batches_of, by_length, combine, generate, score_labels
+from ..prompt.soft_prompt import context_length
+from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
+from ..recipe import CacheConfig, RunConfig
+from ..train import parallel
+from .folder import read_log
+from .results import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """A loaded PLM, tokenizer and task: what training and evaluation share.
+
+    `examples` holds each split as text, `encoded` the same rows as token ids; `choices` the label words' token ids.
+    """
+
+    config: RunConfig
+    plm: Any
+    tokenizer: Any
+    task: tasks.Task
+    cost: CostModel
+    examples: dict[str, Dataset] = field(default_factory=dict)
+    encoded: dict[str, Dataset] = field(default_factory=dict)
+    choices: dict[str, list[int]] = field(default_factory=dict)
+    _texts: tuple[CacheConfig, TextCache] | None = None
+
+    @property
+    def texts(self) -> TextCache:
+        """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
+        chosen = self.config.cache
+        if self._texts is None or self._texts[0] != chosen:
+            kept: dict[str, Any] = {"int8": chosen.dtype == "int8", "cross_attention": chosen.cross_attention}
+            if chosen.tier == "disk":
+                folder = chosen.folder or cache_dir() / "texts"
+                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, **kept)
+            else:
+                budget = 0 if chosen.tier == "none" else chosen.budget_mib
+                made = TextCache(self.plm, budget_mib=budget, **kept)
+            self._texts = chosen, made
+        return self._texts[1]
+
+    @property
+    def decoder(self) -> bool:
+        return not self.plm.config.is_encoder_decoder
+
+    @property
+    def max_target_tokens(self) -> int:
+        return self.config.data.max_target_tokens or self.task.max_target_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one prompt (or none) on a split, with every prediction and what it cost."""
+
+    result: metrics.MetricResult
+    predictions: list[Prediction]
+    answers: list[str]
+    flops: float
+    seconds: float
+
+
+def task_of(config: RunConfig) -> tasks.Task:
+    """The task a recipe names, or the one its templates make."""
+    data = config.data
+    if data.task is not None:
+        return tasks.load_task(data.task)
+    return tasks.task_from_templates(
+        files=data.files,
+        input_template=data.input_template or "",
+        target_template=data.target_template or "",
+        labels=data.labels,
+        max_target_tokens=data.max_target_tokens or 64,
+    )
+
+
+def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = False) -> Session:
+    """Load and check model, tokenizer and data of a recipe before any compute is spent.
+
+    Args:
+        resume: for a run that goes on: a measured dtype (`auto`) stays the one it began with.
+
+    Raises:
+        FptError: whatever does not fit, naming it.
+    """
+    task = task_of(config)
+    dtype: str = config.model.dtype
+    if dtype == "auto":
+        past = read_log(Path(config.output) / "log.jsonl") if resume else []
+        dtype = "float32" if config.method == "full" else past[-1].get("dtype", dtype) if past else dtype
+    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
+    device = parallel.start(config.model.device)
+    plm = load_plm(config.model.path, dtype=dtype, device=device, revision=config.model.revision)
+    if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
+        plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
+    session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
+    if config.prompt.placement != "prefix":
+        check_suffix(plm, config.prompt.placement)
+        check_cross_attention(plm, config.cache.cross_attention)
+    _check_within(task, config.prompt.placement)
+    limit = context_length(plm)
+    for needs in _positions(session):
+        if limit is not None and sum(needs.values()) > limit:
+            what = " + ".join(f"{name}={value}" for name, value in needs.items())
+            raise ConfigError(f"{what} need {sum(needs.values())} positions, but this model has {limit}; lower one")
+    choose_attention(plm, config.prompt.tokens + config.data.max_input_tokens + session.max_target_tokens)
+    for split in splits:
+        _load_split(session, split)
+    if "train" in session.examples:
+        _check_targets(session)
+    if task.labels:
+        texts = task.choices(decoder=session.decoder)
+        most = session.max_target_tokens
+        session.choices = label_ids(texts, tokenizer, decoder=session.decoder, max_target_tokens=most)
+    return session
+
+
+def _check_within(task: tasks.Task, placement: str) -> None:
+    if placement == "infix" and task.truncate is None:
+        raise ConfigError(
+            f"prompt.placement='infix' stands after the field that may be shortened, and the task {task.name!r} names "
+            "none; set truncate in its file, or use placement suffix"
+        )
+
+
+def _positions(session: Session) -> list[dict[str, int]]:
+    """What has to fit into the positions of the model, or of its encoder and of its decoder."""
+    prompt = {"prompt.tokens": session.config.prompt.tokens}
+    text = {"data.max_input_tokens": session.config.data.max_input_tokens}
+    target = {"data.max_target_tokens": session.max_target_tokens}
+    if session.decoder:
+        return [{**prompt, **text, **target}]
+    suffix = session.config.prompt.placement != "prefix"
+    return [text if suffix else {**prompt, **text}, {**prompt, **target} if suffix else target]
+
+
+def _load_split(session: Session, split: str) -> None:
+    data = session.config.data
+    bad: list[DataError] = []
+    examples = load_examples(
+        session.task,
+        split,
+        decoder=session.decoder,
+        files=data.files or None,
+        on_bad_row=data.on_bad_row,
+        limit={"train": data.train_limit, "test": data.test_limit}.get(split, data.validation_limit),
+        seed=session.config.train.seed if split == "train" else 0,
+        bad_rows=bad,
+    )
+    for error in bad:
+        logger.warning("skipped: %s", error)
+    lines = sum("\n" in target.strip() for target in examples["target"]) if session.decoder else 0
+    if lines and session.task.one_line and not session.task.labels:
+        logger.warning(
+            "%d targets of the split %r have several lines, but answers end with their first line; set one_line: false "
+            "in the task's file (and make one of templates given as settings)",
+            lines,
+            split,
+        )
+    session.examples[split] = examples
+    session.encoded[split] = encode(
+        examples,
+        session.tokenizer,
+        decoder=session.decoder,
+        max_input_tokens=data.max_input_tokens,
+        max_target_tokens=session.max_target_tokens,
+    )
+
+
+def _check_targets(session: Session) -> None:
+    for split in ("train", "validation"):
+        rows = session.examples.get(split)
+        empty = [i for i, target in zip(rows["id"], rows["target"], strict=True) if not target] if rows else []
+        if empty:
+            raise DataError(
+                f"the split {split!r} has {len(empty)} examples without a target, {empty[0]!r} is the first: there is "
+                "nothing to learn from them, or to score; leave these rows out of the file, or give them an answer"
+            )
+
+
+def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
+    """Token ids of the inputs alone: a decoder-only row holds its target behind them."""
+    if not session.decoder:
+        return list(rows["input_ids"])
+    return [ids[: len(ids) - n] for ids, n in zip(rows["input_ids"], rows["n_target"], strict=True)]
+
+
+def predict(
+    session: Session,
+    prompt: torch.Tensor | None,
+    rows: Dataset,
+    *,
+    voting: str = "probabilities",
+    placement: str | None = None,
+) -> tuple[list[Prediction], list[str], float]:
+    """Answers to the inputs of rows that `encode` has made: predictions, their texts, FLOPs spent.
+
+    Several processes share the work.
+
+    Args:
+        prompt: `(P, H)`, None for zero-shot, or several `(K, P, H)`: an ensemble, all prompts in the same batches.
+        voting: how an ensemble agrees, see `evaluation.combine`.
+        placement: where the prompt stands; default as the recipe says.
+    """
+    inputs = list(zip(input_ids_of(session, rows), rows["n_tail"], strict=True))
+    if parallel.size() == 1:
+        return _predict(session, prompt, inputs, voting, placement)
+    mine = parallel.share(inputs)
+    found, answers, spent = _predict(session, prompt, mine, voting, placement) if mine else ([], [], 0.0)
+    return parallel.merge(found), parallel.merge(answers), sum(parallel.gather(spent))
+
+
+def _predict(
+    session: Session,
+    prompt: torch.Tensor | None,
+    rows: Sequence[tuple[list[int], int]],
+    voting: str,
+    placement: str | None,
+) -> tuple[list[Prediction], list[str], float]:
+    settings, task = session.config.eval, session.task
+    width = session.plm.get_input_embeddings().weight.shape[-1]
+    if prompt is not None and prompt.shape[-1] != width:
+        raise ConfigError(
+            f"the prompt has vectors of {prompt.shape[-1]} numbers, this model's embeddings {width}: it is another "
+            "model's prompt"
+        )
+    several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
+    inputs = [ids for ids, _ in rows for _ in range(several)]
+    longest_label = max((len(ids) for ids in session.choices.values()), default=0)
+    placed = "prefix" if prompt is None else placement or session.config.prompt.placement
+    after = [n if placed == "infix" else 0 for _, n in rows for _ in range(several)]
+    where: dict[str, Any] = {}
+    if placed != "prefix":
+        _check_within(session.task, placed)
+        where = {"placement": placed, "after": after if placed == "infix" else None, "cache": session.texts}
+        session.texts.ran.clear()
+    if session.choices:
+        found = score_labels(
+            session.plm,
+            prompt,
+            inputs,
+            session.choices,
+            batch_size=settings.batch_size,
+            length_normalize=settings.length_normalize,
+            **where,
+        )
+    else:
+        found = generate(
+            session.plm,
+            session.tokenizer,
+            prompt,
+            inputs,
+            max_new_tokens=session.max_target_tokens,
+            num_beams=settings.num_beams,
+            batch_size=settings.batch_size,
+            stop_at_newline=session.decoder and task.one_line,
+            **where,
+        )
+    if several > 1:
+        found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
+    answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
+    cross = session.config.cache.cross_attention
+    spent = sum(text_flops(session.cost, None, *ran, kept_cross=cross) for ran in session.texts.ran) if where else 0.0
+    for picked in batches_of(by_length(inputs), settings.batch_size):
+        between = max(after[i] for i in picked)  # costs what the prompt does
+        shape = BatchShape(
+            batch=len(picked),
+            input_tokens=max(len(inputs[i]) - after[i] for i in picked),
+            prompt_tokens=0 if prompt is None else prompt.shape[-2] + between,
+            target_tokens=longest_label or session.max_target_tokens,
+            placement="suffix" if where else "prefix",
+            text_examples=0 if where else None,
+            kept_cross=cross,
+        )
+        if session.choices:
+            passes = 1 if session.decoder and longest_label == 1 else len(session.choices)
+            spent += passes * forward_flops(session.cost, None, shape)
+        else:
+            spent += settings.num_beams * generation_flops(session.cost, shape)
+    return found, answers, spent
+
+
+def evaluate(
+    session: Session,
+    prompt: torch.Tensor | None,
+    split: str = "validation",
+    *,
+    voting: str = "probabilities",
+    placement: str | None = None,
+) -> Evaluation:
+    """Score a prompt, or an ensemble of them, on a split, with the PLM at the size it has: full, outside a step."""
+    rows = session.examples[split]
+    if 0 in session.encoded[split]["n_target"]:
+        raise DataError(f"the split {split!r} has examples without a label, so it cannot be scored; use --submission")
+    start = time.perf_counter()
+    encoded = session.encoded[split]
+    found, answers, flops = predict(session, prompt, encoded, voting=voting, placement=placement)
+    result = metrics.evaluate(
+        session.task.metric,
+        answers,
+        rows["references"],
+        rows["group"] if session.task.expand else None,  # ids of a user's own file may repeat and mean nothing
+        primary=session.task.primary,
+    )
+    return Evaluation(result, found, answers, flops, time.perf_counter() - start)
+
+
+def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None:
+    """One JSON object a line: id, input, gold answers, prediction, score."""
+    lines = [
+        json.dumps(
+            {
+                "id": i,
+                "input": text,
+                "gold": gold,
+                "prediction": answer,
+                "score": round(found.score, 6) if math.isfinite(found.score) else None,
+            },
+            ensure_ascii=False,
+        )
+        for i, text, gold, answer, found in zip(
+            rows["id"], rows["input"], rows["references"], evaluation.answers, evaluation.predictions, strict=True
+        )
+    ]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def write_submission(session: Session, prompt: torch.Tensor | None, split: str, path: Path) -> None:
+    """Answers to a split, which needs no labels, in the benchmark's own format (`tasks.write_submission`)."""
+    on_device = None if prompt is None else prompt.to(session.plm.device)
+    _, answers, _ = predict(session, on_device, session.encoded[split])
+    tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)

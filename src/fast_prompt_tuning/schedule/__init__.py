@@ -1,0 +1,1 @@
+"""Stages and schedules, and the controller of `auto`. No torch."""

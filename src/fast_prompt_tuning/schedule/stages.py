@@ -1,0 +1,318 @@
+"""Schedules: which size of the model, and how much of each batch, every training step runs on. Pure, no torch.
+
+Source of the presets: Huang et al. 2022, "FPT: Improving Prompt Tuning Efficiency via Progressive Training"
+(Findings of EMNLP 2022), Section 4.1 and Appendix: three partial stages of 20% of the steps each at 25%, 50% and
+75% of the layers and/or FFN neurons, then 40% of the steps on the full PLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import ScheduleError
+
+METHODS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
+    # name -> (reduces layers, reduces FFN neurons)
+    {"pt": (False, False), "ld": (True, False), "fr": (False, True), "cr": (True, True)}
+)
+"""The paper's methods: plain prompt tuning, layer dropping, FFN reduction, compound reduction."""
+
+PAPER_FRACTIONS = (0.25, 0.50, 0.75)
+"""Part of the layers and neurons kept in each partial stage (paper, Section 4.1)."""
+
+PAPER_SPLIT = (0.20, 0.20, 0.20, 0.40)
+"""Part of the steps spent in each stage, the full PLM last (paper, Section 4.1)."""
+
+STACKS = ("encoder", "decoder")
+
+Size = int | Mapping[str, int]
+
+
+def _per_stack(name: str, value: Size, stacks: tuple[str, ...]) -> dict[str, int]:
+    if isinstance(value, Mapping):
+        sizes = {str(k): v for k, v in value.items()}
+        if set(sizes) != set(stacks):
+            raise ScheduleError(f"{name}={sizes} must name exactly the stacks {list(stacks)}; fix the keys")
+        sizes = {stack: sizes[stack] for stack in stacks}  # in one order: equal stages must hash and print the same
+    else:
+        sizes = dict.fromkeys(stacks, value)
+    for stack, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ScheduleError(f"{name}={size!r} for the {stack} must be a whole number of at least 1")
+    return sizes
+
+
+_OPTIONAL = ("batch", "length", "rate")  # what a stage may say beside its size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One size of the model and of its batches, kept for a number of steps.
+
+    Args:
+        layers: layers kept in each stack of `stacks`: one number for all of them, or one per stack
+            (`{"encoder": 6, "decoder": 3}`).
+        ffn: FFN neurons kept in every kept layer, likewise.
+        steps: optimizer steps this stage lasts.
+        stacks: the stacks that are cut; a stack of the model that is not named here stays whole.
+        batch: examples of each forward pass (and process) that the step trains on; None: all it is given.
+        length: tokens an input is cut to, the soft prompt not counted; None: whole inputs.
+        rate: what the learning rate is multiplied by while the stage lasts; None: 1. A small batch's gradient is
+            noisy, and bears less: about the square root of its part of the batch, with optimizers that divide a
+            gradient by its size, as Adam does (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive
+            Gradient Algorithms").
+
+    Raises:
+        ScheduleError: sizes below one, unknown stacks, negative steps.
+    """
+
+    layers: Size
+    ffn: Size
+    steps: int = 0
+    stacks: tuple[str, ...] = ("decoder",)
+    batch: int | None = None
+    length: int | None = None
+    rate: float | None = None
+    _layers: Mapping[str, int] = field(init=False, repr=False, compare=False)
+    _ffn: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        stacks = tuple(s for s in STACKS if s in self.stacks)
+        if not stacks or set(stacks) != set(self.stacks):
+            raise ScheduleError(f"stacks={list(self.stacks)} must be a non-empty choice of {list(STACKS)}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ScheduleError(f"steps={self.steps!r} must be a whole number of at least 0")
+        for name in ("batch", "length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
+        number = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool)
+        if self.rate is not None and not (number and 0 < self.rate < math.inf):
+            raise ScheduleError(f"rate={self.rate!r} must be a number above 0, or left out")
+        layers, ffn = _per_stack("layers", self.layers, stacks), _per_stack("ffn", self.ffn, stacks)
+        set_ = object.__setattr__
+        set_(self, "stacks", stacks)
+        set_(self, "_layers", MappingProxyType(layers))
+        set_(self, "_ffn", MappingProxyType(ffn))
+        # One number wherever the stacks agree, so that equal stages compare equal however they were written.
+        for name, sizes in (("layers", layers), ("ffn", ffn)):
+            numbers = set(sizes.values())
+            set_(self, name, numbers.pop() if len(numbers) == 1 else MappingProxyType(sizes))
+
+    def __hash__(self) -> int:
+        return hash((tuple(self._layers.items()), tuple(self._ffn.items()), *self._others))
+
+    @property
+    def _others(self) -> tuple[Any, ...]:
+        """What is not a size, in the order of the arguments."""
+        return self.steps, self.stacks, self.batch, self.length, self.rate
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stage, (dict(self._layers), dict(self._ffn), *self._others)
+
+    def layers_in(self, stack: str) -> int | None:
+        """Layers kept in `stack`; None where the stack stays whole."""
+        return self._layers.get(stack)
+
+    def ffn_in(self, stack: str) -> int | None:
+        """FFN neurons kept per layer of `stack`; None where the stack stays whole."""
+        return self._ffn.get(stack)
+
+    def same_size(self, other: Stage) -> bool:
+        """Whether both stages keep the same layers and widths, whatever their steps and batches."""
+        same: dict[str, Any] = {"steps": 0, "batch": None, "length": None, "rate": None}
+        return replace(self, **same) == replace(other, **same)
+
+    def check_fits(self, full: Stage) -> None:
+        """Raise unless every size is within the model's.
+
+        Raises:
+            ScheduleError: a stack the model lacks, or more layers or neurons than it has.
+        """
+        for stack in self.stacks:
+            if stack not in full.stacks:
+                raise ScheduleError(
+                    f"stacks={list(self.stacks)} names the {stack}, but this model has only {list(full.stacks)}"
+                )
+            for name, want, limit in (
+                ("layers", self.layers_in(stack), full.layers_in(stack)),
+                ("ffn", self.ffn_in(stack), full.ffn_in(stack)),
+            ):
+                if want is not None and limit is not None and want > limit:
+                    raise ScheduleError(
+                        f"{name}={want} does not fit: the {stack} of this model has {limit}; choose 1 to {limit}"
+                    )
+
+    def is_full(self, full: Stage) -> bool:
+        """Whether this stage keeps the whole model `full` describes, whatever its batches."""
+        return all(self.layers_in(s) == full.layers_in(s) and self.ffn_in(s) == full.ffn_in(s) for s in self.stacks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `Stage(**d)` gives the stage back (tuples as lists)."""
+        plain = lambda size: dict(size) if isinstance(size, Mapping) else size  # noqa: E731
+        small = {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
+        sizes = {"layers": plain(self.layers), "ffn": plain(self.ffn)}
+        return {**sizes, "steps": self.steps, "stacks": list(self.stacks), **small}
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Stage:
+        """The inverse of `to_dict`."""
+        unknown = set(d) - {"layers", "ffn", "steps", "stacks", *_OPTIONAL}
+        if unknown or not {"layers", "ffn"} <= set(d):
+            optional = ", ".join(("steps", "stacks", *_OPTIONAL))
+            raise ScheduleError(f"stage={dict(d)!r} needs layers and ffn, may have {optional}, and nothing else")
+        stacks = tuple(d.get("stacks", ("decoder",)))
+        return cls(d["layers"], d["ffn"], d.get("steps", 0), stacks, *(d.get(name) for name in _OPTIONAL))
+
+    def __str__(self) -> str:
+        def text(size: Size) -> str:
+            return "/".join(str(v) for v in size.values()) if isinstance(size, Mapping) else str(size)
+
+        parts = [f"{text(self.layers)} layers × {text(self.ffn)} neurons"]
+        parts += [f"{self.batch} examples"] if self.batch is not None else []
+        parts += [f"{self.length} tokens"] if self.length is not None else []
+        parts += [f"{self.rate:g} × learning rate"] if self.rate is not None else []
+        return ", ".join(parts)
+
+
+def _part(size: int, fraction: float) -> int:
+    """`fraction` of `size`, halves up, at least 1."""
+    return max(1, int(size * fraction + 0.5))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Stages in the order they are trained in.
+
+    Raises:
+        ScheduleError: no stage, or a stage of zero steps.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __init__(self, stages: Iterable[Stage]):
+        object.__setattr__(self, "stages", tuple(stages))
+        if not self.stages:
+            raise ScheduleError("stages=[] is empty; a schedule needs at least one stage")
+        for i, stage in enumerate(self.stages):
+            if stage.steps < 1:
+                raise ScheduleError(f"stages[{i}].steps={stage.steps} must be at least 1")
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """First step (0-based) of every stage."""
+        starts, at = [], 0
+        for stage in self.stages:
+            starts.append(at)
+            at += stage.steps
+        return tuple(starts)
+
+    def index_at(self, step: int) -> int:
+        """Index of the stage that optimizer step `step` (0-based, so `state.global_step`) trains on.
+
+        Steps past the end belong to the last stage: a run resumed after its last growth is on the last stage.
+
+        Raises:
+            ScheduleError: a negative step.
+        """
+        if step < 0:
+            raise ScheduleError(f"step={step} must be at least 0")
+        return max(i for i, start in enumerate(self.boundaries) if start <= step)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that optimizer step `step` (0-based) trains on; see `index_at`."""
+        return self.stages[self.index_at(step)]
+
+    def check_fits(self, full: Stage) -> None:
+        """Raise unless every stage fits the model whose full size is `full` (`ScheduleError`)."""
+        for stage in self.stages:
+            stage.check_fits(full)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [stage.to_dict() for stage in self.stages]
+
+    @classmethod
+    def from_dict(cls, stages: Iterable[Mapping[str, Any]]) -> Schedule:
+        return cls(Stage.from_dict(s) for s in stages)
+
+    @classmethod
+    def constant(cls, stage: Stage, total_steps: int) -> Schedule:
+        """One size for the whole run: a partial-only run as in the paper's Table 1, or plain prompt tuning."""
+        return cls((replace(stage, steps=total_steps),))
+
+    @classmethod
+    def preset(
+        cls,
+        method: str,
+        full_stage: Stage,
+        *,
+        total_steps: int,
+        stacks: Iterable[str] | None = None,
+    ) -> Schedule:
+        """The paper's schedule for a model of any depth and width.
+
+        Args:
+            method: `pt`, `ld`, `fr` or `cr`.
+            full_stage: the model's full size, `PartialPLM.full_stage`.
+            total_steps: optimizer steps of the whole run; at least 4 for the methods that grow.
+            stacks: stacks to cut; default all of the model's. The paper cuts the encoder only for tasks with
+                short targets (MNLI, QQP).
+
+        Returns:
+            25/50/75% of the layers and/or neurons for 20% of the steps each, then the full PLM for 40%. Sizes are
+            rounded to the nearest whole number, halves up. Stage boundaries are rounded so that they add up.
+
+        Raises:
+            ScheduleError: unknown method, too few steps, or a model so small that the method would cut nothing.
+        """
+        if method not in METHODS:
+            raise ScheduleError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+        cut_layers, cut_ffn = METHODS[method]
+        chosen = tuple(stacks) if stacks is not None else full_stage.stacks
+        least = len(PAPER_SPLIT) if cut_layers or cut_ffn else 1
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < least:
+            raise ScheduleError(
+                f"total_steps={total_steps!r} must be a whole number of at least {least} for {method!r}"
+            )
+        if not chosen:
+            raise ScheduleError(f"stacks=[] names no stack to cut; this model has {list(full_stage.stacks)}")
+        for stack in chosen:
+            if stack not in full_stage.stacks:
+                raise ScheduleError(
+                    f"stacks={list(chosen)} names the {stack}, but this model has only {list(full_stage.stacks)}"
+                )
+        layers = {s: full_stage._layers[s] for s in chosen}
+        ffn = {s: full_stage._ffn[s] for s in chosen}
+        if not (cut_layers or cut_ffn):
+            return cls((Stage(layers, ffn, total_steps, chosen),))
+        for what, cut, sizes in (("layers", cut_layers, layers), ("FFN neurons", cut_ffn, ffn)):
+            if cut and all(_part(n, PAPER_FRACTIONS[0]) == n for n in sizes.values()):
+                raise ScheduleError(
+                    f"method={method!r} would leave out no {what}: this model has {max(sizes.values())} in each of "
+                    f"{', '.join(sizes)}; use method 'pt'"
+                )
+        shares = [sum(PAPER_SPLIT[: i + 1]) for i in range(len(PAPER_SPLIT))]
+        ends = [
+            max(i + 1, min(round(total_steps * s), total_steps - len(shares) + i + 1)) for i, s in enumerate(shares)
+        ]
+        steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        return cls(
+            Stage(
+                {s: _part(n, f) if cut_layers else n for s, n in layers.items()},
+                {s: _part(n, f) if cut_ffn else n for s, n in ffn.items()},
+                n_steps,
+                chosen,
+            )
+            for f, n_steps in zip((*PAPER_FRACTIONS, 1.0), steps, strict=True)
+        )
+
+    def __str__(self) -> str:
+        return " → ".join(f"{stage} ({stage.steps} steps)" for stage in self.stages)

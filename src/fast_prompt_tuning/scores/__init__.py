@@ -1,0 +1,1 @@
+"""Scores of neurons and layers, by which partial PLMs are chosen."""

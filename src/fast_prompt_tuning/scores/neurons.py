@@ -1,0 +1,276 @@
+"""Scores of FFN neurons, by which FFN reduction chooses what to keep.
+
+Source: Huang et al. 2022 (Findings of EMNLP), Section 3.2: the activation score of a neuron is its mean absolute
+activation over the non-padding tokens of calibration examples, the soft prompt prepended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import ScoreError
+from ..plm import fingerprint
+from ..plm.objective import IGNORED, label_loss, selected_rows
+from ..plm.partial import StackModules, find_stacks, get_plm
+from ..prompt.placement import SuffixPromptModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KINDS = ("mean", "max", "integrated_gradients")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores by stack, float32. `metadata` says of what and how; see `NeuronScores`, `LayerScores`.
+
+    Raises:
+        ScoreError: from `check_model` and `load`.
+    """
+
+    scores: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    what: ClassVar[str]
+    maker: ClassVar[str]
+    dimensions: ClassVar[int]
+
+    def check_model(self, plm: Any) -> None:
+        """Raise `ScoreError` unless these are the scores of `plm`'s own weights."""
+        mine, its = self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)
+        if mine is not None and mine != its:
+            raise ScoreError(
+                f"{self.what} are of the model {self.metadata.get('model', '?')!r} (fingerprint {mine}), not of this "
+                f"one ({its}); score this model: {self.maker}(model, calibration_batches)"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file.
+
+        Raises:
+            ScoreError: the file exists already.
+        """
+        path = Path(path)
+        if path.exists():
+            raise ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = path.with_name(f".{path.name}-new")
+        save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
+        os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file written by `save`."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise ScoreError(f"{str(path)!r} is not a readable score file: {error}") from error
+        if "model_fingerprint" not in metadata or any(t.ndim != cls.dimensions for t in scores.values()):
+            raise ScoreError(
+                f"{str(path)!r} was not written by {cls.__name__}.save: no model fingerprint in it, or other scores"
+            )
+        return cls(scores, metadata)
+
+
+class NeuronScores(Scores):
+    """One score per FFN neuron: `scores[stack]` is `(L, F)`; FFN reduction keeps the highest."""
+
+    what, maker, dimensions = "neuron_scores", "activation_scores", 2
+
+
+def describe(plm: Any, metadata: Mapping[str, Any] | None, **own: Any) -> dict[str, str]:
+    """Metadata of scores: which model, which version, and what the caller adds. safetensors keeps strings only."""
+    from .. import __version__
+
+    common = {
+        "model": plm.config.name_or_path or plm.config.model_type,
+        "model_fingerprint": fingerprint.of_model(plm),
+        "version": __version__,
+    }
+    return {k: str(v) for k, v in {**own, **common, **(metadata or {})}.items()}
+
+
+def activation_scores(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    kind: str = "mean",
+    gradient_steps: int = 8,
+    metadata: Mapping[str, Any] | None = None,
+) -> NeuronScores:
+    """Score every FFN neuron on calibration batches, streamed: memory does not grow with their number.
+
+    Padding positions do not count, and the result does not depend on how examples are batched. The model is run at
+    its full size, in evaluation mode, and left as it was.
+
+    Args:
+        model: PEFT model with its soft prompt (prepended as in training), or the bare PLM; a `SuffixPromptModel`
+            stands for its PLM, since a prompt after the text leaves the text as it is without one.
+        batches: dicts of tensors as the model's forward takes them: `input_ids (B, T)`, `attention_mask (B, T)`,
+            `labels`. Use *training* examples.
+        kind: `mean`: mean |a| (the paper's); `max`: largest |a|; `integrated_gradients`: mean |a ∫ ∂loss/∂a| along
+            the path that scales all FFN activations from 0 to a (Sundararajan et al. 2017), needs labels.
+        gradient_steps: points of that integral (midpoint rule).
+        metadata: more to keep with the scores (data set, seed), as strings.
+
+    Raises:
+        ScoreError: unknown kind, fewer than one gradient step, no batch, or activations that are not finite.
+        UnknownFamilyError, ModelError: as `PartialPLM`.
+    """
+    if kind not in KINDS:
+        raise ScoreError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
+        raise ScoreError(f"gradient_steps={gradient_steps!r} must be a whole number of at least 1")
+    model, plm = scored_model(model), get_plm(model)
+    stacks = find_stacks(plm)
+    totals = {n: torch.zeros(len(s.layers), s.width, dtype=torch.float64) for n, s in stacks.items()}
+    tokens = dict.fromkeys(stacks, 0)
+    examples = 0
+    with evaluating(model):
+        for batch in batches:
+            batch = on_device(batch, plm)
+            masks = real_masks(plm, batch, stacks)
+            values = _integrated(model, batch, stacks, gradient_steps) if kind == "integrated_gradients" else None
+            seen: dict[str, int] = {}
+            for name, layer, activation in values if values is not None else _activations(model, batch, stacks):
+                rows = real_rows(activation.float().abs(), masks[name])
+                if kind == "max":
+                    totals[name][layer] = torch.maximum(totals[name][layer], rows.amax(0).cpu())
+                else:
+                    totals[name][layer] += rows.sum(0, dtype=torch.float64).cpu()
+                seen[name] = rows.shape[0]
+            for name, count in seen.items():
+                tokens[name] += count
+            examples += next(iter(batch.values())).shape[0]
+    if not examples:
+        raise ScoreError("calibration_batches is empty; give at least one batch of training examples")
+    scores = {n: (t if kind == "max" else t / max(tokens[n], 1)).float() for n, t in totals.items()}
+    for name, value in scores.items():
+        if not torch.isfinite(value).all():
+            raise ScoreError(
+                f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)"
+            )
+    counts = {"examples": examples, "tokens": sum(tokens.values())}
+    return NeuronScores(scores, describe(plm, metadata, kind=kind, **counts))
+
+
+def scored_model(model: nn.Module) -> nn.Module:
+    """What neurons and layers are scored on: the PLM alone where the prompt stands after the text."""
+    return get_plm(model) if isinstance(model, SuffixPromptModel) else model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in evaluation mode, then give every module its own mode back."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:
+    """The batch on the PLM's device."""
+    return {k: v.to(plm.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def real_masks(plm: Any, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]) -> dict[str, Any]:
+    """For each stack the mask `(B, T)` of its real tokens; None where all are."""
+    text, labels = batch.get("attention_mask"), batch.get("labels")
+    if not plm.config.is_encoder_decoder:
+        return dict.fromkeys(stacks, text)
+    target = batch.get("decoder_attention_mask")
+    if target is None and labels is not None:
+        target = labels != IGNORED  # the decoder input is the labels moved by one: as many real tokens
+    return {"encoder": text, "decoder": target}
+
+
+def real_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Values `(N, F)` of the N real positions; those in front of the mask's (the soft prompt) are real."""
+    flat = values.reshape(-1, values.shape[-1])
+    if mask is None:
+        return flat
+    extra = flat.shape[0] // mask.shape[0] - mask.shape[1]
+    return flat[nn.functional.pad(mask.bool(), (extra, 0), value=True).reshape(-1)]
+
+
+def run_stacks(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Run the stacks; the LM head, if any, on one position: its logits are not used."""
+    plm = get_plm(model)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    labels = batch.get("labels")
+    if plm.config.is_encoder_decoder and "decoder_input_ids" not in inputs and labels is not None:
+        inputs["decoder_input_ids"] = plm.prepare_decoder_input_ids_from_labels(labels=labels)
+    with ExitStack() as stack:
+        if plm.get_output_embeddings() is not None:
+            stack.enter_context(selected_rows(plm, lambda shape: torch.zeros(1, dtype=torch.long)))
+        model(**inputs)
+
+
+def _hook_outputs(
+    stacks: Mapping[str, StackModules], hook: Callable[[str, int, torch.Tensor], torch.Tensor | None]
+) -> ExitStack:
+    """Call `hook(stack, layer, activation)` on the input of every FFN output projection; a result replaces it."""
+    outputs: list[tuple[str, int, nn.Module]] = []
+    for name, stack in stacks.items():
+        for i, module in enumerate(stack.ffn_out):
+            if module is None:
+                raise ScoreError(f"layer {i} of the {name} has no feed-forward layer to score; use method ld")
+            outputs.append((name, i, module))
+    handles = ExitStack()
+    for name, i, module in outputs:
+
+        def pre_hook(_m: nn.Module, args: tuple[torch.Tensor, ...], key: tuple[str, int] = (name, i)) -> Any:
+            replaced = hook(*key, args[0])
+            return None if replaced is None else (replaced, *args[1:])
+
+        handles.callback(module.register_forward_pre_hook(pre_hook).remove)
+    return handles
+
+
+def _activations(
+    model: nn.Module, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]
+) -> list[tuple[str, int, torch.Tensor]]:
+    found: list[tuple[str, int, torch.Tensor]] = []
+    with torch.no_grad(), _hook_outputs(stacks, lambda n, i, a: found.append((n, i, a))):
+        run_stacks(model, batch)
+    return found
+
+
+def _integrated(
+    model: nn.Module, batch: Mapping[str, Any], stacks: Mapping[str, StackModules], steps: int
+) -> list[tuple[str, int, torch.Tensor]]:
+    """`a · mean over the path of ∂(summed loss)/∂a`: summed, so that an example's share ignores its batch mates."""
+    if batch.get("labels") is None:
+        raise ScoreError("kind='integrated_gradients' needs labels in the calibration batches")
+    activations = _activations(model, batch, stacks)
+    gradients = [torch.zeros_like(a, dtype=torch.float32) for _, _, a in activations]
+    for step in range(steps):
+        alpha = (step + 0.5) / steps
+        leaves = {(n, i): (alpha * a).detach().requires_grad_() for n, i, a in activations}
+
+        def scaled(name: str, layer: int, _a: torch.Tensor, leaves: dict[Any, Any] = leaves) -> torch.Tensor:
+            return leaves[name, layer]
+
+        with _hook_outputs(stacks, scaled), torch.enable_grad():
+            loss = label_loss(model, batch, num_items=1, whole_last_layer=True)
+        for total, grad in zip(gradients, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+            total += grad / steps
+    return [(n, i, a.float() * g) for (n, i, a), g in zip(activations, gradients, strict=True)]

@@ -1,0 +1,148 @@
+"""What the processes of one run agree on: who writes, what the main one found, and when all of them stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from ..errors import ConfigError, FptError
+
+T = TypeVar("T")
+
+
+def launched() -> int:
+    """Processes that torchrun or accelerate started for this run; 1 without them.
+
+    Raises:
+        ConfigError: the launcher asks for sharded weights, which a partial PLM of `fpt train` cannot have.
+    """
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"{name} is set: fpt train keeps the whole PLM on every process and cannot train under {what}; launch "
+                "it without, or use ProgressiveCallback with a depth-only schedule (method ld) in a Trainer script"
+            )
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: str | None) -> str | None:
+    """Join the other processes, if there are any.
+
+    Args:
+        device: the recipe's torch device, or None.
+
+    Returns:
+        This process's device: with several processes on CUDA, each has its own.
+    """
+    if launched() == 1:
+        return device
+    from accelerate import PartialState  # here: it joins the processes' group, which a single one needs not
+
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu)
+    return str(state.device) if device in (None, "cuda") else device
+
+
+def check_one_gpu(device: torch.device) -> None:
+    """Raise where the Trainer would spread one process over several GPUs (`torch.nn.DataParallel`).
+
+    Raises:
+        ConfigError: the model is on one of several visible GPUs, and this is the only process.
+    """
+    if device.type == "cuda" and size() == 1 and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs in one process: torch.nn.DataParallel cannot train a prompt; start one "
+            "process per GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
+def stop() -> None:
+    """Leave the group of processes, at the very end."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def size() -> int:
+    """Processes in this run."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 is the main one, which alone writes files."""
+    return distributed.get_rank() if size() > 1 else 0
+
+
+def _device() -> torch.device:
+    on_gpu = distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def largest(number: int) -> int:
+    """The largest `number` of all processes; every process must ask."""
+    if size() == 1:
+        return number
+    found = torch.tensor([number], device=_device())
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true on any process; every process must ask."""
+    return bool(largest(int(flag)))
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every process, in order of rank; on every process."""
+    if size() == 1:
+        return [value]
+    found: list[Any] = [None] * size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of `items`; `merge` puts the shares' results together again."""
+    return items[rank() :: size()]
+
+
+def merge(mine: list[T]) -> list[T]:
+    """The results of `share` of every process, in the order of the items."""
+    shares = gather(mine)
+    merged: list[Any] = [None] * sum(map(len, shares))
+    for i, found in enumerate(shares):
+        merged[i :: len(shares)] = found
+    return merged
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` gives on the main process, handed to all; the others wait and do not call it.
+
+    Raises:
+        FptError: what the main process raised, on every process.
+    """
+    if size() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer = [function(), None]
+        except FptError as error:
+            answer = [None, error]
+    distributed.broadcast_object_list(answer, src=0, device=_device())
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process can no longer be reached."""
+    kinds = tuple(filter(None, (getattr(distributed, "DistError", None),)))
+    text = str(error).lower()
+    return size() > 1 and (isinstance(error, kinds) or any(word in text for word in _LOST))
+
+
+_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import collections
+import re
+import string
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fast_prompt_tuning.data import metrics
+from fast_prompt_tuning.errors import ConfigError, DataError
+
+WORDS = st.sampled_from(["the", "A", "an", "cat", "Cat!", "dog", "1907", "...", "river Wye", "the-end", "", "  ", "é"])
+TEXT = st.lists(WORDS, max_size=5).map(" ".join)
+PAIRS = st.lists(st.tuples(TEXT, st.lists(TEXT, max_size=3)), min_size=1, max_size=12)
+
+
+# The official SQuAD 2.0 script's algorithm, written out again step by step.
+
+
+def official_normalize(s):
+    s = s.lower()
+    s = "".join(ch for ch in s if ch not in set(string.punctuation))
+    s = re.sub(re.compile(r"\b(a|an|the)\b", re.UNICODE), " ", s)
+    return " ".join(s.split())
+
+
+def official_f1(gold, pred):
+    gold_toks = official_normalize(gold).split() if gold else []
+    pred_toks = official_normalize(pred).split() if pred else []
+    common = collections.Counter(gold_toks) & collections.Counter(pred_toks)
+    same = sum(common.values())
+    if len(gold_toks) == 0 or len(pred_toks) == 0:
+        return int(gold_toks == pred_toks)
+    if same == 0:
+        return 0
+    precision, recall = 1.0 * same / len(pred_toks), 1.0 * same / len(gold_toks)
+    return (2 * precision * recall) / (precision + recall)
+
+
+def official_squad(predictions, references):
+    exact, f1 = {}, {}
+    for i, (pred, answers) in enumerate(zip(predictions, references, strict=True)):
+        golds = [a for a in answers if official_normalize(a)]
+        if not golds:
+            golds = [""]
+        exact[i] = max(int(official_normalize(a) == official_normalize(pred)) for a in golds)
+        f1[i] = max(official_f1(a, pred) for a in golds)
+    out = {"em": 100.0 * sum(exact.values()) / len(exact), "f1": 100.0 * sum(f1.values()) / len(f1)}
+    for name, wanted in (("has_ans", True), ("no_ans", False)):
+        ids = [i for i, answers in enumerate(references) if bool(answers) is wanted]
+        if ids:
+            out[f"{name}_em"] = 100.0 * sum(exact[i] for i in ids) / len(ids)
+            out[f"{name}_f1"] = 100.0 * sum(f1[i] for i in ids) / len(ids)
+        out[f"{name}_total"] = len(ids)
+    return {**out, "total": len(predictions)}
+
+
+@settings(deadline=None, max_examples=300)
+@given(PAIRS)
+def test_squad_is_the_official_algorithm(pairs):
+    predictions, references = [p for p, _ in pairs], [g for _, g in pairs]
+    assert metrics.squad_v2(predictions, references) == pytest.approx(official_squad(predictions, references))
+
+
+@settings(deadline=None)
+@given(TEXT, TEXT)
+def test_squad_scores_are_bounded_and_symmetric(a, b):
+    # "x" keeps both sides answerable: an answer that normalises to nothing is dropped, which is not symmetric
+    one, other = (metrics.squad_v2([p + " x"], [[g + " x"]]) for p, g in ((a, b), (b, a)))
+    assert one == pytest.approx(other)
+    assert 0 <= one["em"] <= one["f1"] <= 100
+
+
+def test_squad_by_hand():
+    predictions = ["The 1907!", "built in 1907", "", "something", ""]
+    references = [["1907"], ["in 1907", "1907"], [], [], ["the"]]
+    found = metrics.squad_v2(predictions, references)
+    assert found["em"] == pytest.approx(60)  # the last gold answer is only an article: nothing is left of it
+    assert found["f1"] == pytest.approx(100 * (1 + 0.8 + 1 + 0 + 1) / 5)
+    assert (found["has_ans_total"], found["no_ans_total"], found["total"]) == (3, 2, 5)
+    assert found["has_ans_em"] == pytest.approx(200 / 3)
+    assert found["no_ans_em"] == found["no_ans_f1"] == 50
+    assert "no_ans_em" not in metrics.squad_v2(["a"], [["a"]])
+
+
+def test_record_takes_the_best_answer_and_scores_two_empty_answers_as_superglue_does():
+    assert metrics.record(["omar khan", "Lee"], [["Anna Lee", "Omar Khan"], ["Anna Lee"]]) == pytest.approx(
+        {"em": 50, "f1": 100 * (1 + 2 / 3) / 2}
+    )
+    assert metrics.record(["the"], [["a"]]) == {"em": 100, "f1": 0}
+
+
+def test_accuracy_is_exact_but_for_outer_space():
+    assert metrics.accuracy([" yes\n", "Yes", "no"], [["yes"], ["yes"], ["maybe", "no"]])["accuracy"] == pytest.approx(
+        200 / 3
+    )
+
+
+def test_rouge_by_hand():
+    found = metrics.rouge(["the cats sat"], [["a dog", "the cat sat down"]])
+    assert found["rouge1"] == pytest.approx(100 * 2 * 1 * 0.75 / 1.75)  # "cats" and "cat" have one stem
+    assert found["rouge2"] == pytest.approx(100 * 2 * 1 * (2 / 3) / (5 / 3))
+    assert found["rougeL"] == found["rouge1"]
+
+
+def test_rouge_counts_empty_predictions():
+    assert metrics.rouge(["a cat", ""], [["a cat"], ["a cat"]])["rougeL"] == 50
+
+
+def test_rouge_lsum_takes_sentences_of_one_line_as_lines():
+    reference = "The cat sat.\nThe dog ran."
+    swapped = metrics.rouge(["The dog ran. The cat sat."], [[reference]])
+    assert swapped["rougeLsum"] == 100
+    assert swapped["rougeL"] < 100
+    assert metrics.rouge(["The dog ran.\nThe cat sat."], [[reference]]) == swapped
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=40), st.integers(0, 5))
+def test_interval_contains_the_mean_and_repeats(scores, seed):
+    low, high = metrics.bootstrap_interval(scores, seed=seed, resamples=50)
+    assert low <= np.mean(scores) <= high
+    assert min(scores) - 1e-9 <= low
+    assert high <= max(scores) + 1e-9
+    assert (low, high) == metrics.bootstrap_interval(scores, seed=seed, resamples=50)
+
+
+def test_interval_has_the_width_theory_gives():
+    scores = [0.0, 100.0] * 200
+    low, high = metrics.bootstrap_interval(scores, seed=1)
+    assert high - low == pytest.approx(2 * 1.96 * 50 / np.sqrt(400), rel=0.1)
+    assert metrics.bootstrap_interval(scores, seed=2) != (low, high)
+
+
+def test_interval_is_the_same_however_it_is_chunked(monkeypatch):
+    whole = metrics.bootstrap_interval([1.0, 2.0, 7.0], resamples=100)
+    monkeypatch.setattr(metrics, "_CHUNK", 30)
+    assert metrics.bootstrap_interval([1.0, 2.0, 7.0], resamples=100) == whole
+
+
+def test_evaluate():
+    result = metrics.evaluate("squad_v2", ["a cat", "dog", ""], [["cat"], ["cat"], []], primary="f1")
+    assert (result.name, result.primary, result.n) == ("squad_v2", "f1", 3)
+    assert result.values["em"] == pytest.approx(200 / 3)
+    assert result.values["no_ans_em"] == 100
+    assert (
+        set(result.intervals)
+        == set(result.values)
+        == {"em", "f1", "has_ans_em", "has_ans_f1", "no_ans_em", "no_ans_f1"}
+    )
+    for name, (low, high) in result.intervals.items():
+        assert low <= result.values[name] <= high
+
+
+def test_evaluate_scores_a_group_once_against_all_its_references():
+    result = metrics.evaluate("record", ["Leeds", "Leeds", "York"], [["York"], ["Leeds"], ["Hull"]], ["q1", "q1", "q2"])
+    assert result.n == 2
+    assert result.values["em"] == 50
+
+
+def test_evaluate_takes_columns_of_a_data_set():
+    rows = Dataset.from_dict({"prediction": ["a"], "references": [["a"]], "group": ["g"]})
+    assert metrics.evaluate("accuracy", rows["prediction"], rows["references"], rows["group"]).values["accuracy"] == 100
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_every_metric_gives_the_scores_it_promises(name):
+    metric = metrics.METRICS[name]
+    found = metric(["a cat", "dog"], [["cat"], ["dog"]])
+    assert set(metric.scores) <= set(found)
+    assert all(len(found[score]) == 2 for score in metric.scores)
+    assert metrics.evaluate(name, ["a cat", "dog"], [["cat"], ["dog"]]).primary == metric.scores[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.accuracy(["a"], []), "1 predictions but 0 references"),
+        (lambda: metrics.squad_v2([], []), "no predictions"),
+        (lambda: metrics.accuracy(["a", "b"], [["a"], []]), "example 1 has no reference"),
+        (lambda: metrics.rouge(["a"], [[]]), "example 0 has no reference"),
+        (lambda: metrics.accuracy(["a"], ["a"]), "is a string"),
+        (lambda: metrics.evaluate("record", ["a"], [["a"]], ["g", "h"]), "2 groups but 1 predictions"),
+        (lambda: metrics.bootstrap_interval([]), "no scores"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(DataError, match=message):
+        call()
+
+
+def test_unknown_metric_or_score():
+    with pytest.raises(ConfigError, match=r"bleu.*accuracy"):
+        metrics.evaluate("bleu", ["a"], [["a"]])
+    with pytest.raises(ConfigError, match="primary='em'"):
+        metrics.evaluate("accuracy", ["a"], [["a"]], primary="em")

@@ -1,0 +1,232 @@
+"""Texts kept on disk: shared, bounded, whole whatever is killed, and never trusted blindly."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from settings import BY_NAME
+
+import fast_prompt_tuning
+from fast_prompt_tuning.errors import ConfigError
+from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.prompt import text_cache
+from fast_prompt_tuning.prompt.placement import text_states
+from fast_prompt_tuning.prompt.text_cache import DiskTextCache, TextCache, model_key
+
+TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("fpt-texts-1/*/*"))
+
+
+KEPT = pytest.mark.parametrize(("name", "cross"), [("llama", False), ("t5", False), ("t5", True)])
+
+
+@KEPT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_read_is_what_was_computed(tmp_path, name, cross, dtype):
+    plm = BY_NAME[name].plm().to(dtype)
+    fresh = text_states(plm, TEXTS, TextCache(plm, cross_attention=cross))
+    for ran in ((3, 4), (0, 0)):
+        plm = BY_NAME[name].plm().to(dtype)  # as another process would load it
+        found = text_states(plm, TEXTS, DiskTextCache(plm, tmp_path, cross_attention=cross))
+        assert found.ran == ran
+        assert torch.equal(found.states, fresh.states)
+        assert torch.equal(found.mask, fresh.mask)
+
+
+@KEPT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_take_a_fraction_of_the_room_and_are_used_alike(tmp_path, name, cross, dtype):
+    """As read from memory, from a file, and where there is no room to keep anything."""
+    plm = BY_NAME[name].plm().to(dtype)
+    exact, found = text_states(plm, TEXTS, TextCache(plm, budget_mib=0, cross_attention=cross)).states, []
+    how = {"int8": True, "cross_attention": cross}
+    caches = {
+        "memory": TextCache(plm, **how),
+        "disk": DiskTextCache(plm, tmp_path, **how),
+        "disk again": DiskTextCache(plm, tmp_path, **how),
+        "no room": TextCache(plm, budget_mib=0, **how),
+    }
+    for where, cache in caches.items():
+        assert text_states(plm, TEXTS, cache).ran == ((0, 0) if where == "disk again" else (3, 4))
+        again = text_states(plm, TEXTS, cache)
+        assert again.ran == ((3, 4) if where == "no room" else (0, 0))
+        assert again.states.dtype == dtype
+        found.append(again.states)
+    assert all(torch.equal(states, found[0]) for states in found)
+    largest = exact.float().abs().amax(-1, keepdim=True)
+    assert ((found[0] - exact).float().abs() <= largest / 254 * 1.05 + 0.01 * exact.float().abs()).all()
+    assert not torch.equal(found[0], exact)
+    assert len(files(tmp_path)) == 3
+    plain = TextCache(plm, cross_attention=cross)
+    text_states(plm, TEXTS, plain)
+    for other in {cross, plm.config.is_encoder_decoder and not cross}:  # files of their own, each
+        assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path, cross_attention=other)).ran == (3, 4)
+    width = exact.shape[-1]
+    assert caches["memory"].bytes == plain.bytes * (1 / dtype.itemsize + 1 / width)
+
+
+def test_other_models_dtypes_and_stages_have_files_of_their_own(tmp_path):
+    family = BY_NAME["llama"]
+    plm = family.plm()
+    text_states(plm, TEXTS, DiskTextCache(plm, tmp_path))
+    assert len(files(tmp_path)) == 3
+    for other in (family.plm(seed=1), family.plm(rms_norm_eps=1e-3), family.plm().double()):
+        assert text_states(other, TEXTS, DiskTextCache(other, tmp_path)).ran == (3, 4)
+    partial = PartialPLM(plm, keep_neurons="first")
+    cache = DiskTextCache(plm, tmp_path)
+    for stage in (family.stage(3, 24), family.stage(5, 10), family.stage(3, 10)):
+        with partial.at(stage):
+            assert text_states(plm, TEXTS, cache).ran == (3, 4)
+            assert text_states(plm, TEXTS, cache).ran == (0, 0)
+    assert text_states(plm, TEXTS, cache).ran == (0, 0)
+    assert model_key(family.plm()) == model_key(family.plm())
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "noise"])
+def test_damaged_files_are_computed_again(tmp_path, harm, caplog):
+    plm = BY_NAME["llama"].plm()
+    wanted = text_states(plm, TEXTS, DiskTextCache(plm, tmp_path)).states
+    victim = files(tmp_path)[1]
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    victim.write_bytes({"flip": bytes(content), "cut": content[:-7], "empty": b"", "noise": b"\x07" * 99}[harm])
+    cache = DiskTextCache(plm, tmp_path)
+    found = text_states(plm, TEXTS, cache)
+    assert found.ran[0] == 1
+    torch.testing.assert_close(found.states, wanted)  # not bit for bit: it ran in another batch
+    assert "is damaged" in caplog.text
+    assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path)).ran == (0, 0)
+
+
+def test_the_longest_unused_go_first_and_what_this_run_uses_stays(tmp_path):
+    plm = BY_NAME["llama"].plm()
+    text_states(plm, TEXTS[:2], DiskTextCache(plm, tmp_path))
+    before = {f.name: f for f in files(tmp_path)}
+    for age, file in zip((500, 900), before.values(), strict=True):
+        os.utime(file, (time.time() - age, time.time() - age))
+    old, older = before.values()
+    size = sum(f.stat().st_size for f in before.values())
+    cache = DiskTextCache(plm, tmp_path, budget_mib=(size + 10) / 2**20)
+    text_states(plm, [TEXTS[2]], cache)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.safetensors").write_bytes(bytes(10_000))
+    os.utime(tmp_path / "mine" / "thesis.safetensors", (0, 0))
+    assert old.exists()
+    assert not older.exists()
+    for text in ([[20 + i, 4, 4, 4]] for i in range(5)):
+        text_states(plm, text, cache)
+    assert sum(f.stat().st_size for f in files(tmp_path)) <= size + 10
+    assert text_states(plm, [TEXTS[2]], cache).ran == (0, 0)
+    assert (tmp_path / "mine" / "thesis.safetensors").exists()
+    assert text_states(plm, [[24, 4, 4, 4]], cache).ran == (1, 4)  # no room: this run uses all there is
+
+
+def test_several_processes_keep_one_budget(tmp_path):
+    plm = BY_NAME["llama"].plm()
+    size = 2**20 * 1.0
+    caches = [DiskTextCache(plm, tmp_path, budget_mib=8) for _ in range(4)]  # as four processes would have
+    states = torch.zeros(int(size / 8 / 4))
+    for i in range(40):
+        for number, cache in enumerate(caches):
+            cache.put(f"{number}-{i}", states)
+    written = sum(file.stat().st_size for file in files(tmp_path))
+    assert 0.9 * 8 * size < written < 1.3 * 8 * size
+
+
+def test_files_are_for_whom_the_umask_says_and_those_of_others_stay(tmp_path, monkeypatch):
+    plm = BY_NAME["llama"].plm()
+    before = os.umask(0o002)
+    try:
+        text_states(plm, TEXTS, DiskTextCache(plm, tmp_path))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files(tmp_path)} == {0o664}
+
+    def refused(*_, **__):
+        raise PermissionError("of another user")
+
+    monkeypatch.setattr(text_cache, "safe_open", refused)
+    assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path)).ran == (3, 4)
+    assert len(files(tmp_path)) == 3
+
+
+def test_mappings_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_cache, "MAPPINGS", 2)
+    plm = BY_NAME["llama"].plm()
+    cache = DiskTextCache(plm, tmp_path)
+    text_states(plm, TEXTS, cache)
+    assert text_states(plm, TEXTS, cache).ran == (0, 0)
+    assert len(cache) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cache.folder=.* cannot be written"):
+        DiskTextCache(BY_NAME["llama"].plm(), tmp_path / "file")
+
+
+WRITER = """
+import sys, torch
+from fast_prompt_tuning.prompt.text_cache import DiskTextCache
+
+class Model(torch.nn.Linear):
+    class config:
+        to_dict = staticmethod(dict)
+
+torch.manual_seed(0)
+cache = DiskTextCache(Model(2, 2), sys.argv[1], budget_mib=400)
+print("ready", flush=True)
+for i in range(int(sys.argv[2]), 10**6):
+    cache.put(f"key-{i}", torch.full((50_000,), float(i)))
+"""
+
+
+def test_killing_writers_leaves_nothing_torn_and_loses_nothing(tmp_path):
+    """Two processes write into one folder and are killed at random moments."""
+    source = str(Path(fast_prompt_tuning.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    chance, seen = random.Random(0), set()
+    writers = []
+    for start in (0, 500):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(start)]
+        writers.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+    for writer in writers:
+        seen |= {f.name for f in files(tmp_path) if not f.name.startswith(".")}
+        time.sleep(chance.uniform(0.05, 0.3))
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    whole = [f for f in files(tmp_path) if not f.name.startswith(".")]
+    assert whole
+    assert seen <= {f.name for f in whole}
+    plm = BY_NAME["llama"].plm()
+    cache = DiskTextCache(plm, tmp_path, budget_mib=400)
+    cache.folder = whole[0].parent
+    for file in whole:
+        states = cache.get(file.stem)
+        assert states is not None
+        assert torch.equal(states, torch.full((50_000,), float(file.stem.removeprefix("key-"))))
+    left = [f for f in files(tmp_path) if f.name.startswith(".")]
+    for file in left:
+        os.utime(file, (0, 0))
+    DiskTextCache(plm, tmp_path, budget_mib=400)
+    assert not [f for f in files(tmp_path) if f.name.startswith(".")]
+
+
+def test_both_kinds_have_one_interface():
+    own = {n for n in vars(TextCache) if not n.startswith("_")}
+    assert {n for n in vars(DiskTextCache) if not n.startswith("_")} <= own

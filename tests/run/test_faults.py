@@ -1,0 +1,102 @@
+"""Faults put into real runs (`benchmarks/reliability`), kills, several processes, and files that are no such files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+BENCH = Path(__file__).parents[2] / "benchmarks" / "reliability"
+sys.path.insert(0, str(BENCH))
+
+import faults  # noqa: E402
+import fuzz  # noqa: E402
+import scenarios  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("reliability_run", BENCH / "run.py")
+harness = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(harness)
+
+
+@pytest.mark.parametrize("name", list(faults.FAULTS))
+@pytest.mark.filterwarnings("ignore")  # of the libraries about each other, in a script of one's own
+def test_a_fault_is_borne(tmp_path, name):
+    faults.FAULTS[name](tmp_path)
+
+
+def test_kills_lose_nothing(tmp_path):
+    found = scenarios.kills(tmp_path, 4, steps=12)
+    assert (found["tried"], found["survived"]) == (4, 4)
+
+
+def test_two_processes_are_one(tmp_path):
+    kinds = ["cr, resumed after step 6", "stages on parts of the batch"]
+    kinds += ["cr, prompt after the text", "cr, prompt within the text"]
+    for row in scenarios.distributed(tmp_path, kinds).values():
+        assert row["largest_relative_difference"] < 1e-5
+        assert row["metrics_equal"]
+
+
+def test_one_process_killed_ends_all(tmp_path):
+    found = scenarios.one_process_killed(tmp_path)
+    assert (found["exit_code"], found["traceback"]) == (1, False)
+    assert "another process of this run has ended" in found["said"][0]
+    assert found["checkpoint"] >= 2
+
+
+def test_the_report_meets_every_target_and_the_page_is_made_from_it():
+    report = json.loads((BENCH / "report.json").read_text())
+    assert harness.missed(report) == []
+    assert set(harness.PARTS) <= set(report)
+    assert report["kills"]["tried"] >= 50
+    assert set(report["faults"]) == set(faults.FAULTS)
+    assert (BENCH.parents[1] / "docs" / "reliability.md").read_text() == harness.page(report)
+
+
+def test_a_missed_target_is_seen():
+    bad = {
+        "kills": {"tried": 3, "survived": 2},
+        "faults": {"x": {"recovered": False, "error": "e"}},
+        "resume": {"cr": {"4": {"bit_equal": False}}},
+        "distributed": {
+            "runs": {"cr": {"largest_relative_difference": float("nan")}},
+            "one process killed": {"exit_code": 0, "said": [], "checkpoint": None, "traceback": True},
+        },
+        "fuzz": {"recipe": {"cases": 1, "crashes": {"TypeError": ""}}},
+    }
+    assert len(harness.missed(bad)) == 6
+
+
+# -- files that are no such files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    return list(fuzz.targets(tmp_path_factory.mktemp("fuzz")))
+
+
+def test_every_target_reads_its_seed(targets):
+    for target in targets:
+        for seed in target.seeds:
+            if target.name not in ("result", "task"):
+                target.read(seed)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_files_work_or_are_refused(targets, data):
+    target = data.draw(st.sampled_from(targets), label="target")
+    content = fuzz.mutate(data.draw(st.randoms(use_true_random=False)), target.seeds)
+    wrong = fuzz.attempt(target, content)
+    assert wrong is None, (target.name, content)
+
+
+@pytest.mark.parametrize("content", [b"[" * 20_000, b'{"a":' * 20_000, b"9" * 5000, b'{"data": ' + b"9" * 5000 + b"}"])
+def test_deep_nesting_and_huge_numbers_are_refused(targets, content):
+    for target in targets:
+        assert fuzz.attempt(target, content) is None, target.name

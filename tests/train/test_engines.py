@@ -1,0 +1,109 @@
+"""Models that are not plain: quantized, offloaded, sharded over processes; and what launchers ask for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from settings import BY_NAME, FFN
+from toy import recipe, toy
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fast_prompt_tuning import PartialPLM
+from fast_prompt_tuning.cli import app as cli
+from fast_prompt_tuning.errors import ConfigError, ModelError
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.schedule.stages import Stage
+from fast_prompt_tuning.train import parallel
+
+BENCH = Path(__file__).parents[2] / "benchmarks" / "reliability"
+sys.path.insert(0, str(BENCH))
+
+import scenarios  # noqa: E402
+
+HALF = Stage(3, FFN, stacks=("decoder",))
+NARROW = Stage(5, FFN // 2, stacks=("decoder",))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_on_a_disk_are_dropped_where_they_are(tmp_path):
+    family = BY_NAME["llama"]
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(5)}
+    plm = dispatch_model(family.plm(), places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert plm.model.layers[3].mlp.up_proj.weight.device.type == "meta"
+    other, batch = family.plm(), family.batch()
+    partial, plain = (PartialPLM(m, keep_neurons="first") for m in (plm, other))
+    with torch.no_grad():
+        for stage in (HALF, partial.full_stage, Stage(1, FFN, stacks=("decoder",))):
+            with partial.at(stage), plain.at(stage):
+                assert torch.equal(plm(**batch).logits, other(**batch).logits)
+    with pytest.raises(ModelError, match=r"layer 2 of the decoder is offloaded.*method ld"):
+        partial.check(NARROW)
+
+
+def test_layers_sharded_by_fsdp_are_dropped_and_their_ffns_refused():
+    port = scenarios.free_port()
+    command = [sys.executable, str(BENCH / "sharded.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    children = [subprocess.Popen(command, env=scenarios.environment(r, 2, port), **pipes) for r in range(2)]
+    outputs = [child.communicate(timeout=200)[0] for child in children]
+    found = json.loads(outputs[0].splitlines()[-1])
+    assert found["equal"] == [True] * 4
+    assert "is sharded over processes" in found["refused"]
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match=f"{name} is set: fpt train keeps the whole PLM on every process"):
+        run.train(recipe(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_alone_everything_is_shared_with_oneself():
+    assert (parallel.size(), parallel.rank(), parallel.largest(3)) == (1, 0, 3)
+    assert parallel.merge(list(parallel.share([1, 2, 3]))) == [1, 2, 3]
+    assert parallel.on_main(lambda: 5) == 5
+    assert not parallel.is_lost(RuntimeError("Connection closed by peer"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_models_drop_layers_and_keep_their_ffns(tmp_path, bits):
+    full = BY_NAME["llama"].plm(hidden_size=64, intermediate_size=128, head_dim=16)
+    full.save_pretrained(tmp_path / "full")
+    chosen = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {"load_in_8bit": True}
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=BitsAndBytesConfig(**chosen), device_map="cpu"
+    )
+    quantized.save_pretrained(tmp_path / "small")
+    for file in toy().llama.glob("tokenizer*"):
+        (tmp_path / "small" / file.name).write_bytes(file.read_bytes())
+    model = {"model__path": str(tmp_path / "small")}
+    assert run.train(recipe(tmp_path / "run", method="ld", **model)).status == "finished"
+    with pytest.raises(ModelError, match=rf"is Linear{bits}bit.*so its neurons cannot be left out"):
+        run.train(recipe(tmp_path / "refused", method="cr", **model))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_token_is_written_nowhere(tmp_path, monkeypatch, capfd, caplog):
+    secret = "hf_" + "SecretSecretSecret"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, secret)
+    caplog.set_level("DEBUG")
+    (tmp_path / "recipe.yaml").write_text(recipe(tmp_path / "run", method="pt", train__steps=2).to_yaml())
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", "-c", str(tmp_path / "recipe.yaml")])
+    assert done.value.code == 0
+    said = capfd.readouterr()
+    assert secret not in said.out + said.err + caplog.text
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes()
