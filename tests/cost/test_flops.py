@@ -14,20 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
 from fast_prompt_tuning.cost.flops import (
-    BatchShape,
-    CostModel,
-    FlopsLedger,
-    activation_bytes,
     forward_flops,
     generation_flops,
     relative_flops,
     schedule_flops,
-    stage_params,
     step_flops,
-    text_bytes,
     text_flops,
-    weight_bytes,
 )
+from fast_prompt_tuning.cost.ledger import FlopsLedger
+from fast_prompt_tuning.cost.memory import activation_bytes, stage_params, text_bytes, weight_bytes
+from fast_prompt_tuning.cost.shapes import BatchShape, CostModel
 from fast_prompt_tuning.errors import ConfigError, ScheduleError, UnknownFamilyError
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.plm.objective import IGNORED, label_loss

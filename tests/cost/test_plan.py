@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, T5Config
 
 from fast_prompt_tuning.cost import plan as planning
-from fast_prompt_tuning.cost.flops import BatchShape, CostModel, step_flops
+from fast_prompt_tuning.cost.flops import step_flops
 from fast_prompt_tuning.cost.plan import (
     PAPER_TABLE1,
     PAPER_TABLE2,
@@ -34,6 +34,7 @@ from fast_prompt_tuning.cost.plan import (
     time_steps,
     tuned_model,
 )
+from fast_prompt_tuning.cost.shapes import BatchShape, CostModel
 from fast_prompt_tuning.errors import ConfigError, ModelError, ScheduleError, UnknownFamilyError
 from fast_prompt_tuning.schedule.stages import Schedule, Stage
 

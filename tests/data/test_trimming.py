@@ -17,7 +17,8 @@ from transformers import Trainer
 
 from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, soft_prompt_config
 from fast_prompt_tuning import recipe as config
-from fast_prompt_tuning.cost.flops import BatchShape, CostModel, schedule_flops, step_flops
+from fast_prompt_tuning.cost.flops import schedule_flops, step_flops
+from fast_prompt_tuning.cost.shapes import BatchShape, CostModel
 from fast_prompt_tuning.data.encoding import IGNORED, Collator, encode
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.data.trimming import trim

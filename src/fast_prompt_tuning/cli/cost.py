@@ -58,7 +58,8 @@ def plan(
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
     from ..cost import plan as plans
-    from ..cost.flops import CONVENTIONS, BatchShape, CostModel
+    from ..cost.flops import CONVENTIONS
+    from ..cost.shapes import BatchShape, CostModel
 
     if convention not in CONVENTIONS:
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")

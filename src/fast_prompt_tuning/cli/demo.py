@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback
 
-from ..cost.flops import BatchShape, step_flops
+from ..cost.flops import step_flops
+from ..cost.shapes import BatchShape
 from ..errors import ConfigError
 from ..recipe import RunConfig, load, override
 from ..report.page import find_runs, render

@@ -21,18 +21,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, ModelError, ScheduleError
 from ..plm import families
 from ..schedule.stages import Schedule, Stage
-from .flops import (
-    BatchShape,
-    Convention,
-    CostModel,
-    activation_bytes,
-    relative_flops,
-    schedule_flops,
-    step_flops,
-    text_bytes,
-    text_flops,
-    weight_bytes,
-)
+from .flops import Convention, relative_flops, schedule_flops, step_flops, text_flops
+from .memory import activation_bytes, text_bytes, weight_bytes
+from .shapes import BatchShape, CostModel
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ..cost.flops import BatchShape, CostModel, relative_flops, step_flops
+from ..cost.flops import relative_flops, step_flops
 from ..cost.plan import (
     PAPER_TABLE2,
     full_stage,
@@ -20,6 +20,7 @@ from ..cost.plan import (
     time_steps,
     tuned_model,
 )
+from ..cost.shapes import BatchShape, CostModel
 from ..errors import ConfigError
 from ..schedule.stages import PAPER_SPLIT, Stage
 

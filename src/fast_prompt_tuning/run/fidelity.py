@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..cost.flops import BatchShape, step_flops
+from ..cost.flops import step_flops
+from ..cost.shapes import BatchShape
 from ..data.encoding import train_calibration
 from ..errors import ConfigError
 from ..plm.objective import labelled_logits

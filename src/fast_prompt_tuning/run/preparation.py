@@ -11,7 +11,8 @@ from typing import Any
 from peft import get_peft_model
 from torch import nn
 
-from ..cost.flops import FlopsLedger, forward_flops
+from ..cost.flops import forward_flops
+from ..cost.ledger import FlopsLedger
 from ..cost.plan import full_stage, load_config
 from ..data.encoding import Collator, examples_fingerprint, train_calibration
 from ..errors import ConfigError

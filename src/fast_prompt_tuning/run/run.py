@@ -19,7 +19,9 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
-from ..cost.flops import BatchShape, FlopsLedger, forward_flops, schedule_flops, step_flops
+from ..cost.flops import forward_flops, schedule_flops, step_flops
+from ..cost.ledger import FlopsLedger
+from ..cost.shapes import BatchShape
 from ..data.encoding import (
     LengthBatchSampler,
     examples_fingerprint,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..cost.flops import BatchShape, CostModel, forward_flops, generation_flops, text_flops
+from ..cost.flops import forward_flops, generation_flops, text_flops
+from ..cost.shapes import BatchShape, CostModel
 from ..data import metrics, tasks
 from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples

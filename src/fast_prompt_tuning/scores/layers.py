@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..cost.flops import BatchShape, CostModel, forward_flops
+from ..cost.flops import forward_flops
+from ..cost.shapes import BatchShape, CostModel
 from ..errors import ScoreError
 from ..plm.objective import IGNORED, labelled_logits
 from ..plm.partial import PartialPLM, StackModules, find_stacks, get_plm

@@ -31,7 +31,9 @@ from transformers.optimization import Adafactor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import speed_metrics
 
-from ..cost.flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops, text_flops
+from ..cost.flops import forward_flops, step_flops, text_flops
+from ..cost.ledger import FlopsLedger
+from ..cost.shapes import BatchShape, CostModel
 from ..data.encoding import Collator, LengthBatchSampler, input_lengths
 from ..errors import TrainingStopped
 from ..plm.objective import IGNORED, label_loss
