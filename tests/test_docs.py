@@ -20,9 +20,9 @@ from typer.main import get_command
 
 from fast_prompt_tuning import soft_prompt_config
 from fast_prompt_tuning.cli import app as cli
-from fast_prompt_tuning.cost.plan import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.data import tasks
 from fast_prompt_tuning.data.readers import load_examples
+from fast_prompt_tuning.paper.costs import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.report.tables import table_rows

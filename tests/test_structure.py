@@ -77,7 +77,8 @@ def test_the_check_sees_imports():
     assert imported(ast.parse("from .plm import a\nfrom fast_prompt_tuning.run import b"), "z") == {"plm", "run"}
 
 
-PURE = ["errors", "recipe", "schedule/stages", "schedule/auto", "plm/selection", "plm/families", "cost/flops", "cost/shapes"]
+PURE = ["errors", "recipe", "schedule/stages", "schedule/auto", "plm/selection", "plm/families", "plm/configs"]
+PURE += ["cost/shapes", "cost/flops", "cost/memory", "cost/plan"]
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -500,7 +500,7 @@ def test_prompts_before_and_after_the_text_side_by_side(fpt, tmp_path):
 
 
 def test_plan_measures(fpt, monkeypatch):
-    monkeypatch.setattr("fast_prompt_tuning.cost.plan.time_steps", lambda model, jobs, **_: [[0.1] for _ in jobs])
+    monkeypatch.setattr("fast_prompt_tuning.cost.timing.time_steps", lambda model, jobs, **_: [[0.1] for _ in jobs])
     out, _ = fpt(
         "plan", "--model", toy().llama, "--steps", "10", "--input-tokens", "8", "--batch-size", "1", "--measure"
     )

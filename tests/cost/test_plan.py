@@ -13,29 +13,22 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, T5Config
 
-from fast_prompt_tuning.cost import plan as planning
+from fast_prompt_tuning.cost import timing
 from fast_prompt_tuning.cost.flops import step_flops
-from fast_prompt_tuning.cost.plan import (
+from fast_prompt_tuning.cost.plan import compare, make_plan
+from fast_prompt_tuning.cost.shapes import BatchShape, CostModel
+from fast_prompt_tuning.cost.timing import Timing, measure_stages, random_batch, random_plm, time_steps, tuned_model
+from fast_prompt_tuning.errors import ConfigError, ModelError, ScheduleError, UnknownFamilyError
+from fast_prompt_tuning.paper.costs import (
     PAPER_TABLE1,
     PAPER_TABLE2,
-    Timing,
-    compare,
-    full_stage,
-    load_config,
-    make_plan,
-    measure_stages,
     over_tasks,
     paper_config,
     paper_rows,
     paper_table1_flops,
     paper_table2_flops,
-    random_batch,
-    random_plm,
-    time_steps,
-    tuned_model,
 )
-from fast_prompt_tuning.cost.shapes import BatchShape, CostModel
-from fast_prompt_tuning.errors import ConfigError, ModelError, ScheduleError, UnknownFamilyError
+from fast_prompt_tuning.plm.configs import full_stage, load_config
 from fast_prompt_tuning.schedule.stages import Schedule, Stage
 
 TINY_LLAMA = LlamaConfig(
@@ -99,7 +92,7 @@ def test_xl_has_the_papers_widths_and_no_figures():
 def test_plan_adds_up_and_prints_the_promised_json():
     schedule = Schedule.preset("cr", full_stage(TINY_LLAMA), total_steps=10)
     plan = make_plan(TINY_LLAMA, schedule, SHAPE)
-    out = json.loads(plan.to_json())
+    out = json.loads(json.dumps(plan.to_dict()))
     assert set(out) == {"relative_flops", "stages"}
     assert {"layers", "ffn", "steps", "flops_per_step", "relative_flops", "flops"} <= set(out["stages"][0])
     assert "seconds" not in out["stages"][0]
@@ -109,7 +102,7 @@ def test_plan_adds_up_and_prints_the_promised_json():
     timed = plan.with_timing(Timing(stages=(1.0, 2.0, 3.0, 4.0), full=4.0, samples=()))
     assert timed.seconds == 2 * 1 + 2 * 2 + 2 * 3 + 4 * 4
     assert timed.relative_seconds == pytest.approx(28 / 40)
-    assert json.loads(timed.to_json())["stages"][1]["seconds"] == 4
+    assert json.loads(json.dumps(timed.to_dict()))["stages"][1]["seconds"] == 4
     assert plan.relative_seconds is None
     with pytest.raises(ScheduleError, match="stages"):
         plan.with_timing(Timing(stages=(1.0,), full=1.0, samples=()))
@@ -172,10 +165,11 @@ def test_70b_config_in_seconds_without_weights(tmp_path):
         vocab_size=128256,
     ).save_pretrained(tmp_path)
     code = (
-        "import resource, sys\n"
-        "from fast_prompt_tuning.cost import flops, plan\n"
-        "config = plan.load_config(sys.argv[1])\n"
-        "print(plan.compare(config, ['pt', 'cr'], flops.BatchShape(), total_steps=100)['cr'].to_json())\n"
+        "import json, resource, sys\n"
+        "from fast_prompt_tuning.cost import plan, shapes\n"
+        "from fast_prompt_tuning.plm import configs\n"
+        "config = configs.load_config(sys.argv[1])\n"
+        "print(json.dumps(plan.compare(config, ['pt', 'cr'], shapes.BatchShape(), total_steps=100)['cr'].to_dict()))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
     )
     start = time.perf_counter()
@@ -228,10 +222,10 @@ def test_random_model_trains_its_prompt_only_and_is_left_whole(config):
 
 
 def test_measuring_refuses_what_does_not_fit(monkeypatch):
-    monkeypatch.setattr(planning, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(timing, "available_bytes", lambda device: 1000)
     schedule = Schedule.preset("pt", full_stage(TINY_LLAMA), total_steps=1)
     with pytest.raises(ModelError, match="batch_size"):
         measure_stages(TINY_LLAMA, schedule, SHAPE, device="cpu")
     with pytest.raises(ConfigError, match="dtype='int3'"):
         measure_stages(TINY_LLAMA, schedule, SHAPE, dtype="int3")
-    assert planning.available_bytes("cpu") >= 0
+    assert timing.available_bytes("cpu") >= 0

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from fast_prompt_tuning.cost.plan import PAPER_TASKS
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.paper import quality
+from fast_prompt_tuning.paper.costs import PAPER_TASKS
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 

@@ -58,8 +58,10 @@ def plan(
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
     from ..cost import plan as plans
+    from ..cost import timing
     from ..cost.flops import CONVENTIONS
     from ..cost.shapes import BatchShape, CostModel
+    from ..plm import configs
 
     if convention not in CONVENTIONS:
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
@@ -80,8 +82,8 @@ def plan(
         from ..plm.loading import locate
 
         model = locate(model)
-    config = plans.load_config(model)
-    full = plans.full_stage(config)
+    config = configs.load_config(model)
+    full = configs.full_stage(config)
     if placement == "infix" and len(full.stacks) > 1:
         raise ConfigError(
             "--placement infix is for decoder-only models: an encoder reads its text as a whole; use suffix"
@@ -125,7 +127,7 @@ def plan(
     schedule.check_fits(full)
     made = plans.make_plan(config, schedule, shape, **common)
     if measure:
-        made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
+        made = made.with_timing(timing.measure_stages(config, schedule, shape, dtype=dtype))
     texts: dict[str, Any] = {}
     if kept:
         cost = CostModel.from_config(config)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cost.plan import PAPER_TABLE2, PAPER_TASKS, paper_rows
 from ..errors import ConfigError
 from ..recipe import RunConfig, load, override
 from ..report.tables import spent_flops, stopped_at
@@ -20,6 +19,7 @@ from ..run.folder import changes_from
 from ..run.preparation import evaluate_partial, full_size
 from ..run.results import RunResult, load_result, write_atomic
 from ..run.session import open_session
+from .costs import PAPER_TABLE2, PAPER_TASKS, paper_rows
 
 PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
 """What the paper reports for each task."""

@@ -8,21 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from ..cost.flops import relative_flops, step_flops
-from ..cost.plan import (
-    PAPER_TABLE2,
-    full_stage,
-    paper_config,
-    paper_rows,
-    paper_table1_flops,
-    paper_table2_flops,
-    random_batch,
-    random_plm,
-    time_steps,
-    tuned_model,
-)
 from ..cost.shapes import BatchShape, CostModel
+from ..cost.timing import random_batch, random_plm, time_steps, tuned_model
 from ..errors import ConfigError
+from ..plm.configs import full_stage
 from ..schedule.stages import PAPER_SPLIT, Stage
+from .costs import PAPER_TABLE2, paper_config, paper_rows, paper_table1_flops, paper_table2_flops
 
 
 def parse_scale(text: str) -> tuple[int, int, int, int]:

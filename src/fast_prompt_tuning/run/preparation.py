@@ -13,9 +13,9 @@ from torch import nn
 
 from ..cost.flops import forward_flops
 from ..cost.ledger import FlopsLedger
-from ..cost.plan import full_stage, load_config
 from ..data.encoding import Collator, examples_fingerprint, train_calibration
 from ..errors import ConfigError
+from ..plm.configs import full_stage, load_config
 from ..plm.loading import locate
 from ..plm.partial import PartialPLM
 from ..prompt.placement import SuffixPromptModel
