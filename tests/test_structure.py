@@ -17,7 +17,7 @@ ARROWS = {  # a package imports only from itself and from these (and `errors`, w
     "plm": "schedule",
     "cost": "schedule plm",
     "data": "schedule plm",
-    "prompt": "schedule plm data",
+    "prompt": "schedule plm cost data",
     "scores": "schedule plm cost data prompt",
     "train": "recipe schedule plm cost data prompt scores",
     "run": "recipe schedule plm cost data prompt scores train",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .errors import FptError
     from .plm.objective import label_loss
     from .plm.partial import PartialPLM
-    from .prompt.placement import SuffixPromptModel, load_soft_prompt, suffix_loss
     from .prompt.soft_prompt import init_soft_prompt, soft_prompt_config
+    from .prompt.suffix_model import SuffixPromptModel, load_soft_prompt, suffix_loss
     from .prompt.text_cache import DiskTextCache, TextCache
     from .schedule.auto import AutoSchedule
     from .schedule.stages import Schedule, Stage
@@ -43,16 +43,16 @@ _EXPORTS = {
     "ProgressiveCallback": "train.callback",
     "Schedule": "schedule.stages",
     "Stage": "schedule.stages",
-    "SuffixPromptModel": "prompt.placement",
+    "SuffixPromptModel": "prompt.suffix_model",
     "TextCache": "prompt.text_cache",
     "activation_scores": "scores.neurons",
     "block_influence": "scores.layers",
     "greedy_removal": "scores.layers",
     "init_soft_prompt": "prompt.soft_prompt",
     "label_loss": "plm.objective",
-    "load_soft_prompt": "prompt.placement",
+    "load_soft_prompt": "prompt.suffix_model",
     "soft_prompt_config": "prompt.soft_prompt",
-    "suffix_loss": "prompt.placement",
+    "suffix_loss": "prompt.suffix_model",
 }
 
 __all__ = [

@@ -28,8 +28,9 @@ from fast_prompt_tuning.errors import ConfigError, ScheduleError, UnknownFamilyE
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.plm.objective import IGNORED, label_loss
 from fast_prompt_tuning.plm.partial import PartialPLM
-from fast_prompt_tuning.prompt.placement import SuffixPromptModel, suffix_loss, text_states
+from fast_prompt_tuning.prompt.suffix_model import SuffixPromptModel, suffix_loss
 from fast_prompt_tuning.prompt.text_cache import TextCache
+from fast_prompt_tuning.prompt.text_states import text_states
 from fast_prompt_tuning.schedule.stages import Schedule, Stage
 
 # PEFT asks a model for an attribute that transformers has renamed.
@@ -194,7 +195,7 @@ def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more, cro
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     cost, plm = CostModel.from_config(config), auto.from_config(config, attn_implementation="eager")
     shape = BatchShape(
-        batch=2, input_tokens=19, prompt_tokens=PROMPT, target_tokens=4, placement="suffix", kept_cross=cross
+        batch=2, input_tokens=19, prompt_tokens=PROMPT, target_tokens=4, text_apart=True, kept_cross=cross
     )
     ids = torch.randint(4, VOCAB, (2, 23))
     labels = ids.clone()
@@ -220,7 +221,7 @@ def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more, cro
         within = SuffixPromptModel(plm, PROMPT, placement="infix")
         with FlopCounterMode(display=False) as counter:
             suffix_loss(within, {"input_ids": ids, "labels": labels, "n_after": torch.tensor([6, 6])}).backward()
-        now = replace(shape, input_tokens=13, prompt_tokens=PROMPT + 6)
+        now = replace(shape, text_examples=2).apart(tail=6, kept=False)
         assert step_flops(cost, None, now) == pytest.approx(counter.get_total_flops(), rel=0.01)
     kept = text_states(plm, [[5] * 19], cache).states
     assert kept.numel() * 2 == text_bytes(cost, None, 19, dtype_bytes=2, kept_cross=cross)
@@ -228,14 +229,9 @@ def test_a_prompt_after_the_text_costs_what_pytorch_counts(model_type, more, cro
     with FlopCounterMode(display=False) as counter:
         model.generate(torch.tensor(texts), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None)
     # The first new token comes out of reading the prompt: one step fewer than is counted.
-    wanted = generation_flops(cost, replace(shape, target_tokens=new, text_examples=counter_texts(cache)))
+    wanted = generation_flops(cost, replace(shape, target_tokens=new, text_examples=1))
     assert wanted == pytest.approx(counter.get_total_flops(), rel=0.35)
-    assert wanted < generation_flops(cost, replace(shape, target_tokens=new, placement="prefix"))
-
-
-def counter_texts(cache):
-    """Texts that the last use of the cache had to run."""
-    return cache.ran[-1][0]
+    assert wanted < generation_flops(cost, replace(shape, target_tokens=new, text_apart=False))
 
 
 def test_a_prompt_after_the_text_saves_with_the_length_of_the_text():
@@ -243,14 +239,14 @@ def test_a_prompt_after_the_text_saves_with_the_length_of_the_text():
     ratios = []
     for tokens in (16, 64, 256):
         plain = BatchShape(batch=4, input_tokens=tokens, target_tokens=2)
-        fresh, warm = (replace(plain, placement="suffix", text_examples=n) for n in (None, 0))
+        fresh, warm = (plain.apart(kept=kept) for kept in (False, True))
         ratios.append(step_flops(cost, None, warm) / step_flops(cost, None, plain))
         assert step_flops(cost, None, warm) < step_flops(cost, None, fresh) < step_flops(cost, None, plain)
         assert activation_bytes(cost, None, warm) < activation_bytes(cost, None, plain)
         assert step_flops(cost, None, fresh) - step_flops(cost, None, warm) == text_flops(cost, None, 4, tokens)
     assert ratios == sorted(ratios, reverse=True)
-    with pytest.raises(ConfigError, match="prompt_tokens=0 with placement='suffix'"):
-        BatchShape(prompt_tokens=0, placement="suffix")
+    with pytest.raises(ConfigError, match="prompt_tokens=0 leaves no prompt"):
+        BatchShape(prompt_tokens=0, text_apart=True)
 
 
 @pytest.mark.parametrize("model_type", ["t5", "llama"])

@@ -5,19 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from prompted import rows_of, score_labels
 from safetensors import safe_open
 from settings import BY_NAME, FAMILIES, FFN, HIDDEN, LAYERS, VOCAB, Settings
 from torch.nn import functional as F
-from transformers import AttentionInterface, GenerationConfig, Trainer, TrainingArguments
+from transformers import AttentionInterface, GenerationConfig, Trainer, TrainingArguments, default_data_collator
 
+from fast_prompt_tuning.cost.shapes import BatchShape
+from fast_prompt_tuning.cost.work import PromptPass, TextPass
 from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.plm.partial import PartialPLM
-from fast_prompt_tuning.prompt import placement as placement_module
-from fast_prompt_tuning.prompt.placement import SuffixPromptModel, load_soft_prompt, suffix_loss, text_states
-from fast_prompt_tuning.prompt.prediction import score_labels
+from fast_prompt_tuning.prompt import text_attention
+from fast_prompt_tuning.prompt.after_text import WithinText
 from fast_prompt_tuning.prompt.soft_prompt import export_prompt, placement_of
+from fast_prompt_tuning.prompt.suffix_model import SuffixPromptModel, load_soft_prompt, suffix_loss
 from fast_prompt_tuning.prompt.text_cache import TextCache
+from fast_prompt_tuning.prompt.text_states import text_states
 from fast_prompt_tuning.schedule.stages import Stage
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
@@ -124,6 +128,11 @@ def test_loss_and_prompt_gradient_equal_the_uncached_ones(placed, attention, sid
     check_losses_at_every_size(model, placed, batch, after)
 
 
+def texts_run(model: SuffixPromptModel, batch) -> tuple[TextPass, ...]:
+    """The texts that a loss has to run."""
+    return model.prompted.loss({**batch, "n_tail": batch.get("n_after")}).work.texts
+
+
 def check_losses_at_every_size(model, family: Settings, batch, after: list[int] | None = None) -> None:
     partial, attention = PartialPLM(model, keep_neurons="first"), model.config._attn_implementation
     for layers, ffn in [(LAYERS, FFN), (3, 10), (LAYERS, FFN)]:
@@ -131,15 +140,14 @@ def check_losses_at_every_size(model, family: Settings, batch, after: list[int] 
         wanted = uncached_loss(model.plm, model.soft_prompt, batch, after)
         (gradient,) = torch.autograd.grad(wanted, model.soft_prompt)
         exact = tolerance(model)
-        for filled in (False, True):
+        for _ in range(2):  # the second time from the cache
             loss = suffix_loss(model, tensors(batch))
             (got,) = torch.autograd.grad(loss, model.soft_prompt)
             torch.testing.assert_close(loss, wanted, **exact)
             torch.testing.assert_close(got, gradient, **SINGLE)
             assert model.config._attn_implementation == attention
             assert gradient.abs().sum() > 1e-3
-            if filled:
-                assert model.text_ran == (0, 0)
+        assert not texts_run(model, tensors(batch))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -167,7 +175,7 @@ def test_kept_cross_attention_is_exact_and_computed_once(family, attention, monk
     for projection in projections:
         monkeypatch.setattr(projection, "forward", lambda *_: pytest.fail("computed again"))
     assert torch.equal(suffix_loss(model, tensors(batch)), wanted)
-    assert model.text_ran == (0, 0)
+    assert not texts_run(model, tensors(batch))
 
 
 def test_kept_cross_attention_drops_out_as_it_does_without():
@@ -312,8 +320,9 @@ def test_a_prompt_within_the_text_scores_and_answers_as_the_uncached_model(famil
             for word, ids in labels.items():
                 alone = uncached_loss(plm, prompt, {"texts": [text], "targets": [ids]}, [after]) * len(ids)
                 assert answer.label_scores[word] == pytest.approx(-alone.item(), rel=1e-5)
-    assert model.cache.ran  # only what stands before the prompt was run
-    assert max(tokens for _, tokens in model.cache.ran) == max(len(first) for first, _ in parted(texts, AFTER))
+    _, work = WithinText(plm, prompt).score(rows_of(texts, AFTER), labels)
+    (ran,) = work.texts  # only what stands before the prompt
+    assert (ran.examples, ran.tokens) == (len(texts), max(len(first) for first, _ in parted(texts, AFTER)))
 
     model.float()  # as above
     prompt, new = model.soft_prompt.detach(), 5
@@ -328,13 +337,19 @@ def test_a_prompt_within_the_text_scores_and_answers_as_the_uncached_model(famil
 
 
 def test_texts_that_share_their_beginning_are_run_once():
-    model = SuffixPromptModel(BY_NAME["llama"].plm(), PROMPT, placement="infix")
+    plm = BY_NAME["llama"].plm()
+    model = SuffixPromptModel(plm, PROMPT, placement="infix", cache=TextCache(plm))
     ids = torch.tensor([[5, 6, 7, 8, 9, 20], [5, 6, 7, 10, 11, 20]])
     labels = torch.full_like(ids, -100)
     labels[:, -1] = 20
     batch = {"input_ids": ids, "labels": labels, "n_after": torch.tensor([2, 2])}
     assert suffix_loss(model, batch).isfinite()
-    assert (model.text_ran, model.text_tokens, model.after_tokens) == ((1, 3), 3, 3)
+    assert not texts_run(model, batch)
+    model.cache = None
+    work = model.prompted.loss({**batch, "n_tail": batch["n_after"]}).work
+    assert work.texts == (TextPass(1, 3),)
+    shape = BatchShape(batch=2, input_tokens=5, prompt_tokens=PROMPT, target_tokens=1, label_tokens=1)
+    assert work.prompts == (PromptPass(shape.apart(tail=2), "step"),)
     for wrong, problem in ((model, "is missing"), (SuffixPromptModel(model.plm, PROMPT), "is given")):
         given = {k: v for k, v in batch.items() if k != "n_after" or problem == "is given"}
         with pytest.raises(ModelError, match=f"n_after {problem}"):
@@ -348,14 +363,14 @@ def test_texts_that_share_their_beginning_are_run_once():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_to_the_text_is_ours_where_it_can_be(attention, monkeypatch):
     calls = []
-    ours = AttentionInterface._global_mapping[placement_module._APART]
+    ours = AttentionInterface._global_mapping[text_attention._APART]
     counted = lambda *args, **kwargs: calls.append(1) or ours(*args, **kwargs)  # noqa: E731
-    monkeypatch.setitem(AttentionInterface._global_mapping, placement_module._APART, counted)
+    monkeypatch.setitem(AttentionInterface._global_mapping, text_attention._APART, counted)
     model, batch = suffix_model(BY_NAME["llama"]), tensors(ids_and_labels(BY_NAME["llama"]))
     model.plm.set_attn_implementation(attention)
     loss = suffix_loss(model, batch)
     assert len(calls) == LAYERS
-    monkeypatch.setattr(placement_module, "_FEW", 3)  # fewer than prompt and target are
+    monkeypatch.setattr(text_attention, "_FEW", 3)  # fewer than prompt and target are
     torch.testing.assert_close(suffix_loss(model, batch), loss, **tolerance(model))
     assert len(calls) == (2 * LAYERS if attention == "eager" else LAYERS)  # a fused kernel keeps no scores
     monkeypatch.setattr(type(model.plm), "_supports_attention_backend", False)
@@ -419,9 +434,7 @@ def test_counts_that_are_none_are_refused(wrong):
             model.generate(batch["input_ids"], n_after=counts)
     plm, prompt = model.plm, model.soft_prompt
     for options, message in (
-        ({"placement": "infix"}, "an infix prompt, and no other, takes it"),
-        ({"placement": "suffix", "after": [1]}, "an infix prompt, and no other, takes it"),
-        ({"placement": "behind"}, "is unknown here"),
+        ({"placement": "behind"}, "placement='behind' is unknown; choose one of prefix, suffix, infix"),
     ):
         with pytest.raises(ConfigError, match=message):
             score_labels(plm, prompt, [[5, 6]], {"a": [7]}, **options)
@@ -471,7 +484,7 @@ def test_training_needs_nothing_but_a_trainer(tmp_path, placement):
     resumed = trained(tmp_path / "b", 6, resume=True)
     assert torch.equal(whole.soft_prompt, resumed.soft_prompt)
     assert not torch.equal(whole.soft_prompt, SuffixPromptModel(family.plm(), PROMPT).soft_prompt)
-    assert whole.text_ran == (0, 0)
+    assert not texts_run(whole, default_data_collator(rows[:2]))
     assert set(whole.state_dict()) == {"soft_prompt"}
     assert (tmp_path / "a" / "checkpoint-6" / "model.safetensors").stat().st_size < 1000
 
@@ -585,7 +598,6 @@ def test_the_cache_keeps_to_its_budget_and_forgets_stages():
     assert (len(cache), cache.bytes) == (2, 2 * size)
     assert text_states(plm, texts[:2], cache).ran == (0, 0)
     assert text_states(plm, texts[:3] + texts[2:3], cache).ran == (1, 4)
-    assert cache.ran == [(6, 4), (1, 4)]
     roomy = TextCache(plm)
     model.cache = roomy
     batch = BY_NAME["llama"].batch()
@@ -597,7 +609,7 @@ def test_the_cache_keeps_to_its_budget_and_forgets_stages():
     for stage in (BY_NAME["llama"].stage(2, 10), BY_NAME["llama"].stage(3, 10)):
         partial.resize(stage)
         suffix_loss(model, batch)
-        assert model.text_ran[0] == 3
+        assert len(texts_run(model, batch)) == 0
         assert len(roomy) == 2 * full  # the full model's, for evaluation, and this stage's
     with pytest.raises(ConfigError, match="budget_mib=-1"):
         TextCache(plm, budget_mib=-1)

@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from prompted import generate, score_labels
 from settings import BY_NAME, FAMILIES, HIDDEN, VOCAB, Settings
 from toy import toy
 
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.plm.loading import load_plm, load_tokenizer
-from fast_prompt_tuning.prompt.prediction import Prediction, by_length, combine, generate, prompted_inputs, score_labels
+from fast_prompt_tuning.prompt.front import prompted_inputs
+from fast_prompt_tuning.prompt.prediction import Prediction, by_length, combine
 from fast_prompt_tuning.prompt.soft_prompt import export_prompt
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
@@ -65,7 +67,9 @@ def test_generation_batched_equals_single_and_cached_equals_uncached(generating,
     assert len({round(p.score, 3) for p in batched}) > 1
     same(batched, [answers([ids])[0] for ids in inputs])
     same(batched, answers(inputs, batch_size=2))
-    same(batched, answers(inputs, use_cache=False))
+    cached = plm.generate
+    plm.generate = lambda **options: cached(**{**options, "use_cache": False})
+    same(batched, answers(inputs))
 
 
 @pytest.mark.parametrize("prompted", [True, False], ids=["prompt", "bare"])
@@ -235,7 +239,7 @@ def test_greedy_through_the_exported_prompt_equals_ours(tmp_path, name):
     plm, tokenizer = load_plm(model, dtype="float32"), load_tokenizer(model)
     session = open_session(config, ("test",))
     rows = input_ids_of(session, session.encoded["test"])
-    ours, _, _ = predict(session, prompt, session.encoded["test"])
+    ours, _, _ = predict(session, session.prompted(prompt), session.encoded["test"])
     for ids, found in zip(rows, ours, strict=True):
         embeds = torch.cat([prompt, plm.get_input_embeddings()(torch.tensor(ids))])[None]
         out = plm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)

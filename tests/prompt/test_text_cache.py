@@ -19,8 +19,8 @@ import fast_prompt_tuning
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.plm.partial import PartialPLM
 from fast_prompt_tuning.prompt import text_cache
-from fast_prompt_tuning.prompt.placement import text_states
 from fast_prompt_tuning.prompt.text_cache import DiskTextCache, TextCache, model_key
+from fast_prompt_tuning.prompt.text_states import text_states
 
 TEXTS = [[5, 6, 7], [8, 9, 10, 11], [12]]
 

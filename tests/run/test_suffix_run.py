@@ -13,8 +13,8 @@ from toy import toy
 
 from fast_prompt_tuning import SuffixPromptModel, activation_scores
 from fast_prompt_tuning.errors import CheckpointError, ConfigError, ModelError
-from fast_prompt_tuning.prompt.placement import suffix_loss
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt, placement_of
+from fast_prompt_tuning.prompt.suffix_model import suffix_loss
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.preparation import calibration_batches, score_flops, trainable

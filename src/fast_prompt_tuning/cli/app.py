@@ -204,7 +204,7 @@ def evaluate(
     for folder in runs:
         _say_if_of_another_model(folder, session)
     if submission is not None:
-        write_submission(session, prompts[str(runs[0])], split, submission)
+        write_submission(session, session.prompted(prompts[str(runs[0])]), split, submission)
         people(as_json).print(f"{plain(str(submission))} written", highlight=False)
         if as_json:
             emit({"split": split, "submission": str(submission)})
@@ -216,9 +216,8 @@ def evaluate(
         table.add_column(column)
     with at:
         for name, prompt in prompts.items():
-            on_device = None if prompt is None else prompt.to(session.plm.device)
-            where = placed.get(name)
-            found = score(session, on_device, split, voting=ensemble or "probabilities", placement=where)
+            prompted = session.prompted(prompt, placed.get(name))
+            found = score(session, prompted, split, voting=ensemble or "probabilities")
             records[name] = {
                 "metrics": found.result.values,
                 "intervals": found.result.intervals,
@@ -280,8 +279,7 @@ def predict(
             max_input_tokens=settings.data.max_input_tokens,
             max_target_tokens=session.max_target_tokens,
         )
-        on_device = None if prompt is None else prompt.to(session.plm.device)
-        found, answers, _ = answers_to(session, on_device, encoded)
+        found, answers, _ = answers_to(session, session.prompted(prompt), encoded)
         for text, prediction, said in zip(batch, found, answers, strict=True):
             if as_json:
                 emit({"input": text, "prediction": said, "score": prediction.score})

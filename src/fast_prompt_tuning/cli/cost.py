@@ -97,12 +97,13 @@ def plan(
         chosen = chosen or tuple(s for s in found.stacks if s in full.stacks) or None
     shape = BatchShape(
         batch=batch_size,
-        input_tokens=input_tokens - after_tokens,
-        prompt_tokens=prompt_tokens + after_tokens,  # they cost what the prompt does
+        input_tokens=input_tokens,
+        prompt_tokens=prompt_tokens,
         target_tokens=10 if target_tokens is None else target_tokens,
-        placement="suffix" if kept else "prefix",
-        text_examples=0 if kept else None,
     )
+    asked = shape
+    if kept:
+        shape = shape.apart(tail=after_tokens)
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
     out = people(as_json)
@@ -139,7 +140,6 @@ def plan(
     if as_json:
         emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
         return
-    asked = replace(shape, prompt_tokens=prompt_tokens, input_tokens=input_tokens)
     out.print(_stage_table(made, full, asked))
     where = "after" if placement == "suffix" else "within"
     for name, each in texts.items():

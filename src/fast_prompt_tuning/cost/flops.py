@@ -12,7 +12,7 @@ Where the count and a measured one may differ:
   backward (FlashAttention: five products rather than four) costs more; the recomputation is not counted, as in "model
   FLOPs" utilisation. `FlopCounterMode` does not see PyTorch's fused CPU kernel at all: compare with
   `attn_implementation="eager"`.
-* Where a text's keys and values are put together with those after it (`placement._text_apart`), they get gradients that
+* Where a text's keys and values are put together with those after it (`prompt.text_attention`), they get gradients that
   nothing uses, two score products more a layer.
 * Norms, activations, softmax, position tables (rotary angles) and the optimizer step on the prompt are left out; they
   are below 1% except in toy models.
@@ -27,6 +27,7 @@ from typing import Literal
 from ..errors import ConfigError
 from ..schedule.stages import Schedule, Stage
 from .shapes import BatchShape, CostModel
+from .work import Work
 
 Convention = Literal["all", "linear"]
 
@@ -46,8 +47,8 @@ def _pass_flops(
     """FLOPs of `(forward, backward)` of one batch, as far as `stage` trains on it."""
     _check_convention(convention)
     shape = shape.at(stage)
-    if shape.placement == "suffix":
-        return _suffix_pass_flops(cost, stage, shape, convention)
+    if shape.text_apart:
+        return _apart_pass_flops(cost, stage, shape, convention)
     sizes = cost.sizes(stage)
     products = 1 if convention == "all" else 0
     full_logits = shape.full_logits or convention == "linear"
@@ -123,7 +124,7 @@ def text_flops(
     return 2 * examples * (tokens * each + once)
 
 
-def _suffix_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
+def _apart_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
     """As `_pass_flops`, with the prompt after the text: a gradient passes through prompt and target only."""
     products = 1 if convention == "all" else 0
     seq2seq = len(cost.stacks) > 1
@@ -205,6 +206,25 @@ def step_flops(
     return there + back if backward else there
 
 
+def work_flops(cost: CostModel, work: Work, stage: Stage | None = None, *, whole_last_layer: bool = False) -> float:
+    """FLOPs of the passes that ran at `stage` (None: the full model).
+
+    Args:
+        whole_last_layer: as `forward_flops`.
+    """
+    total = sum(text_flops(cost, stage, t.examples, t.tokens, kept_cross=t.kept_cross) for t in work.texts)
+    for ran in work.prompts:
+        if ran.kind == "generation":
+            once = generation_flops(cost, ran.shape, stage=stage)
+        elif ran.kind == "step":
+            once = step_flops(cost, stage, ran.shape)
+        else:  # gradients of all weights cost one more pass than those of activations
+            passes = 3 if ran.kind == "full_step" else 1
+            once = passes * forward_flops(cost, stage, ran.shape, whole_last_layer=whole_last_layer)
+        total += ran.times * once
+    return total
+
+
 def schedule_flops(cost: CostModel, schedule: Schedule, shape: BatchShape, *, convention: Convention = "all") -> float:
     """FLOPs of all training steps of a schedule, every batch of the same shape."""
     return sum(s.steps * step_flops(cost, s, shape, convention=convention) for s in schedule.stages)
@@ -221,7 +241,7 @@ def generation_flops(cost: CostModel, shape: BatchShape, *, stage: Stage | None 
     seq2seq = len(cost.stacks) > 1
     source, new = shape.source_tokens, shape.target_tokens
     text = 0.0
-    if suffix := shape.placement == "suffix":
+    if shape.text_apart:
         examples = shape.batch if shape.text_examples is None else shape.text_examples
         text = text_flops(cost, stage, examples, shape.input_tokens, kept_cross=shape.kept_cross)
         source = shape.input_tokens
@@ -230,16 +250,16 @@ def generation_flops(cost: CostModel, shape: BatchShape, *, stage: Stage | None 
         layers, ffn = sizes[name]
         linear = stack.attention + stack.neuron * ffn + stack.other
         cross = stack.cross_width > 0
-        if not cross and not suffix:
+        if not cross and not shape.text_apart:
             macs += source * (stack.outside + layers * (linear + 2 * source * stack.attention_width))
         if cross or not seq2seq:
             seen = 0 if cross else source
-            read = shape.prompt_tokens if suffix else 0  # in one pass, after what was seen
+            read = shape.prompt_tokens if shape.text_apart else 0  # in one pass, after what was seen
             macs += read * (stack.outside + layers * (linear + 2 * (seen + read) * stack.attention_width))
             keys = new * (seen + read) + new * (new + 1) / 2  # summed over the new tokens
             macs += new * stack.outside + layers * (new * linear + 2 * keys * stack.attention_width)
             if cross:
-                keys = 0 if suffix and shape.kept_cross else source
+                keys = 0 if shape.text_apart and shape.kept_cross else source
                 macs += layers * (keys * stack.cross_kv + (read + new) * (stack.cross_query + stack.cross_out))
                 macs += layers * 2 * (read + new) * source * stack.cross_width
     return text + 2 * shape.batch * (macs + new * cost.head)

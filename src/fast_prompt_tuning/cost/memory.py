@@ -60,9 +60,9 @@ def activation_bytes(
     """
     sizes, shape = cost.sizes(stage), shape.at(stage)
     seq2seq = len(cost.stacks) > 1
-    suffix = shape.placement == "suffix"
+    apart = shape.text_apart
     source = shape.source_tokens if seq2seq else shape.source_tokens + shape.target_tokens
-    if suffix:
+    if apart:
         source = shape.input_tokens
     total = 0.0
     for name, stack in cost.stacks.items():
@@ -71,7 +71,7 @@ def activation_bytes(
         length = shape.target_tokens if cross else source
         cross_source: float = 0
         seen = 0  # text tokens among the keys
-        if suffix:
+        if apart:
             if seq2seq and not cross:
                 continue  # the encoder runs without a gradient
             length = shape.prompt_tokens + shape.target_tokens
@@ -83,10 +83,10 @@ def activation_bytes(
             cross_source = 2 * stack.cross_width * source
             scores += stack.heads * length * source
         kept = length * per_token + cross_source + (scores if keep_scores or seen else 0)
-        # Attention to a kept text keeps its weights in float32, too (`placement._attention`).
+        # Attention to a kept text keeps its weights in float32, too (`prompt.text_attention`).
         norms = 4 * length * stack.d_model * (3 if cross else 2) + (4 * scores if seen else 0)
         total += shape.batch * layers * (dtype_bytes * kept + norms)
     labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
     if shape.full_logits:
-        labels = length if suffix else shape.target_tokens if seq2seq else source
+        labels = length if apart else shape.target_tokens if seq2seq else source
     return int(total + shape.batch * labels * cost.vocab * (dtype_bytes + 8))

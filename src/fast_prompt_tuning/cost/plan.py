@@ -147,7 +147,7 @@ def make_plan(
         ConfigError: unknown convention.
     """
     cost = cost or CostModel.from_config(config)
-    whole = step_flops(cost, None, replace(shape, placement="prefix", text_examples=None), convention=convention)
+    whole = step_flops(cost, None, replace(shape, text_apart=False, text_examples=None), convention=convention)
     stages = []
     for stage in schedule.stages:
         flops = step_flops(cost, stage, shape, convention=convention)
@@ -202,7 +202,7 @@ def plan_texts(
     for stage in schedule.stages:
         if not any(stage.same_size(other) for other in sizes):
             sizes.append(stage)
-    whole = step_flops(cost, None, replace(shape, placement="prefix", text_examples=None))
+    whole = step_flops(cost, None, replace(shape, text_apart=False, text_examples=None))
     return TextPlan(
         bytes_per_example=each,
         bytes=each * examples,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError
 from ..plm import families
@@ -31,10 +31,10 @@ class BatchShape:
         label_tokens: positions of one example (its mean over the batch) the LM head runs on; None is every target
             token. Fewer if targets are padded: padding carries no label.
         full_logits: the LM head runs on every position (a plain `model(**batch).loss`), whatever `label_tokens`.
-        placement: `prefix`, or `suffix`: the prompt after the text (in front of the decoder's input). The text then
-            runs forward only, and prompt and target run over its keys and values (`placement.py`).
-        text_examples: with `suffix`, examples whose text runs at all; None is every one, 0 a warm cache.
-        kept_cross: with `suffix`, running a text gives an encoder-decoder's cross-attention its keys and values, and
+        text_apart: the text runs forward only, without the prompt, which stands after it (in front of the decoder's
+            input); prompt and target run over the text's keys and values.
+        text_examples: of texts apart, those that run at all; None is every one, 0 a warm cache.
+        kept_cross: of texts apart, running one gives an encoder-decoder's cross-attention its keys and values, and
             what follows computes none (`TextCache`).
 
     Raises:
@@ -47,7 +47,7 @@ class BatchShape:
     target_tokens: int = 10
     label_tokens: float | None = None
     full_logits: bool = False
-    placement: Literal["prefix", "suffix"] = "prefix"
+    text_apart: bool = False
     text_examples: int | None = None
     kept_cross: bool = False
 
@@ -63,13 +63,30 @@ class BatchShape:
                 f"label_tokens={self.label_tokens!r} must be between 0 and target_tokens={self.target_tokens}"
             )
 
-        if self.placement == "suffix" and self.prompt_tokens < 1:
-            raise ConfigError("prompt_tokens=0 with placement='suffix' has no prompt; give at least one token")
+        if self.text_apart and self.prompt_tokens < 1:
+            raise ConfigError("prompt_tokens=0 leaves no prompt after the text; give at least one token")
 
     @property
     def source_tokens(self) -> int:
         """Prompt and input tokens of one example, P + input."""
         return self.prompt_tokens + self.input_tokens
+
+    def apart(self, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
+        """The same batch with its text run apart from the prompt.
+
+        Args:
+            tail: input tokens that stand behind the prompt: they cost what the prompt does.
+            kept: the texts have been run before.
+            kept_cross: as the field of this name.
+        """
+        return replace(
+            self,
+            input_tokens=max(self.input_tokens - tail, 1),
+            prompt_tokens=self.prompt_tokens + tail,
+            text_apart=True,
+            text_examples=0 if kept else None,
+            kept_cross=kept_cross,
+        )
 
     def at(self, stage: Stage | None) -> BatchShape:
         """The part of the batch that `stage` trains on: at most its `batch` examples, its `length` input tokens."""

@@ -73,8 +73,6 @@ class TextCache:
             encoder's output: steps compute them no more, and their room is at least twice the decoder's layers times
             as large.
 
-    `ran` lists `(texts, padded tokens)` of every forward pass that had to be made: what the cache did not save.
-
     Raises:
         ConfigError: a negative budget, or `cross_attention` of a model without one.
     """
@@ -87,7 +85,7 @@ class TextCache:
         self.budget = int(budget_mib * 2**20)
         self.bytes = 0
         self._full = False
-        self.ran: list[tuple[int, int]] = []
+        self._stage = ""
         self._kept: dict[str, Kept] = {}
 
     @staticmethod
@@ -117,6 +115,12 @@ class TextCache:
         elif self.budget and not self._full:
             self._full = True
             logger.warning("cache.budget_mib is spent after %d texts: further ones run at every step", len(self))
+
+    def enter_stage(self, cut: str) -> None:
+        """Training runs at this stage from here on, and never goes back: the last one's states only take room."""
+        if self._stage and cut != self._stage:
+            self.forget(self._stage)
+        self._stage = cut
 
     def forget(self, cut: str) -> None:
         """Free the states of one stage."""

@@ -18,13 +18,16 @@ from ..cost.flops import step_flops
 from ..cost.shapes import BatchShape
 from ..data.encoding import train_calibration
 from ..errors import ConfigError
+from ..plm.modes import evaluating
 from ..plm.objective import labelled_logits
 from ..plm.partial import PartialPLM, get_plm
+from ..prompt.front import batch_shape
+from ..prompt.places import prompted_of
 from ..prompt.prediction import batches_of, by_length
 from ..schedule.stages import Stage
 from ..scores.layers import LAYER_KINDS, text_labels
-from ..scores.neurons import evaluating, on_device, scored_model
-from ..train.trainer import batch_shape, make_collator
+from ..scores.neurons import on_device
+from ..train.trainer import make_collator
 from .preparation import score_layers, score_neurons, trainable
 from .session import Session
 
@@ -144,7 +147,7 @@ def report(
     Returns:
         Plain JSON types: `full_loss`, `examples`, `rows` (`Fidelity`), and the FLOPs each scoring took (`score_flops`).
     """
-    model, _ = trainable(session)
+    model = trainable(session).model
     full = PartialPLM(model).full_stage
     stacks: tuple[str, ...] = tuple(session.config.stacks or (s for s in full.stacks if s in session.task.stacks))
     stacks = stacks or full.stacks
@@ -169,8 +172,8 @@ def report(
             )
             names.append(name)
     batches = _other_batches(session, examples)
-    loss, found = fidelity(scored_model(model), batches, cuts)
-    shapes = [batch_shape(batch, session.config.prompt.tokens, session.cost) for batch in batches]
+    loss, found = fidelity(prompted_of(model).calibrated, batches, cuts)
+    shapes = [batch_shape(batch, session.config.prompt.tokens, decoder=session.decoder) for batch in batches]
     rows = [
         Fidelity(name, stage.to_dict(), *values, relative_flops=_relative(session, stage, shapes))
         for name, (_, stage), values in zip(names, cuts, found, strict=True)

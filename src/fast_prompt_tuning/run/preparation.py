@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
 from torch import nn
 
 from ..cost.flops import forward_flops
@@ -18,16 +17,18 @@ from ..errors import ConfigError
 from ..plm.configs import full_stage, load_config
 from ..plm.loading import locate
 from ..plm.partial import PartialPLM
-from ..prompt.placement import SuffixPromptModel
+from ..prompt.front import batch_shape
+from ..prompt.places import placement_named, prompted_of, tune
 from ..prompt.prediction import batches_of, by_length
-from ..prompt.soft_prompt import init_soft_prompt, load_prompt, prompt_parameter, soft_prompt_config
+from ..prompt.prompted import PromptedPLM
+from ..prompt.soft_prompt import init_soft_prompt, load_prompt
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from ..scores.neurons import NeuronScores, activation_scores
 from ..train import parallel
-from ..train.trainer import batch_shape, make_collator
+from ..train.trainer import make_collator
 from .session import Evaluation, Session, evaluate
 
 
@@ -36,27 +37,24 @@ def full_size(config: RunConfig) -> Stage:
     return full_stage(load_config(locate(config.model.path)))
 
 
-def trainable(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The model to train and its trained parameters: the soft prompt, or all weights for `full`."""
+def trainable(session: Session) -> PromptedPLM:
+    """What is trained: the PLM with a new soft prompt, or without one and with all weights for `full`."""
     config = session.config
     if config.method == "full":
         session.plm.requires_grad_(True)
-        return session.plm, [p for p in session.plm.parameters() if p.requires_grad]
-    session.plm.requires_grad_(False)
-    model: Any
-    if (place := config.prompt.placement) != "prefix":
-        model = SuffixPromptModel(session.plm, config.prompt.tokens, placement=place, cache=session.texts)
-    else:
-        model = get_peft_model(session.plm, soft_prompt_config(session.plm, num_virtual_tokens=config.prompt.tokens))
+        return prompted_of(session.plm)
+    chosen = placement_named(config.prompt.placement)
+    cache = session.texts if chosen.keeps_texts else None
+    prompted = tune(session.plm, config.prompt.tokens, chosen.placement, cache)
     init_soft_prompt(
-        model,
+        prompted.model,
         config.prompt.init,
         seed=config.train.seed,
         tokenizer=session.tokenizer,
         text=config.prompt.text,
         path=config.prompt.path,
     )
-    return model, [prompt_parameter(model)]
+    return prompted
 
 
 @dataclass(frozen=True)
@@ -199,13 +197,13 @@ def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[st
 
 def score_neurons(session: Session, model: nn.Module | None = None) -> NeuronScores:
     """Activation scores on a session's training data, with its prompt as it is initialised where it is in front."""
-    model = trainable(session)[0] if model is None else model
+    model = trainable(session).model if model is None else model
     return _score(session, model, calibration_batches(session, session.config.scoring.examples))
 
 
 def score_layers_of_run(session: Session) -> LayerScores | None:
     """The layer scores that a session's recipe needs, made likewise; None where it needs none."""
-    model, _ = trainable(session)
+    model = trainable(session).model
     _, needed = checked_schedule(session, model)
     return score_layers(session, model, session.config.scoring.keep_layers, needed.down_to) if needed.down_to else None
 
@@ -217,9 +215,10 @@ def score_flops(session: Session, batch: dict[str, Any]) -> float:
 
 
 def _forward_of(session: Session, batch: dict[str, Any]) -> float:
-    prompt = session.config.prompt
-    in_front = prompt.tokens if prompt.placement == "prefix" else 0  # as `scored_model`
-    return forward_flops(session.cost, None, batch_shape(batch, in_front, session.cost), whole_last_layer=True)
+    # A text that runs apart is scored without the prompt (`PromptedPLM.calibrated`).
+    apart = placement_named(session.config.prompt.placement).keeps_texts
+    shape = batch_shape(batch, 0 if apart else session.config.prompt.tokens, decoder=session.decoder)
+    return forward_flops(session.cost, None, shape, whole_last_layer=True)
 
 
 def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:
@@ -252,7 +251,7 @@ def evaluate_partial(session: Session, folder: Path) -> Evaluation:
     partial = _partial_of_run(session, folder)
     schedule = session.config.schedule(partial.full_stage, session.task.stacks)
     with partial.at(schedule.stages[-1]):
-        return evaluate(session, load_prompt(folder / "prompt").to(session.plm.device))
+        return evaluate(session, session.prompted(load_prompt(folder / "prompt")))
 
 
 def partial_of(session: Session, size: str, folder: Path) -> AbstractContextManager[PartialPLM]:

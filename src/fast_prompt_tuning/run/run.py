@@ -33,12 +33,12 @@ from ..errors import CheckpointError, ConfigError, TrainingStopped
 from ..plm import fingerprint
 from ..plm.loading import describe_dtype
 from ..plm.partial import PartialPLM
-from ..prompt.placement import SuffixPromptModel
 from ..prompt.soft_prompt import (
     load_prompt,
     placement_of,
     prompt_parameter,
 )
+from ..prompt.suffix_model import SuffixPromptModel
 from ..recipe import RunConfig
 from ..schedule.auto import WINDOWS, AutoSchedule, default_ladder, probe_examples
 from ..schedule.stages import Schedule, Stage

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..cost.flops import forward_flops, generation_flops, text_flops
-from ..cost.shapes import BatchShape, CostModel
+from ..cost.flops import work_flops
+from ..cost.shapes import CostModel
 from ..data import metrics, tasks
 from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
 from ..errors import ConfigError, DataError
 from ..plm.loading import cache_dir, load_plm, load_tokenizer
 from ..plm.objective import choose_attention
-from ..prompt.placement import check_suffix
-from ..prompt.prediction import Prediction, batches_of, by_length, combine, generate, score_labels
+from ..prompt.generation import GenerationOptions
+from ..prompt.places import place, placement_named
+from ..prompt.prediction import Prediction, combine
+from ..prompt.prompted import Input, PromptedPLM
 from ..prompt.soft_prompt import context_length
 from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
@@ -65,6 +67,28 @@ class Session:
                 made = TextCache(self.plm, budget_mib=budget, **kept)
             self._texts = chosen, made
         return self._texts[1]
+
+    def prompted(self, prompt: torch.Tensor | None, placement: str | None = None) -> PromptedPLM:
+        """The PLM with a prompt's values `(P, H)`, None for zero-shot, or several `(K, P, H)`.
+
+        Args:
+            placement: where the prompt stands; default as the recipe says.
+
+        Raises:
+            ConfigError: vectors of another width, or a placement that does not go with the task.
+        """
+        chosen = placement_named(placement or self.config.prompt.placement)
+        if prompt is None:
+            return place(self.plm, None)
+        width = self.plm.get_input_embeddings().weight.shape[-1]
+        if prompt.shape[-1] != width:
+            raise ConfigError(
+                f"the prompt has vectors of {prompt.shape[-1]} numbers, this model's embeddings {width}: it is another "
+                "model's prompt"
+            )
+        _check_tail(self.task, chosen)
+        cache = self.texts if chosen.keeps_texts else None
+        return place(self.plm, prompt.to(self.plm.device), chosen.placement, cache)
 
     @property
     def decoder(self) -> bool:
@@ -120,10 +144,11 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
         plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
-    if config.prompt.placement != "prefix":
-        check_suffix(plm, config.prompt.placement)
+    chosen = placement_named(config.prompt.placement)
+    chosen.check(plm)
+    if chosen.keeps_texts:
         check_cross_attention(plm, config.cache.cross_attention)
-    _check_within(task, config.prompt.placement)
+    _check_tail(task, chosen)
     limit = context_length(plm)
     for needs in _positions(session):
         if limit is not None and sum(needs.values()) > limit:
@@ -141,23 +166,24 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     return session
 
 
-def _check_within(task: tasks.Task, placement: str) -> None:
-    if placement == "infix" and task.truncate is None:
+def _check_tail(task: tasks.Task, chosen: type[PromptedPLM]) -> None:
+    if chosen.needs_tail and task.truncate is None:
         raise ConfigError(
-            f"prompt.placement='infix' stands after the field that may be shortened, and the task {task.name!r} names "
-            "none; set truncate in its file, or use placement suffix"
+            f"prompt.placement={chosen.placement!r} stands after the field that may be shortened, and the task "
+            f"{task.name!r} names none; set truncate in its file, or use placement suffix"
         )
 
 
 def _positions(session: Session) -> list[dict[str, int]]:
     """What has to fit into the positions of the model, or of its encoder and of its decoder."""
-    prompt = {"prompt.tokens": session.config.prompt.tokens}
-    text = {"data.max_input_tokens": session.config.data.max_input_tokens}
-    target = {"data.max_target_tokens": session.max_target_tokens}
-    if session.decoder:
-        return [{**prompt, **text, **target}]
-    suffix = session.config.prompt.placement != "prefix"
-    return [text if suffix else {**prompt, **text}, {**prompt, **target} if suffix else target]
+    config = session.config
+    needs = {
+        "prompt": ("prompt.tokens", config.prompt.tokens),
+        "text": ("data.max_input_tokens", config.data.max_input_tokens),
+        "target": ("data.max_target_tokens", session.max_target_tokens),
+    }
+    stacks = placement_named(config.prompt.placement).positions(session.decoder)
+    return [dict(needs[part] for part in parts) for parts in stacks]
 
 
 def _load_split(session: Session, split: str) -> None:
@@ -212,107 +238,51 @@ def input_ids_of(session: Session, rows: Dataset) -> list[list[int]]:
 
 
 def predict(
-    session: Session,
-    prompt: torch.Tensor | None,
-    rows: Dataset,
-    *,
-    voting: str = "probabilities",
-    placement: str | None = None,
+    session: Session, prompted: PromptedPLM, rows: Dataset, *, voting: str = "probabilities"
 ) -> tuple[list[Prediction], list[str], float]:
     """Answers to the inputs of rows that `encode` has made: predictions, their texts, FLOPs spent.
 
     Several processes share the work.
 
     Args:
-        prompt: `(P, H)`, None for zero-shot, or several `(K, P, H)`: an ensemble, all prompts in the same batches.
-        voting: how an ensemble agrees, see `evaluation.combine`.
-        placement: where the prompt stands; default as the recipe says.
+        prompted: as `Session.prompted` makes it; several prompts are an ensemble, all of them in the same batches.
+        voting: how an ensemble agrees, see `prediction.combine`.
     """
-    inputs = list(zip(input_ids_of(session, rows), rows["n_tail"], strict=True))
+    inputs = [Input(ids, tail) for ids, tail in zip(input_ids_of(session, rows), rows["n_tail"], strict=True)]
     if parallel.size() == 1:
-        return _predict(session, prompt, inputs, voting, placement)
+        return _predict(session, prompted, inputs, voting)
     mine = parallel.share(inputs)
-    found, answers, spent = _predict(session, prompt, mine, voting, placement) if mine else ([], [], 0.0)
+    found, answers, spent = _predict(session, prompted, mine, voting) if mine else ([], [], 0.0)
     return parallel.merge(found), parallel.merge(answers), sum(parallel.gather(spent))
 
 
 def _predict(
-    session: Session,
-    prompt: torch.Tensor | None,
-    rows: Sequence[tuple[list[int], int]],
-    voting: str,
-    placement: str | None,
+    session: Session, prompted: PromptedPLM, rows: Sequence[Input], voting: str
 ) -> tuple[list[Prediction], list[str], float]:
     settings, task = session.config.eval, session.task
-    width = session.plm.get_input_embeddings().weight.shape[-1]
-    if prompt is not None and prompt.shape[-1] != width:
-        raise ConfigError(
-            f"the prompt has vectors of {prompt.shape[-1]} numbers, this model's embeddings {width}: it is another "
-            "model's prompt"
-        )
+    prompt = prompted.prompt
     several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
-    inputs = [ids for ids, _ in rows for _ in range(several)]
-    longest_label = max((len(ids) for ids in session.choices.values()), default=0)
-    placed = "prefix" if prompt is None else placement or session.config.prompt.placement
-    after = [n if placed == "infix" else 0 for _, n in rows for _ in range(several)]
-    where: dict[str, Any] = {}
-    if placed != "prefix":
-        _check_within(session.task, placed)
-        where = {"placement": placed, "after": after if placed == "infix" else None, "cache": session.texts}
-        session.texts.ran.clear()
+    inputs = [row for row in rows for _ in range(several)]
     if session.choices:
-        found = score_labels(
-            session.plm,
-            prompt,
-            inputs,
-            session.choices,
-            batch_size=settings.batch_size,
-            length_normalize=settings.length_normalize,
-            **where,
+        found, work = prompted.score(
+            inputs, session.choices, batch_size=settings.batch_size, length_normalize=settings.length_normalize
         )
     else:
-        found = generate(
-            session.plm,
-            session.tokenizer,
-            prompt,
-            inputs,
+        options = GenerationOptions(
             max_new_tokens=session.max_target_tokens,
             num_beams=settings.num_beams,
             batch_size=settings.batch_size,
             stop_at_newline=session.decoder and task.one_line,
-            **where,
         )
+        found, work = prompted.generate(inputs, session.tokenizer, options)
     if several > 1:
         found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
     answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
-    cross = session.config.cache.cross_attention
-    spent = sum(text_flops(session.cost, None, *ran, kept_cross=cross) for ran in session.texts.ran) if where else 0.0
-    for picked in batches_of(by_length(inputs), settings.batch_size):
-        between = max(after[i] for i in picked)  # costs what the prompt does
-        shape = BatchShape(
-            batch=len(picked),
-            input_tokens=max(len(inputs[i]) - after[i] for i in picked),
-            prompt_tokens=0 if prompt is None else prompt.shape[-2] + between,
-            target_tokens=longest_label or session.max_target_tokens,
-            placement="suffix" if where else "prefix",
-            text_examples=0 if where else None,
-            kept_cross=cross,
-        )
-        if session.choices:
-            passes = 1 if session.decoder and longest_label == 1 else len(session.choices)
-            spent += passes * forward_flops(session.cost, None, shape)
-        else:
-            spent += settings.num_beams * generation_flops(session.cost, shape)
-    return found, answers, spent
+    return found, answers, work_flops(session.cost, work)
 
 
 def evaluate(
-    session: Session,
-    prompt: torch.Tensor | None,
-    split: str = "validation",
-    *,
-    voting: str = "probabilities",
-    placement: str | None = None,
+    session: Session, prompted: PromptedPLM, split: str = "validation", *, voting: str = "probabilities"
 ) -> Evaluation:
     """Score a prompt, or an ensemble of them, on a split, with the PLM at the size it has: full, outside a step."""
     rows = session.examples[split]
@@ -320,7 +290,7 @@ def evaluate(
         raise DataError(f"the split {split!r} has examples without a label, so it cannot be scored; use --submission")
     start = time.perf_counter()
     encoded = session.encoded[split]
-    found, answers, flops = predict(session, prompt, encoded, voting=voting, placement=placement)
+    found, answers, flops = predict(session, prompted, encoded, voting=voting)
     result = metrics.evaluate(
         session.task.metric,
         answers,
@@ -351,8 +321,7 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-def write_submission(session: Session, prompt: torch.Tensor | None, split: str, path: Path) -> None:
+def write_submission(session: Session, prompted: PromptedPLM, split: str, path: Path) -> None:
     """Answers to a split, which needs no labels, in the benchmark's own format (`tasks.write_submission`)."""
-    on_device = None if prompt is None else prompt.to(session.plm.device)
-    _, answers, _ = predict(session, on_device, session.encoded[split])
+    _, answers, _ = predict(session, prompted, session.encoded[split])
     tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)

@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from ..cost.flops import forward_flops
 from ..cost.shapes import BatchShape, CostModel
 from ..errors import ScoreError
+from ..plm.modes import evaluating
 from ..plm.objective import IGNORED, labelled_logits
 from ..plm.partial import PartialPLM, StackModules, find_stacks, get_plm
+from ..prompt.places import prompted_of
 from ..prompt.soft_prompt import prompt_length
 from ..schedule.stages import Stage
-from .neurons import Scores, describe, evaluating, on_device, real_masks, real_rows, run_stacks, scored_model
+from .neurons import Scores, describe, on_device, real_masks, real_rows, run_stacks
 
 LAYER_KINDS = ("influence", "greedy")
 
@@ -53,7 +55,7 @@ def block_influence(
         ScoreError: no batch, or hidden states that are not finite.
         UnknownFamilyError, ModelError: as `PartialPLM`.
     """
-    model, plm = scored_model(model), get_plm(model)
+    model, plm = prompted_of(model).calibrated, get_plm(model)
     stacks = find_stacks(plm)
     totals = {name: torch.zeros(len(s.layers), dtype=torch.float64) for name, s in stacks.items()}
     counts = dict.fromkeys(stacks, 0)
@@ -105,7 +107,7 @@ def greedy_removal(
     """
     if candidates is not None and (isinstance(candidates, bool) or candidates < 1):
         raise ScoreError(f"candidates={candidates!r} must be at least 1, or None for all layers")
-    model, plm = scored_model(model), get_plm(model)
+    model, plm = prompted_of(model).calibrated, get_plm(model)
     stacks = find_stacks(plm)
     for name, size in down_to.items():
         if name not in stacks or not max(1, len(stacks[name].spec.always_kept)) <= size <= len(stacks[name].layers):

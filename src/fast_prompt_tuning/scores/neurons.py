@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,9 +21,10 @@ from torch import nn
 
 from ..errors import ScoreError
 from ..plm import fingerprint
+from ..plm.modes import evaluating
 from ..plm.objective import IGNORED, label_loss, selected_rows
 from ..plm.partial import StackModules, find_stacks, get_plm
-from ..prompt.placement import SuffixPromptModel
+from ..prompt.places import prompted_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -136,7 +137,7 @@ def activation_scores(
         raise ScoreError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
         raise ScoreError(f"gradient_steps={gradient_steps!r} must be a whole number of at least 1")
-    model, plm = scored_model(model), get_plm(model)
+    model, plm = prompted_of(model).calibrated, get_plm(model)
     stacks = find_stacks(plm)
     totals = {n: torch.zeros(len(s.layers), s.width, dtype=torch.float64) for n, s in stacks.items()}
     tokens = dict.fromkeys(stacks, 0)
@@ -167,23 +168,6 @@ def activation_scores(
             )
     counts = {"examples": examples, "tokens": sum(tokens.values())}
     return NeuronScores(scores, describe(plm, metadata, kind=kind, **counts))
-
-
-def scored_model(model: nn.Module) -> nn.Module:
-    """What neurons and layers are scored on: the PLM alone where the prompt stands after the text."""
-    return get_plm(model) if isinstance(model, SuffixPromptModel) else model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode, then give every module its own mode back."""
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 def on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:

@@ -38,8 +38,8 @@ from ..data.encoding import Collator, LengthBatchSampler, input_lengths
 from ..errors import TrainingStopped
 from ..plm.objective import IGNORED, label_loss
 from ..plm.partial import find_stacks, get_plm
-from ..prompt.placement import SuffixPromptModel, suffix_loss
 from ..prompt.soft_prompt import load_prompt, prompt_parameter
+from ..prompt.suffix_model import SuffixPromptModel, suffix_loss
 from ..recipe import OptimConfig, RunConfig
 from ..schedule.stages import Schedule
 from . import checkpoint, parallel

@@ -1,0 +1,157 @@
+"""The prompt in front of the text, as in the paper and in PEFT; and a PLM without any prompt.
+
+Decoder-only inputs are padded on the left *of the prompt* and positions follow the attention mask: a batch of many
+gives the predictions of a batch of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..cost.shapes import BatchShape
+from ..cost.work import PromptPass, Work
+from ..data.trimming import TAIL
+from ..plm.objective import IGNORED, label_loss, labelled_logits, last_layer_rows, selected_rows
+from .prediction import log_probability
+from .prompted import Input, Loss, PromptedPLM, labelled_tokens
+
+
+class Front(PromptedPLM):
+    """The prompt in front of the (encoder) input."""
+
+    placement: ClassVar[str] = "prefix"
+
+    @classmethod
+    def check(cls, plm: Any) -> None:
+        """Every PLM takes a prompt in front."""
+
+    @classmethod
+    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
+        """As `PromptedPLM.positions`."""
+        return (("prompt", "text", "target"),) if decoder else (("prompt", "text"), ("target",))
+
+    @classmethod
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
+        """The shape as it is: everything runs behind the prompt."""
+        return shape
+
+    def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
+        """As `PromptedPLM.loss`; without a `model` or a prompt the PLM's own loss."""
+        inputs = {name: value for name, value in batch.items() if name != TAIL}
+        value = label_loss(self.calibrated, inputs, num_items=num_items)
+        shape = batch_shape(inputs, self.prompt_tokens, decoder=not self.plm.config.is_encoder_decoder)
+        return Loss(value, Work((PromptPass(shape, self._kind()),)))
+
+    def _label_scores(
+        self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]
+    ) -> tuple[torch.Tensor, Work]:
+        score = _score_encoder_decoder if self.plm.config.is_encoder_decoder else _score_decoder
+        return score(self.plm, prompt, [i.ids for i in inputs], labels), Work()
+
+    def _generation_inputs(
+        self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
+    ) -> tuple[dict[str, Any], Work]:
+        left = not self.plm.config.is_encoder_decoder
+        padded = prompted_inputs(self.plm, prompt, [i.ids for i in inputs], left=left)
+        return {"inputs_embeds": padded.embeds, "attention_mask": padded.mask}, Work()
+
+    def _shape(self, inputs: Sequence[Input], target_tokens: int) -> BatchShape:
+        return BatchShape(
+            batch=len(inputs),
+            input_tokens=max(len(i.ids) for i in inputs),
+            prompt_tokens=self.prompt_tokens,
+            target_tokens=target_tokens,
+        )
+
+
+def batch_shape(batch: Mapping[str, Any], prompt_tokens: int, *, decoder: bool) -> BatchShape:
+    """The padded shape of a training batch `(B, T)` behind a prompt of so many tokens, or of none."""
+    size, length = batch["input_ids"].shape
+    most, mean = labelled_tokens(batch["labels"])
+    target = max(most, 1) if decoder else batch["labels"].shape[1]
+    return BatchShape(
+        batch=size,
+        input_tokens=length - target if decoder else length,
+        prompt_tokens=prompt_tokens,
+        target_tokens=target,
+        label_tokens=mean,
+    )
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Inputs of one batch: `embeds (B, P + T, H)` and `mask (B, P + T)`, the soft prompt in front of the text."""
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+
+def prompted_inputs(plm: Any, prompt: torch.Tensor | None, inputs: Sequence[Sequence[int]], *, left: bool) -> Padded:
+    """Embed token ids, put the prompt in front of each and pad: `[pad…][prompt][text]` if `left`.
+
+    Args:
+        prompt: one for all inputs `(P, H)`, or one for each `(B, P, H)`.
+    """
+    embed = plm.get_input_embeddings()
+    length = max(len(ids) for ids in inputs)
+    ids = torch.zeros(len(inputs), length, dtype=torch.long)
+    real = torch.zeros(len(inputs), length, dtype=torch.long)
+    for row, tokens in enumerate(inputs):
+        ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
+        real[row, : len(tokens)] = 1
+    embeds, mask = embed(ids.to(plm.device)), real.to(plm.device)
+    if prompt is not None:
+        front = prompt.to(embeds).expand(len(inputs), *prompt.shape[-2:])
+        embeds = torch.cat([front, embeds], dim=1)
+        mask = torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1)
+    if left:
+        # Rolling each row moves its padding from the end to the front, ahead of the prompt.
+        shift = mask.shape[1] - mask.sum(1)
+        index = (torch.arange(mask.shape[1], device=mask.device)[None] - shift[:, None]) % mask.shape[1]
+        embeds = embeds.gather(1, index[..., None].expand_as(embeds))
+        mask = mask.gather(1, index)
+    return Padded(embeds, mask)
+
+
+def _score_decoder(
+    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
+) -> torch.Tensor:
+    """`(B, number of labels)` summed log-probabilities."""
+    if all(len(ids) == 1 for ids in labels):
+        # One pass serves all labels: they compete for the same next token.
+        padded = prompted_inputs(plm, prompt, inputs, left=False)
+        last = padded.mask.sum(1) - 1
+
+        def ends(shape: torch.Size) -> torch.Tensor:
+            return torch.arange(shape[0], device=last.device) * shape[1] + last
+
+        with selected_rows(plm, ends), last_layer_rows(plm, ends):
+            logits = plm(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
+        return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]]
+    columns = []
+    for ids in labels:
+        padded = prompted_inputs(plm, prompt, [[*tokens, *ids] for tokens in inputs], left=False)
+        targets = torch.full(padded.mask.shape, IGNORED, device=padded.mask.device)
+        for row, end in enumerate(padded.mask.sum(1).tolist()):
+            targets[row, end - len(ids) : end] = torch.tensor(ids)
+        batch = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask, "labels": targets}
+        columns.append(log_probability(*labelled_logits(plm, batch), len(inputs)))
+    return torch.stack(columns, 1)
+
+
+def _score_encoder_decoder(
+    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
+) -> torch.Tensor:
+    """`(B, number of labels)`; the encoder runs once for all labels."""
+    padded = prompted_inputs(plm, prompt, inputs, left=False)
+    encoded = plm.get_encoder()(inputs_embeds=padded.embeds, attention_mask=padded.mask)
+    columns = []
+    for ids in labels:
+        targets = torch.tensor([ids] * len(inputs), device=padded.mask.device)
+        batch = {"encoder_outputs": encoded, "attention_mask": padded.mask, "labels": targets}
+        columns.append(log_probability(*labelled_logits(plm, batch), len(inputs)))
+    return torch.stack(columns, 1)

@@ -1,0 +1,70 @@
+"""Where a prompt can stand: the table of placements, and the prompted PLM of a prompt, or of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from ..errors import ConfigError
+from ..plm.partial import get_plm
+from .after_text import AfterText, WithinText
+from .front import Front
+from .prompted import PromptedPLM
+from .soft_prompt import prompt_length, prompt_parameter, soft_prompt_config
+from .suffix_model import SuffixPromptModel
+from .text_cache import TextCache
+
+PLACEMENTS: dict[str, type[PromptedPLM]] = {made.placement: made for made in (Front, AfterText, WithinText)}
+
+
+def placement_named(name: str) -> type[PromptedPLM]:
+    """The class of a placement.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in PLACEMENTS:
+        raise ConfigError(f"placement={name!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
+    return PLACEMENTS[name]
+
+
+def place(
+    plm: Any, prompt: torch.Tensor | None, placement: str = "prefix", cache: TextCache | None = None
+) -> PromptedPLM:
+    """A PLM with a prompt's values, to score and answer with.
+
+    Args:
+        prompt: `(P, H)`, None for zero-shot wherever a prompt would stand, or several `(K, P, H)`.
+
+    Raises:
+        ConfigError: an unknown placement. ModelError, UnknownFamilyError: no prompt can stand there in this PLM.
+    """
+    chosen = placement_named(placement) if prompt is not None else Front
+    chosen.check(plm)
+    return chosen(plm, prompt, cache if chosen.keeps_texts else None)
+
+
+def tune(
+    plm: Any, num_virtual_tokens: int = 20, placement: str = "prefix", cache: TextCache | None = None
+) -> PromptedPLM:
+    """A PLM with a new prompt that is trained: `parameter` of `model`, a stock PEFT model where it is in front.
+
+    Raises:
+        ConfigError: a prompt length the model has no room for; and as `place`.
+    """
+    if (chosen := placement_named(placement)) is Front:
+        plm.requires_grad_(False)
+        model: Any = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=num_virtual_tokens))
+    else:
+        model = SuffixPromptModel(plm, num_virtual_tokens, placement=placement, cache=cache)
+    return chosen(plm, prompt_parameter(model), cache if chosen.keeps_texts else None, model)
+
+
+def prompted_of(model: Any) -> PromptedPLM:
+    """The prompted PLM of a model as users make them: a `SuffixPromptModel`, a PEFT model, or a bare PLM."""
+    if isinstance(model, SuffixPromptModel):
+        return model.prompted
+    prompt = prompt_parameter(model) if prompt_length(model) else None
+    return Front(get_plm(model), prompt, model=model)

@@ -1,0 +1,207 @@
+"""The prompted PLM: one door to a PLM with a soft prompt, wherever the prompt stands.
+
+Each placement of the prompt is a class (`front.Front`, `after_text.AfterText`, `after_text.WithinText`). Losses, scores
+and answers go through it and return the work that was done, which `cost.flops.work_flops` prices.
+Sizes: B batch, T text tokens, P prompt length, D target tokens, H `d_model`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from ..cost.shapes import BatchShape
+from ..cost.work import Kind, PromptPass, Work
+from ..errors import DataError
+from ..plm.modes import inference
+from ..plm.objective import IGNORED
+from .generation import GenerationOptions, answers
+from .prediction import Prediction, batches_of, by_length, likeliest, prompts_of
+from .soft_prompt import prompt_parameter
+from .text_cache import TextCache
+
+logger = logging.getLogger(__name__)
+
+
+class Input(NamedTuple):
+    """Token ids of one input, unpadded, and how many at its end are what the template asks about the text."""
+
+    ids: Sequence[int]
+    tail: int = 0
+
+
+class Loss(NamedTuple):
+    """Cross-entropy at the labelled positions, and the passes that it took."""
+
+    value: torch.Tensor
+    work: Work
+
+
+@dataclass
+class PromptedPLM(ABC):
+    """A PLM and a soft prompt in one place.
+
+    Args:
+        plm: the bare PLM, encoder-decoder or decoder-only.
+        prompt: soft prompt `(P, H)`, None for none, or several `(K, P, H)`: of K prompts, input i has prompt i mod K.
+        cache: where the states of texts are kept between passes, of a placement that `keeps_texts`.
+        model: the module that is trained and saved, if there is one: its prompt is `prompt`.
+    """
+
+    plm: Any
+    prompt: torch.Tensor | None
+    cache: TextCache | None = None
+    model: Any = None
+
+    placement: ClassVar[str]
+    keeps_texts: ClassVar[bool] = False
+    """The text is run apart from the prompt, so that its states can be kept."""
+    needs_tail: ClassVar[bool] = False
+    """The prompt stands where an input's `tail` begins."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The soft prompt that is trained."""
+        return prompt_parameter(self.model)
+
+    @property
+    def calibrated(self) -> nn.Module:
+        """The module that neurons and layers are scored on: its forward takes a batch and sees what the text sees."""
+        return self.plm if self.model is None else self.model  # type: ignore[no-any-return]
+
+    @classmethod
+    @abstractmethod
+    def check(cls, plm: Any) -> None:
+        """Raise unless a prompt can stand here in this PLM: a subclass of `FptError` that says why."""
+
+    @classmethod
+    @abstractmethod
+    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
+        """What shares the positions of a stack, out of `prompt`, `text` and `target`; one entry per stack."""
+
+    @classmethod
+    @abstractmethod
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
+        """The shape of a step on a batch, for plans.
+
+        Args:
+            shape: the batch with its whole input in `input_tokens`, and P.
+            tail: of the input tokens, those that are an input's `tail`.
+            kept: texts are in the cache already, where this placement keeps any.
+            kept_cross: as `TextCache`.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
+        """Cross-entropy of a batch, as the model's own loss would be.
+
+        Args:
+            batch: `input_ids (B, T)`, `attention_mask`, `labels`, and `n_tail (B,)` where the placement needs it.
+            num_items: divisor of the summed loss; default the labelled positions of this batch (their mean).
+
+        Raises:
+            ModelError: no labels, or what the placement needs is missing.
+        """
+
+    @abstractmethod
+    def _label_scores(
+        self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]
+    ) -> tuple[torch.Tensor, Work]:
+        """Summed log-probabilities `(B, number of labels)`, and the work of texts alone."""
+
+    @abstractmethod
+    def _generation_inputs(
+        self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
+    ) -> tuple[dict[str, Any], Work]:
+        """What `plm.generate` takes to answer the inputs, and the work of texts alone."""
+
+    @abstractmethod
+    def _shape(self, inputs: Sequence[Input], target_tokens: int) -> BatchShape:
+        """The padded shape of a batch of inputs with targets of so many tokens."""
+
+    def score(
+        self,
+        inputs: Sequence[Input],
+        labels: Mapping[str, Sequence[int]],
+        *,
+        batch_size: int = 16,
+        length_normalize: bool = False,
+    ) -> tuple[list[Prediction], Work]:
+        """Rank classification: the label whose tokens the model finds most probable, exactly and without generating.
+
+        Args:
+            labels: label word -> its target token ids, as in training (`data.encoding.label_ids`).
+            length_normalize: divide each label's log-probability by its number of tokens.
+
+        Raises:
+            DataError: no labels, or a label without tokens.
+        """
+        if not labels or any(len(ids) == 0 for ids in labels.values()):
+            raise DataError(f"labels={dict(labels)!r} must name at least one label, each with at least one token")
+        words, ids_of = list(labels), [list(ids) for ids in labels.values()]
+        lengths = torch.tensor([len(ids) for ids in ids_of], dtype=torch.float32)
+        # One pass serves all labels of one token: they compete for the same next token.
+        passes = 1 if int(lengths.max()) == 1 and not self.plm.config.is_encoder_decoder else len(words)
+        found: dict[int, Prediction] = {}
+        work = Work()
+        with inference(self.plm):
+            for picked in batches_of(by_length([i.ids for i in inputs]), batch_size):
+                rows = [inputs[i] for i in picked]
+                table, texts = self._label_scores(prompts_of(self.prompt, picked), rows, ids_of)
+                work += texts + Work((PromptPass(self._shape(rows, int(lengths.max())), times=passes),))
+                table = table.float().cpu()
+                if length_normalize:
+                    table = table / lengths
+                for i, row in zip(picked, table, strict=True):
+                    found[i] = likeliest(words, row)
+        lost = sum(prediction.text == "" for prediction in found.values())
+        if lost:
+            logger.warning("%d of %d inputs have no answer: the model's output is not a number", lost, len(inputs))
+        return [found[i] for i in range(len(inputs))], work
+
+    def generate(
+        self, inputs: Sequence[Input], tokenizer: Any, options: GenerationOptions
+    ) -> tuple[list[Prediction], Work]:
+        """Greedy or beam-search answers, in the order of `inputs`.
+
+        Returns:
+            Texts without special tokens, stripped, each with its mean log-probability per generated token.
+        """
+        found: dict[int, Prediction] = {}
+        work = Work()
+        with inference(self.plm):
+            for picked in batches_of(by_length([i.ids for i in inputs]), options.batch_size):
+                rows = [inputs[i] for i in picked]
+                given, texts = self._generation_inputs(prompts_of(self.prompt, picked), rows, options.num_beams)
+                shape = self._shape(rows, options.max_new_tokens)
+                work += texts + Work((PromptPass(shape, "generation", options.num_beams),))
+                found.update(zip(picked, answers(self.plm, tokenizer, given, options), strict=True))
+        return [found[i] for i in range(len(inputs))], work
+
+    def save(self, folder: str | Path) -> None:
+        """Save the prompt of `model`."""
+        self.model.save_pretrained(str(folder))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt length P; 0 without a prompt."""
+        return 0 if self.prompt is None else self.prompt.shape[-2]
+
+    def _kind(self) -> Kind:
+        """The kind of pass a loss is, from whether a backward pass can follow it."""
+        if not torch.is_grad_enabled():
+            return "forward"
+        return "full_step" if self.prompt is None else "step"
+
+
+def labelled_tokens(labels: torch.Tensor) -> tuple[int, float]:
+    """Of labels `(B, T)` the most in a row, and their mean over the rows."""
+    counts = (labels != IGNORED).sum(1)
+    return int(counts.max()), float(counts.sum()) / len(counts)
