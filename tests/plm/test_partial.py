@@ -14,7 +14,8 @@ from transformers import BertForSequenceClassification, LlamaConfig, MambaConfig
 from fast_prompt_tuning.errors import ModelError, ScheduleError, ScoreError, UnknownFamilyError
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.plm import partial as partial_plm
-from fast_prompt_tuning.plm.partial import PartialPLM, find_stacks
+from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.plm.stacks import find_stacks
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter, soft_prompt_config
 from fast_prompt_tuning.schedule.stages import Stage
 from fast_prompt_tuning.scores.neurons import activation_scores
@@ -236,7 +237,7 @@ def test_a_resize_that_is_broken_off_leaves_the_full_model(monkeypatch, fails_at
     whole = logits(model, batch)
     partial = PartialPLM(model, keep_neurons="first")
     made = []
-    real = partial_plm._NarrowProjection
+    real = partial_plm.NarrowProjection
 
     def runs_out(*args, **kwargs):
         made.append(1)
@@ -244,7 +245,7 @@ def test_a_resize_that_is_broken_off_leaves_the_full_model(monkeypatch, fails_at
             raise MemoryError
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(partial_plm, "_NarrowProjection", runs_out)
+    monkeypatch.setattr(partial_plm, "NarrowProjection", runs_out)
     with pytest.raises(MemoryError):
         partial.resize(family.stage(4, 10))
     assert torch.equal(logits(model, batch), whole)

@@ -11,7 +11,8 @@ from settings import BY_NAME, LAYERS, Settings
 
 from fast_prompt_tuning.errors import ScheduleError, ScoreError
 from fast_prompt_tuning.plm.objective import labelled_logits
-from fast_prompt_tuning.plm.partial import PartialPLM, find_stacks, get_plm
+from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.plm.stacks import find_stacks, get_plm
 from fast_prompt_tuning.prompt.suffix_model import SuffixPromptModel
 from fast_prompt_tuning.schedule.stages import Stage
 from fast_prompt_tuning.scores.layers import LayerScores, block_influence, greedy_removal, text_labels

@@ -13,7 +13,8 @@ from transformers import BertForSequenceClassification
 
 from fast_prompt_tuning.errors import ModelError, ScoreError
 from fast_prompt_tuning.plm import fingerprint
-from fast_prompt_tuning.plm.partial import PartialPLM, find_stacks, get_plm
+from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.plm.stacks import find_stacks, get_plm
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter, soft_prompt_config
 from fast_prompt_tuning.schedule.stages import Schedule
 from fast_prompt_tuning.scores import neurons as scoring

@@ -197,23 +197,20 @@ class CostModel:
         Raises:
             UnknownFamilyError, ModelError: as `from_config`.
         """
-        from ..plm.partial import get_plm
+        from ..plm.stacks import get_plm
 
         return cls._read(get_plm(model), None)
 
     @classmethod
     def _read(cls, plm: nn.Module, depth: Mapping[str, int] | None) -> CostModel:
         """Read every stack off the last layer of `plm`; `depth` is the layer count where `plm` itself is cut."""
-        from ..plm.partial import resolve
+        from ..plm.stacks import layer_list
 
         config: Any = plm.config
         specs = families.of(config).stacks
-        base = getattr(plm, "base_model", plm)
         found: dict[str, tuple[Any, list[nn.Module]]] = {}
         for name, spec in specs.items():
-            parent_path, _, attribute = spec.layers.rpartition(".")
-            parent = resolve(base, parent_path) if parent_path else base
-            # `_modules` holds the whole list also where a partial PLM shadows it.
+            parent, attribute = layer_list(plm, spec)
             layers: Any = parent._modules.get(attribute) if parent is not None else None
             if parent is None or layers is None or not len(layers):
                 raise ModelError(
@@ -301,18 +298,16 @@ def _attention_width(linears: list[tuple[str, nn.Module, int, int]], d_model: in
 
 
 def _read_layer(layer: nn.Module, spec: families.StackSpec, config: Any, outside: int, count: int) -> StackCost:
-    from ..plm.partial import resolve
+    from ..plm.stacks import ffn_projections, resolve
 
     attention = resolve(layer, spec.self_attention)
-    ffn_out = resolve(layer, spec.ffn_out)
-    choices = [[resolve(layer, p) for p in paths] for paths in spec.ffn_in]
-    ffn_in = next((ms for ms in choices if all(m is not None for m in ms)), None)
-    if attention is None or ffn_out is None or ffn_in is None:
+    ffn_in, ffn_out = ffn_projections(layer, spec)
+    if attention is None or ffn_out is None or not ffn_in:
         raise ModelError(
             f"a layer of model_type={config.model_type!r} lacks {spec.self_attention!r}, {spec.ffn_out!r} or the FFN "
             f"inputs {spec.ffn_in}; register the family with the paths of print(model)"
         )
-    in_shapes = [_linear_shape(m) for m in ffn_in if m is not None]
+    in_shapes = [_linear_shape(m) for m in ffn_in]
     out_shape = _linear_shape(ffn_out)
     if out_shape is None or any(s is None for s in in_shapes):
         raise ModelError(f"the FFN of model_type={config.model_type!r} is not made of linear layers")
@@ -324,9 +319,8 @@ def _read_layer(layer: nn.Module, spec: families.StackSpec, config: Any, outside
     attention_width = _attention_width(own, d_model)
     cross_module = resolve(layer, spec.cross_attention) if spec.cross_attention else None
     cross = list(_linears(cross_module)) if cross_module is not None else []
-    # Keys and values are the projections that read the encoder; every registered family names them k… and v….
-    kv = sum(i * o for n, _, i, o in cross if n[0] in "kv")
-    query = sum(i * o for n, _, i, o in cross if n[0] == "q")
+    kv = sum(i * o for name, _, i, o in cross if name in spec.cross_kv)
+    query = sum(i * o for name, _, i, o in cross if name == spec.cross_query)
     known = {id(m) for _, m, _, _ in (*own, *cross)} | {id(m) for m in (*ffn_in, ffn_out)}
     return StackCost(
         layers=count,

@@ -133,7 +133,8 @@ def time_steps(
     import torch
 
     from ..plm.objective import choose_attention, label_loss
-    from ..plm.partial import PartialPLM, get_plm
+    from ..plm.partial import PartialPLM
+    from ..plm.stacks import get_plm
 
     if rounds is None and seconds is None:
         seconds = 20.0

@@ -25,6 +25,7 @@ class StackSpec:
         fused: how many projections of width F one `ffn_in` module holds back to back (2 for a fused gate and up).
         self_attention: path of the self-attention module.
         cross_attention: path of the cross-attention module, if the stack has one.
+        cross_query, cross_kv: names within it of the projections of decoder states and of encoder states.
         token_wise: paths of the attention's projections of queries and of its output, where they are modules of their
             own: what they compute at a token is used at that token alone, so the last layer can leave out the others.
         count_fields: config fields that count this stack's layers; the first one is authoritative.
@@ -42,6 +43,8 @@ class StackSpec:
     fused: int = 1
     self_attention: str = "self_attn"
     cross_attention: str | None = None
+    cross_query: str = "q"
+    cross_kv: tuple[str, ...] = ("k", "v")
     token_wise: tuple[str, ...] = ()
     count_fields: tuple[str, ...] = ("num_hidden_layers",)
     live_fields: tuple[str, ...] | None = None
@@ -123,7 +126,13 @@ _BUILT_IN = (
         name="bart",
         stacks={
             "encoder": _bart("encoder", count_fields=("encoder_layers", "num_hidden_layers")),
-            "decoder": _bart("decoder", count_fields=("decoder_layers",), cross_attention="encoder_attn"),
+            "decoder": _bart(
+                "decoder",
+                count_fields=("decoder_layers",),
+                cross_attention="encoder_attn",
+                cross_query="q_proj",
+                cross_kv=("k_proj", "v_proj"),
+            ),
         },
         peers=("mbart", "pegasus"),
     ),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelError, UnknownFamilyError
 from . import families
-from .partial import get_plm, resolve
+from .stacks import ffn_projections, get_plm, layer_list, resolve
 
 IGNORED = -100
 """Label of positions that carry none, as everywhere in `transformers`."""
@@ -62,12 +62,8 @@ def _token_wise_parts(plm: Any, layer: nn.Module) -> list[tuple[Sequence[nn.Modu
             parts.append(((module,), module))
     if getattr(plm.config, "chunk_size_feed_forward", 0):
         return parts  # the FFN is given a few positions at a time
-    out = resolve(layer, spec.ffn_out)
-    for paths in spec.ffn_in:
-        modules = [resolve(layer, p) for p in paths]
-        if out is not None and all(m is not None for m in modules):
-            return [*parts, (modules, out)]
-    return parts
+    ins, out = ffn_projections(layer, spec)
+    return parts if out is None or not ins else [*parts, (ins, out)]
 
 
 @contextmanager
@@ -88,7 +84,8 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
     if not config.is_encoder_decoder:
         try:
             (spec,) = families.of(config).stacks.values()
-            layer = resolve(getattr(plm, "base_model", plm), f"{spec.layers}.-1")
+            parent, attribute = layer_list(plm, spec)
+            layer = None if parent is None else getattr(parent, attribute)[-1]
         except UnknownFamilyError:
             pass
     again = getattr(layer, "gradient_checkpointing", False) or hasattr(layer, "_checkpoint_wrapped_module")

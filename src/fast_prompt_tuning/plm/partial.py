@@ -12,170 +12,19 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, ScheduleError, ScoreError
 from ..schedule.stages import Stage
 from . import families, selection
-from .families import StackSpec
+from .narrow import NarrowProjection, check_projection, narrowed_to
+from .stacks import StackModules, find_stacks, get_plm, layer_list, resolve
 
 LAYER_SELECTIONS = ("evenly", "first", "score")
 NEURON_SELECTIONS = ("activation", "first")
-
-
-def get_plm(model: Any) -> Any:
-    """The PLM under a PEFT wrapper; the model itself where there is none."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def resolve(module: Any, path: str) -> Any:
-    """The submodule at a dotted `path` in which numbers (also negative) index module lists; None if there is none."""
-    for part in path.split("."):
-        if part.lstrip("-").isdigit():
-            if not isinstance(module, nn.ModuleList) or not -len(module) <= int(part) < len(module):
-                return None
-            module = module[int(part)]
-        else:
-            child = getattr(module, part, None)
-            if not isinstance(child, nn.Module):
-                return None
-            module = child
-    return module
-
-
-@dataclass
-class StackModules:
-    """The modules of one stack of a live model.
-
-    Args:
-        parent, attribute: where the module list hangs.
-        layers: the full module list (L layers).
-        width: FFN width F.
-        ffn_in, ffn_out: for every layer the FFN input projections and the output projection; empty or None where a
-            layer has no FFN of the registered shape.
-    """
-
-    name: str
-    spec: StackSpec
-    parent: nn.Module
-    attribute: str
-    layers: nn.ModuleList
-    width: int
-    ffn_in: list[tuple[nn.Module, ...]]
-    ffn_out: list[nn.Module | None]
-
-
-def find_stacks(plm: Any) -> dict[str, StackModules]:
-    """The stacks of a PLM at its full size, as its family declares them.
-
-    Raises:
-        UnknownFamilyError: the architecture is not registered.
-        ModelError: the model's modules are not where its family says, or it is shrunk already.
-    """
-    config = plm.config
-    stacks = {}
-    for name, spec in families.of(config).stacks.items():
-        parent_path, _, attribute = spec.layers.rpartition(".")
-        base = getattr(plm, "base_model", plm)
-        parent = resolve(base, parent_path) if parent_path else base
-        if parent is not None and attribute in parent.__dict__:
-            raise ModelError(_SHRUNK)
-        layers = parent._modules.get(attribute) if parent is not None else None
-        count = families.layer_count(config, spec)
-        if not isinstance(layers, nn.ModuleList) or len(layers) != count:
-            found = "no module list" if layers is None else f"{len(layers)} layers"
-            raise ModelError(
-                f"{type(plm).__name__} (model_type={config.model_type!r}) has {found} at {spec.layers!r}, but its "
-                f"config counts {count}; if it is a variant of the family, register it with its own paths"
-            )
-        ffn_in: list[tuple[nn.Module, ...]] = []
-        ffn_out = []
-        for layer in layers:
-            found_in: list[tuple[nn.Module, ...]] = []
-            for paths in spec.ffn_in:
-                modules = tuple(resolve(layer, p) for p in paths)
-                if all(m is not None for m in modules):
-                    found_in.append(modules)  # type: ignore[arg-type]
-            ffn_in.append(found_in[0] if found_in else ())
-            ffn_out.append(resolve(layer, spec.ffn_out))
-            if any(_narrowed_to(module) for module in (*ffn_in[-1], ffn_out[-1])):
-                raise ModelError(_SHRUNK)
-        width = families.ffn_width(config, spec)
-        stacks[name] = StackModules(name, spec, parent, attribute, layers, width, ffn_in, ffn_out)
-    return stacks
-
-
-_SHRUNK = "this model is shrunk by a PartialPLM; call its restore() first"
-
-
-class _NarrowProjection:
-    """An FFN projection on the kept neurons only; its `forward` stands in for the module's own.
-
-    Holds a contiguous copy of the kept rows (input projection) or columns (output projection), and makes it anew if
-    the module's weight has moved, changed dtype or been written to since.
-    """
-
-    def __init__(self, module: Any, kept: torch.Tensor, dim: int, keep_bias: bool):
-        self.module, self.kept, self.dim, self.keep_bias = module, kept, dim, keep_bias
-        self.transposed = isinstance(module, Conv1D)  # stores (in, out), the reverse of nn.Linear
-        self.kept_key = hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()[:16]
-        self.refresh()
-
-    def _select(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        weight, bias = self.module.weight, self.module.bias
-        kept = self.kept.to(weight.device)
-        weight = (weight.t() if self.transposed else weight).index_select(self.dim, kept)
-        return weight, bias if bias is None or self.keep_bias else bias.index_select(0, kept)
-
-    def _source_key(self) -> tuple[Any, ...]:
-        weight = self.module.weight
-        version = None if weight.is_inference() else weight._version
-        return weight.dtype, weight.device, version
-
-    def refresh(self) -> None:
-        with torch.no_grad():
-            weight, bias = self._select()
-        self.weight, self.bias = weight.contiguous(), bias
-        self.key = self._source_key()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.module.weight.requires_grad:
-            return F.linear(x, *self._select())  # someone trains the base weights: gradients must reach them
-        if not torch.compiler.is_compiling() and self._source_key() != self.key:
-            self.refresh()
-        # The output projection keeps the module's own bias, whose dtype and device follow the module.
-        return F.linear(x, self.weight, self.module.bias if self.keep_bias else self.bias)
-
-
-def _narrowed_to(module: nn.Module | None) -> _NarrowProjection | None:
-    """What stands in for a projection's own forward now."""
-    owner = getattr(getattr(module, "__dict__", {}).get("forward"), "__self__", None)
-    return owner if isinstance(owner, _NarrowProjection) else None
-
-
-def _check_projection(module: nn.Module | None, shape: tuple[int, int], where: str) -> None:
-    plain = isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    if not plain:
-        raise ModelError(
-            f"{where} is {type(module).__name__}, not a plain linear layer, so its neurons cannot be left out; "
-            "load the model unquantized and without adapters on the FFN, or use layer dropping (method ld)"
-        )
-    weight = module.weight  # type: ignore[union-attr]
-    if weight.device.type == "meta" and hasattr(module, "_hf_hook"):
-        raise ModelError(f"{where} is offloaded, so its neurons cannot be left out; use layer dropping (method ld)")
-    if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
-        raise ModelError(
-            f"{where} is sharded over processes, so its neurons cannot be left out; use layer dropping (method ld)"
-        )
-    got = tuple(reversed(weight.shape)) if isinstance(module, Conv1D) else tuple(weight.shape)
-    if (shape[0] and got[0] != shape[0]) or (shape[1] and got[1] != shape[1]):
-        raise ModelError(f"{where} has shape {got}, expected {shape} (out, in; 0 is any); its family's paths are wrong")
 
 
 def cut_key(plm: Any, stack: str) -> str:
@@ -184,14 +33,13 @@ def cut_key(plm: Any, stack: str) -> str:
     Two equal keys of one PLM mean the same computation; at its full size and in one dtype the key is always the same.
     """
     spec = families.of(plm.config).stacks[stack]
-    parent_path, _, attribute = spec.layers.rpartition(".")
-    parent = resolve(plm.base_model, parent_path) if parent_path else plm.base_model
+    parent, attribute = layer_list(plm, spec)
     order = {module: i for i, module in enumerate(parent._modules[attribute])}
     kind = plm.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ""
     digest = hashlib.sha256(f"{plm.dtype}{autocast}".encode())
     for layer in getattr(parent, attribute):
-        narrow = _narrowed_to(resolve(layer, spec.ffn_out))
+        narrow = narrowed_to(resolve(layer, spec.ffn_out))
         digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())
     return digest.hexdigest()[:16]
 
@@ -244,7 +92,7 @@ class PartialPLM:
             stacks=tuple(self._stacks),
         )
         self._stage = self.full_stage
-        self._narrow: dict[nn.Module, _NarrowProjection] = {}
+        self._narrow: dict[nn.Module, NarrowProjection] = {}
         self._own_forward: dict[nn.Module, Any] = {}
         self._layer_idx = {
             name: [
@@ -357,8 +205,8 @@ class PartialPLM:
                         f"{where} has no feed-forward layer that neurons can be left out of; use method ld"
                     )
                 for module in ins:
-                    _check_projection(module, (stack.spec.fused * stack.width, 0), f"an FFN input of {where}")
-                _check_projection(out, (0, stack.width), f"the FFN output of {where}")
+                    check_projection(module, (stack.spec.fused * stack.width, 0), f"an FFN input of {where}")
+                check_projection(out, (0, stack.width), f"the FFN output of {where}")
 
     def resize(self, stage: Stage) -> None:
         """Give the model the size of `stage`. Idempotent; cheap where the size does not change.
@@ -369,9 +217,6 @@ class PartialPLM:
         """
         self._apply(stage)
         self._drop_copies(keep=set(self._own_forward))
-
-    grow = resize
-    """The same as `resize`: named for the direction a schedule takes."""
 
     @contextmanager
     def at(self, stage: Stage) -> Iterator[PartialPLM]:
@@ -469,8 +314,8 @@ class PartialPLM:
                 self._narrow.pop(module, None)  # freed before the new copy is made: at most one copy at any time
             kept = self.kept_neurons(stack, layer, k)
             fused = torch.cat([kept + part * width for part in range(self._stacks[stack].spec.fused)])
-            made = {module: _NarrowProjection(module, fused, dim=0, keep_bias=False) for module in ins}
-            made[out] = _NarrowProjection(out, kept, dim=1, keep_bias=True)
+            made = {module: NarrowProjection(module, fused, dim=0, keep_bias=False) for module in ins}
+            made[out] = NarrowProjection(out, kept, dim=1, keep_bias=True)
             self._narrow.update(made)
         for module in (*ins, out):
             if module not in self._own_forward:

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from ..errors import ConfigError
-from ..plm.partial import get_plm
+from ..plm.stacks import get_plm
 from .after_text import AfterText, WithinText
 from .front import Front
 from .prompted import PromptedPLM

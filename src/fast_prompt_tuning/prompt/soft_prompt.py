@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError, ModelError
-from ..plm.partial import get_plm
+from ..plm.stacks import get_plm
 
 INITS = ("uniform", "vocab", "text", "prompt")
 

@@ -20,7 +20,8 @@ from ..data.encoding import train_calibration
 from ..errors import ConfigError
 from ..plm.modes import evaluating
 from ..plm.objective import labelled_logits
-from ..plm.partial import PartialPLM, get_plm
+from ..plm.partial import PartialPLM
+from ..plm.stacks import get_plm
 from ..prompt.front import batch_shape
 from ..prompt.places import prompted_of
 from ..prompt.prediction import batches_of, by_length

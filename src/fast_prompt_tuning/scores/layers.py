@@ -20,7 +20,8 @@ from ..cost.shapes import BatchShape, CostModel
 from ..errors import ScoreError
 from ..plm.modes import evaluating
 from ..plm.objective import IGNORED, labelled_logits
-from ..plm.partial import PartialPLM, StackModules, find_stacks, get_plm
+from ..plm.partial import PartialPLM
+from ..plm.stacks import StackModules, find_stacks, get_plm
 from ..prompt.places import prompted_of
 from ..prompt.soft_prompt import prompt_length
 from ..schedule.stages import Stage

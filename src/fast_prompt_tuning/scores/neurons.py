@@ -23,7 +23,7 @@ from ..errors import ScoreError
 from ..plm import fingerprint
 from ..plm.modes import evaluating
 from ..plm.objective import IGNORED, label_loss, selected_rows
-from ..plm.partial import StackModules, find_stacks, get_plm
+from ..plm.stacks import StackModules, find_stacks, get_plm
 from ..prompt.places import prompted_of
 
 if TYPE_CHECKING:

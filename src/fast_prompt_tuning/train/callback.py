@@ -23,7 +23,8 @@ from transformers import (
 
 from ..data.trimming import TAIL, trim
 from ..errors import ConfigError, ModelError, ScheduleError
-from ..plm.partial import PartialPLM, get_plm
+from ..plm.partial import PartialPLM
+from ..plm.stacks import get_plm
 from ..prompt.soft_prompt import prompt_parameter
 from ..schedule.auto import PROBE, AutoSchedule
 from ..schedule.stages import Schedule

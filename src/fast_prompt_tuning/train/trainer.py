@@ -37,7 +37,7 @@ from ..cost.shapes import BatchShape, CostModel
 from ..data.encoding import Collator, LengthBatchSampler, input_lengths
 from ..errors import TrainingStopped
 from ..plm.objective import IGNORED, label_loss
-from ..plm.partial import find_stacks, get_plm
+from ..plm.stacks import find_stacks, get_plm
 from ..prompt.soft_prompt import load_prompt, prompt_parameter
 from ..prompt.suffix_model import SuffixPromptModel, suffix_loss
 from ..recipe import OptimConfig, RunConfig
