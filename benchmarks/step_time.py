@@ -51,7 +51,7 @@ from fast_prompt_tuning import ProgressiveCallback, Schedule
 from fast_prompt_tuning.cost.flops import step_flops
 from fast_prompt_tuning.cost.shapes import CostModel
 from fast_prompt_tuning.cost.timing import random_plm
-from fast_prompt_tuning.data.encoding import Collator, LengthBatchSampler
+from fast_prompt_tuning.data.batches import Collator, LengthBatchSampler
 from fast_prompt_tuning.paper.costs import paper_config
 from fast_prompt_tuning.plm.loading import choose_dtype, load_plm, load_tokenizer
 from fast_prompt_tuning.plm.objective import choose_attention, label_loss

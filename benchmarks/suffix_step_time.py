@@ -34,7 +34,7 @@ from transformers import LlamaConfig
 
 from fast_prompt_tuning import Schedule, SuffixPromptModel, TextCache, soft_prompt_config
 from fast_prompt_tuning.cost.shapes import CostModel
-from fast_prompt_tuning.data.encoding import Collator
+from fast_prompt_tuning.data.batches import Collator
 from fast_prompt_tuning.plm.loading import choose_dtype
 from fast_prompt_tuning.plm.objective import choose_attention
 from fast_prompt_tuning.train.trainer import PromptTrainer

@@ -13,14 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from fast_prompt_tuning.data import encoding as data
-from fast_prompt_tuning.data.encoding import (
-    Collator,
-    LengthBatchSampler,
-    encode,
-    examples_fingerprint,
-    train_calibration,
-)
+from fast_prompt_tuning.data.batches import Collator, LengthBatchSampler, input_lengths
+from fast_prompt_tuning.data.encoding import encode
 from fast_prompt_tuning.data.readers import load_examples, render_rows
+from fast_prompt_tuning.data.splits import examples_fingerprint, train_calibration
 from fast_prompt_tuning.data.tasks import load_task, task_from_templates
 from fast_prompt_tuning.errors import ConfigError, DataError
 
@@ -320,13 +316,12 @@ def test_collator_pads_on_the_right_and_leaves_rows_alone():
     assert ROWS[1] == {"input_ids": [5], "labels": [2]}
 
 
-def test_collator_for_decoders_and_multiples():
+def test_collator_for_decoders():
     decoder_rows = [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [7, 2], "labels": [-100, 2]}]
-    batch = Collator(T5_LIKE, decoder=True, pad_to_multiple_of=4)(decoder_rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 2, 0], [7, 2, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 2, -100], [-100, 2, -100, -100]]
+    batch = Collator(T5_LIKE, decoder=True)(decoder_rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 2], [-100, 2, -100]]
     assert batch["attention_mask"].sum().item() == 5
-    assert Collator(T5_LIKE, decoder=False, pad_to_multiple_of=8)(ROWS)["labels"].shape == (2, 8)
 
 
 def test_collator_pad_token_falls_back():
@@ -345,8 +340,6 @@ def test_collator_takes_unlabelled_rows():
 def test_collator_refuses():
     with pytest.raises(DataError, match="empty batch"):
         Collator(T5_LIKE, decoder=True)([])
-    with pytest.raises(ConfigError, match="pad_to_multiple_of=0"):
-        Collator(T5_LIKE, decoder=True, pad_to_multiple_of=0)
 
 
 @settings(deadline=None)
@@ -366,25 +359,6 @@ def test_every_index_comes_exactly_once_an_epoch_and_the_order_repeats(lengths, 
     assert len(batches) == len(sampler)
     assert all(0 < len(b) <= batch for b in batches)
     assert batches == list(again) == list(sampler)
-
-
-@settings(deadline=None)
-@given(st.integers(4, 60), st.integers(1, 4))
-def test_drop_last_gives_full_batches_only(n, batch):
-    sampler = LengthBatchSampler(list(range(n)), batch, seed=0, drop_last=True)
-    batches = list(sampler)
-    assert len(batches) == len(sampler) == n // batch
-    assert all(len(b) == batch for b in batches)
-    assert len({i for b in batches for i in b}) == n // batch * batch
-
-
-def test_drop_last_does_not_always_drop_the_longest():
-    sampler = LengthBatchSampler(list(range(9)), 4, seed=0, drop_last=True)
-    dropped = set()
-    for epoch in range(20):
-        sampler.set_epoch(epoch)
-        dropped |= set(range(9)) - {i for b in sampler for i in b}
-    assert len(dropped) > 4
 
 
 def test_batches_are_of_similar_length_and_epochs_differ():
@@ -441,21 +415,19 @@ def test_processes_share_the_batches_and_all_make_as_many_steps(n, batch, proces
 def test_sampler_refuses():
     with pytest.raises(ConfigError, match=r"train\.batch_tokens=9 has no room for the longest example, 12 tokens"):
         LengthBatchSampler([3, 12], 2, seed=0, max_tokens=9)
-    with pytest.raises(ConfigError, match="leave one of them out"):
-        LengthBatchSampler([3, 12], 2, seed=0, max_tokens=99, drop_last=True)
     with pytest.raises(ConfigError, match="batch_size=0"):
         LengthBatchSampler([1], 0, seed=0)
     with pytest.raises(ConfigError, match="window=0"):
         LengthBatchSampler([1], 1, seed=0, window=0)
-    with pytest.raises(DataError, match="1 examples make no batch of 2"):
-        LengthBatchSampler([1], 2, seed=0, drop_last=True)
+    with pytest.raises(DataError, match="no examples make no batch"):
+        LengthBatchSampler([], 2, seed=0)
 
 
 def test_sampler_drives_a_data_loader():
     encoded = encode(
         rows(["a", "bb", "built in 1907"]), T5_LIKE, decoder=False, max_input_tokens=50, max_target_tokens=9
     )
-    sampler = LengthBatchSampler(data.input_lengths(encoded), 2, seed=0)
+    sampler = LengthBatchSampler(input_lengths(encoded), 2, seed=0)
     loader = torch.utils.data.DataLoader(encoded, batch_sampler=sampler, collate_fn=Collator(T5_LIKE, decoder=False))
     assert sum(len(batch["input_ids"]) for batch in loader) == 3
 

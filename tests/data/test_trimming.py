@@ -19,7 +19,8 @@ from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, soft_p
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cost.flops import schedule_flops, step_flops
 from fast_prompt_tuning.cost.shapes import BatchShape, CostModel
-from fast_prompt_tuning.data.encoding import IGNORED, Collator, encode
+from fast_prompt_tuning.data.batches import Collator
+from fast_prompt_tuning.data.encoding import IGNORED, encode
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.data.trimming import trim
 from fast_prompt_tuning.errors import ConfigError, ModelError, ScheduleError

@@ -8,19 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import torch
 
 from ..errors import ConfigError, DataError
 from ..plm.objective import IGNORED
 from .tasks import Task
-from .trimming import AFTER, TAIL
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +26,6 @@ CACHED_FROM = 1000
 
 _IDS = datasets.List(datasets.Value("int32"))
 _INT = datasets.Value("int32")
-
-
-# --- tokenizing ---
 
 
 def _tokens(tokenizer: Any, texts: list[str], *, target: bool = False) -> list[list[int]]:
@@ -281,216 +275,3 @@ def label_ids(
             )
     begun = any(a != b and b[: len(a)] == a for a in targets for b in targets)
     return dict(zip(words, targets if decoder and not begun else whole, strict=True))
-
-
-# --- batching ---
-
-
-class Collator:
-    """Rows of `encode` -> one padded batch. Other columns are dropped.
-
-    Padding is on the right: the soft prompt sits in front of the text, and padding on the left would come between.
-
-    Args:
-        tokenizer: gives the padding token; EOS, then 0, where it has none (padding is masked in any case).
-        decoder: the rows are a decoder-only model's.
-        pad_to_multiple_of: round lengths up to a multiple, for hardware that likes it.
-        tails: also give `n_tail` `(B,)`, for stages that cut inputs (`trimming.trim`); a model does not take it.
-        after: also give the same as `n_after`, for a prompt within the input (`placement="infix"`).
-
-    Returns:
-        When called on B rows: `input_ids` and `attention_mask` (B, T) and `labels`, (B, T) for a decoder-only model,
-        else (B, T_target); -100 where there is no label. All int64.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        decoder: bool,
-        pad_to_multiple_of: int | None = None,
-        tails: bool = False,
-        after: bool = False,
-    ):
-        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-            raise ConfigError(f"pad_to_multiple_of={pad_to_multiple_of} must be at least 1")
-        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_id: int = next(i for i in ids if i is not None)
-        self.decoder = decoder
-        self.multiple = pad_to_multiple_of or 1
-        self.counts = [name for name, wanted in ((TAIL, tails), (AFTER, after)) if wanted]
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        if not rows:
-            raise DataError("an empty batch")
-        inputs = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
-        labels = [torch.as_tensor(row["labels"], dtype=torch.int64) for row in rows]
-        length = self._rounded(max(map(len, inputs)))
-        target_length = length if self.decoder else self._rounded(max(map(len, labels)))
-        tails = [row[TAIL] for row in rows] if self.counts else []
-        return {
-            **{name: torch.tensor(tails) for name in self.counts},
-            "input_ids": _padded(inputs, length, self.pad_id),
-            "attention_mask": _padded([torch.ones_like(ids) for ids in inputs], length, 0),
-            "labels": _padded(labels, target_length, IGNORED),
-        }
-
-    def _rounded(self, length: int) -> int:
-        return -(-max(length, 1) // self.multiple) * self.multiple
-
-
-def _padded(rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
-    out = torch.full((len(rows), length), value, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
-def input_lengths(dataset: datasets.Dataset) -> list[int]:
-    """Number of `input_ids` of each row of `encode`, for `LengthBatchSampler`."""
-    return [len(ids) for ids in dataset["input_ids"]]
-
-
-class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
-    """Batches of similar length, the same for the same seed and epoch; every index once an epoch.
-
-    Indices are shuffled and cut into windows, each window is sorted by length and cut into batches, and the batches
-    are shuffled: little padding, and still a random order.
-
-    Every process of a distributed run makes the same batches. Where accelerate deals them out, each gets as many: it is
-    not told a batch size, which would make it take a smaller batch for the last one.
-
-    Args:
-        lengths: tokens of each example.
-        batch_size: B, the most examples of a batch.
-        seed: seed of the order, together with the epoch.
-        window: batches in a window. 1: no sorting; more: less padding.
-        drop_last: leave out a random remainder so that every batch is full.
-        max_tokens: the most tokens of a batch's share, padding included. Which examples share a batch then stays the
-            same at every epoch, so that all have as many batches and a resumed run finds its place.
-        shares: processes that a batch is dealt to, in parts of like size.
-
-    Raises:
-        ConfigError: `batch_size` or `window` below 1, a negative seed, an example longer than `max_tokens`, or
-            `max_tokens` with `drop_last`.
-        DataError: no examples, or with `drop_last` not a single full batch.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        *,
-        seed: int,
-        window: int = 32,
-        drop_last: bool = False,
-        max_tokens: int | None = None,
-        shares: int = 1,
-    ):
-        for name, value, least in (("batch_size", batch_size, 1), ("window", window, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ConfigError(f"{name}={value} must be at least {least}")
-        self.lengths = np.asarray(lengths)
-        if max_tokens is not None and drop_last:
-            raise ConfigError("drop_last=True wants full batches and max_tokens makes none; leave one of them out")
-        if max_tokens is not None and len(self.lengths) and self.lengths.max() > max_tokens:
-            raise ConfigError(
-                f"train.batch_tokens={max_tokens} has no room for the longest example, {self.lengths.max()} tokens; "
-                "raise it or lower data.max_input_tokens"
-            )
-        self.size, self.seed, self.window, self.drop_last = batch_size, seed, window, drop_last
-        self.max_tokens, self.shares, self.epoch = max_tokens, shares, 0
-        full, rest = divmod(len(self.lengths), batch_size)
-        self._count = full + bool(rest and not drop_last)
-        if max_tokens is not None:
-            self._count = len(self._cut(np.random.default_rng(seed).permutation(len(self.lengths))))
-        if self._count == 0:
-            raise DataError(f"{len(lengths)} examples make no batch of {batch_size} (drop_last={drop_last})")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Use the order of this epoch from the next iteration on."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self._count
-
-    def _cut(self, order: np.ndarray) -> list[list[int]]:
-        """Examples in this order -> batches, in windows sorted by length."""
-        batches: list[list[int]] = []
-        size = self.window * self.size
-        for start in range(0, len(order), size):
-            window = order[start : start + size]
-            if self.window > 1:
-                window = window[np.argsort(self.lengths[window], kind="stable")]
-            batch: list[int] = []
-            longest = 0
-            for i, length in zip(window.tolist(), self.lengths[window].tolist(), strict=True):
-                longest = max(longest, length)
-                largest = -(-(len(batch) + 1) // self.shares)  # rows of the largest share with this one
-                over = self.max_tokens is not None and largest * longest > self.max_tokens
-                if batch and (over or len(batch) == self.size):
-                    batches.append(batch)
-                    batch, longest = [], length
-                batch.append(i)
-            batches.append(batch)
-        return batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        fixed = self.max_tokens is not None
-        order = (np.random.default_rng(self.seed) if fixed else rng).permutation(len(self.lengths))
-        if self.drop_last:  # before sorting: dropping the last batch would always drop long examples
-            order = order[: len(order) - len(order) % self.size]
-        batches = self._cut(order)
-        for i in rng.permutation(len(batches)):
-            yield batches[i]
-
-
-# --- for records and scores ---
-
-
-def examples_fingerprint(dataset: datasets.Dataset) -> str:
-    """SHA-256 (hex) of the rows' rendered inputs, targets and references, in order: tells data sets apart."""
-    digest = hashlib.sha256()
-    columns = [name for name in ("id", "input", "target", "references") if name in dataset.column_names]
-    for row in dataset.select_columns(columns or dataset.column_names):
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def train_split(dataset: datasets.Dataset, n: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """n random rows of the *training* data, and all others: what training is watched with, it must not see.
-
-    Raises:
-        ConfigError: n below 1, or not below the number of rows.
-    """
-    if not 1 <= n < len(dataset):
-        raise ConfigError(f"n={n} held-out examples of {len(dataset)} must leave some to train on")
-    order = np.random.default_rng((seed, 1)).permutation(len(dataset))
-    return dataset.select(np.sort(order[:n])), dataset.select(np.sort(order[n:]))
-
-
-def tokens_fingerprint(dataset: datasets.Dataset) -> str:
-    """SHA-256 (hex) of the token ids and labels of the rows of `encode`, in order: another tokenizer, another hash."""
-    digest = hashlib.sha256()
-    for row in dataset.select_columns(["input_ids", "labels"]).with_format("numpy"):
-        for ids in row.values():
-            digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-def train_calibration(dataset: datasets.Dataset, n: int, seed: int) -> datasets.Dataset:
-    """n random rows of the *training* data to compute scores on; all of them, in order, where there are fewer.
-
-    Never pass a validation or test split: what is chosen with these rows would then have seen it.
-
-    Raises:
-        ConfigError: `n` below 1.
-        DataError: no rows.
-    """
-    if n < 1:
-        raise ConfigError(f"n={n} calibration examples must be at least 1")
-    if len(dataset) == 0:
-        raise DataError("no training examples to calibrate on")
-    picked = np.random.default_rng(seed).permutation(len(dataset))[:n]
-    return dataset.select(np.sort(picked))

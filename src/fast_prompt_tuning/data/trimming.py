@@ -18,10 +18,7 @@ from ..schedule.stages import Stage
 
 TAIL = "n_tail"
 """Batch entry `(B,)`: tokens at the end of each input that are never cut (a template's `Topic:`). Models do not take
-it; `trim` takes it out."""
-
-AFTER = "n_after"
-"""Batch entry `(B,)`: tokens at the end of each text that stand after the prompt (`placement="infix"`)."""
+it; `trim` and the prompted PLM take it out."""
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..cost.flops import step_flops
 from ..cost.shapes import BatchShape
-from ..data.encoding import train_calibration
+from ..data.splits import train_calibration
 from ..errors import ConfigError
 from ..plm.modes import evaluating
 from ..plm.objective import labelled_logits

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..cost.flops import forward_flops
 from ..cost.ledger import FlopsLedger
-from ..data.encoding import Collator, examples_fingerprint, train_calibration
+from ..data.batches import Collator
+from ..data.splits import examples_fingerprint, train_calibration
 from ..errors import ConfigError
 from ..plm.configs import full_stage, load_config
 from ..plm.loading import locate

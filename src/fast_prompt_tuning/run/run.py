@@ -22,13 +22,8 @@ from transformers.integrations import get_available_reporting_integrations
 from ..cost.flops import forward_flops, schedule_flops, step_flops
 from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape
-from ..data.encoding import (
-    LengthBatchSampler,
-    examples_fingerprint,
-    input_lengths,
-    tokens_fingerprint,
-    train_split,
-)
+from ..data.batches import LengthBatchSampler, input_lengths
+from ..data.splits import examples_fingerprint, tokens_fingerprint, train_split
 from ..errors import CheckpointError, ConfigError, TrainingStopped
 from ..plm import fingerprint
 from ..plm.loading import describe_dtype

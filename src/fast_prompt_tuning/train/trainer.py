@@ -34,7 +34,7 @@ from transformers.trainer_utils import speed_metrics
 from ..cost.flops import forward_flops, step_flops, text_flops
 from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape, CostModel
-from ..data.encoding import Collator, LengthBatchSampler, input_lengths
+from ..data.batches import Collator, LengthBatchSampler, input_lengths
 from ..errors import TrainingStopped
 from ..plm.objective import IGNORED, label_loss
 from ..plm.stacks import find_stacks, get_plm
