@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..data.trimming import TAIL
 from ..errors import ConfigError, ModelError
 from ..plm import fingerprint
-from .after_text import AfterText, WithinText, counts, generation_inputs, split_texts
+from .after_text import AfterText, WithinText
+from .passes import counts, generation_inputs, split_texts
 from .soft_prompt import check_prompt_tokens, init_soft_prompt, load_prompt, save_suffix_prompt, suffix_record
 from .text_cache import TextCache
 from .text_states import text_states
