@@ -203,11 +203,12 @@ def test_every_page_is_in_the_sites_navigation():
     assert listed == there, "add the page to nav in mkdocs.yml, or take it out"
 
 
-def test_the_figure_is_drawn_by_its_script(tmp_path):
-    drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))["draw"](tmp_path / "drawn.svg")
-    texts = [re.findall(r"<!-- (.*?) -->", p.read_text()) for p in (drawn, ROOT / "docs/pictures/how_it_works.svg")]
+@pytest.mark.parametrize(("script", "picture"), [("draw", "how_it_works"), ("house", "house")])
+def test_a_figure_is_drawn_by_its_script(tmp_path, script, picture):
+    drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / f"{script}.py"))["draw"](tmp_path / "drawn.svg")
+    texts = [re.findall(r"<!-- (.*?) -->", p.read_text()) for p in (drawn, ROOT / f"docs/pictures/{picture}.svg")]
     assert texts[0] == texts[1]
-    assert "3 layers × 512" in texts[0]
+    assert {"how_it_works": "3 layers × 512", "house": "errors.py"}[picture] in texts[0]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -226,10 +227,11 @@ def test_the_readmes_demo_is_the_committed_one():
     assert (ROOT / "docs" / "pictures" / "demo.png").is_file()
 
 
-def test_the_readmes_step_times_are_the_committed_ones():
+def test_the_step_times_are_the_committed_ones():
     record = json.loads((ROOT / "benchmarks" / "results" / "step_time.json").read_text())
+    page = PAGES["docs/fast_step.md"].read_text(encoding="utf-8")
     for result in record["results"]:
-        row = next(line for line in README.splitlines() if line.startswith(f"| {result['title']} |"))
+        row = next(line for line in page.splitlines() if line.startswith(f"| {result['title']} |"))
         assert f"| {result['plain']['median']:.2f} | {result['fpt_run']['median']:.2f} |" in row
 
 
@@ -243,6 +245,10 @@ def test_the_flops_columns_are_what_the_code_counts(convention):
     if convention == "linear":
         for method in PAPER_TABLE2["large"]:
             assert f"| {100 * runs[method]:.1f}% |" in README
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
 
 
 def test_the_task_in_the_guide_loads_and_renders(tmp_path):

@@ -69,8 +69,8 @@ def draw(path: Path) -> Path:
         look = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": "white", "edgecolor": COLOURS[0]}
         axes.add_patch(FancyBboxPatch((x - 2.35, y), 4.7, 0.78, linewidth=1.1, zorder=2, **look))
         folder = files[name][0].name == "__init__.py"
-        size = f"{name}/   {len(files[name]) - 1} files" if folder else f"{name}.py"
-        axes.text(x, y + 0.53, size, ha="center", va="center", fontsize=9, weight="bold", zorder=3)
+        title = f"{name}/" if folder else f"{name}.py"
+        axes.text(x, y + 0.53, title, ha="center", va="center", fontsize=9, weight="bold", zorder=3)
         axes.text(x, y + 0.22, _first(text), ha="center", va="center", fontsize=6.5, color="#404040", zorder=3)
         for other in sorted(arrows[name]):
             if any(other in arrows[between] for between in arrows[name]):
