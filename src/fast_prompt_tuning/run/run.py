@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_high
@@ -29,6 +29,7 @@ from ..data.encoding import (
 )
 from ..errors import CheckpointError, ConfigError, TrainingStopped
 from ..plm import fingerprint
+from ..plm.dropout import without_dropout
 from ..plm.loading import describe_dtype
 from ..plm.partial import PartialPLM
 from ..prompt.placement import SuffixPromptModel
@@ -303,7 +304,7 @@ def _train(
     elif partial is not None:
         trainer.add_callback(ProgressiveCallback(partial, schedule))
     status, reason = "finished", None
-    with guard:
+    with guard, without_dropout(model) if config.trains_without_dropout else nullcontext():
         try:
             if found is not None and reached >= schedule.total_steps:
                 trainer.resume_finished(str(found.folder))
