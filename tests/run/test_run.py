@@ -32,6 +32,7 @@ from fast_prompt_tuning.run.preparation import partial_of, score_neurons
 from fast_prompt_tuning.run.results import RunResult, load_result
 from fast_prompt_tuning.run.session import evaluate, open_session
 from fast_prompt_tuning.scores.layers import LayerScores
+from fast_prompt_tuning.scores.neurons import NeuronScores
 from fast_prompt_tuning.train import trainer
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__weight_decay": 1e-5}
@@ -480,6 +481,11 @@ def test_scores_made_before_are_used(tmp_path):
     assert again.losses == whole.losses
     assert again.flops["score"] == 0
     assert not (tmp_path / "again" / "scores.safetensors").exists()
+    made = NeuronScores.load(out / "scores.safetensors")
+    earlier = {k: v for k, v in made.metadata.items() if k != "averaged"}
+    NeuronScores(made.scores, earlier).save(tmp_path / "earlier.safetensors")
+    with pytest.raises(ConfigError, match=r"scoring\.path=.*earlier rule.*score again"):
+        run.train(recipe(tmp_path / "third", scoring__path=str(tmp_path / "earlier.safetensors")))
 
 
 # -- losses that are not finite ----------------------------------------------------------------------------------------
