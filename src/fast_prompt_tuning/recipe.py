@@ -209,6 +209,12 @@ class EvalConfig(_Section):
         "likelihood", description="the likeliest label; or greedy text, right where it is exactly the label (the paper)"
     )
 
+    @model_validator(mode="after")
+    def _used(self) -> EvalConfig:
+        if self.labels == "text" and self.length_normalize:
+            raise ValueError("length_normalize=True is not used with labels='text'; leave one of them out")
+        return self
+
 
 class RunConfig(_Section):
     """A whole run. `fpt train --config recipe.yaml --set train.steps=100` overrides single settings."""

@@ -73,6 +73,13 @@ class Session:
     def max_target_tokens(self) -> int:
         return self.config.data.max_target_tokens or self.task.max_target_tokens
 
+    def answer_of(self, text: str) -> str:
+        """A generated text as the metric wants it: the label word where it is exactly a label's target."""
+        targets = self.task.choices(decoder=self.decoder)
+        words = {self.task.postprocess(target): word for word, target in targets.items()}
+        answer = self.task.postprocess(text)
+        return words.get(answer, answer)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -251,7 +258,8 @@ def _predict(
         )
     several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
     inputs = [ids for ids, _ in rows for _ in range(several)]
-    longest_label = max((len(ids) for ids in session.choices.values()), default=0)
+    choices = session.choices if settings.labels == "likelihood" else {}
+    longest_label = max((len(ids) for ids in choices.values()), default=0)
     placed = "prefix" if prompt is None else placement or session.config.prompt.placement
     after = [n if placed == "infix" else 0 for _, n in rows for _ in range(several)]
     where: dict[str, Any] = {}
@@ -259,12 +267,12 @@ def _predict(
         _check_within(session.task, placed)
         where = {"placement": placed, "after": after if placed == "infix" else None, "cache": session.texts}
         session.texts.ran.clear()
-    if session.choices:
+    if choices:
         found = score_labels(
             session.plm,
             prompt,
             inputs,
-            session.choices,
+            choices,
             batch_size=settings.batch_size,
             length_normalize=settings.length_normalize,
             **where,
@@ -283,7 +291,7 @@ def _predict(
         )
     if several > 1:
         found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
-    answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
+    answers = [p.text if choices else session.answer_of(p.text) for p in found]
     cross = session.config.cache.cross_attention
     spent = sum(text_flops(session.cost, None, *ran, kept_cross=cross) for ran in session.texts.ran) if where else 0.0
     for picked in batches_of(by_length(inputs), settings.batch_size):
@@ -297,8 +305,8 @@ def _predict(
             text_examples=0 if where else None,
             kept_cross=cross,
         )
-        if session.choices:
-            passes = 1 if session.decoder and longest_label == 1 else len(session.choices)
+        if choices:
+            passes = 1 if session.decoder and longest_label == 1 else len(choices)
             spent += passes * forward_flops(session.cost, None, shape)
         else:
             spent += settings.num_beams * generation_flops(session.cost, shape)

@@ -1,7 +1,7 @@
 """Scores of FFN neurons, by which FFN reduction chooses what to keep.
 
-Source: Huang et al. 2022 (Findings of EMNLP), Section 3.2, and the authors' code: the activation score of a neuron is its
-mean absolute activation over an example's non-padding tokens, the soft prompt prepended, averaged over examples.
+Source: Huang et al. 2022 (Findings of EMNLP), Section 3.2, and the authors' code: the activation score of a neuron is
+its mean absolute activation over an example's non-padding tokens, the soft prompt prepended, averaged over examples.
 """
 
 from __future__ import annotations
