@@ -65,7 +65,7 @@ def measure(model: str, task_name: str, method: str, seed: int, args: argparse.N
         recipe = config.load(settings)
         session, kept = open_session(recipe, ("train", "validation")), Prompts()
         result = run.train(recipe, session=session, callbacks=[kept])
-        score = lambda prompt: evaluate(session, prompt).result.values[result.primary]  # noqa: E731
+        score = lambda prompt: evaluate(session, session.prompted(prompt)).result.values[result.primary]  # noqa: E731
         steps = [round(place * result.steps) for place in PLACES]
         return {
             **{"model": model, "task": task_name, "method": method, "seed": seed, "rate": rate},

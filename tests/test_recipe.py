@@ -89,6 +89,8 @@ def test_unknown_keys_name_the_nearest(changes, said):
         ("prompt.init=text", "prompt: init='text' needs prompt.text"),
         ("prompt.init=prompt", "prompt: init='prompt' needs prompt.path"),
         ("train.keep=worst", "train.keep='worst'"),
+        ("train.dropout=on", "train.dropout=True: Input should be 'off' or 'model'"),
+        ("eval.labels=words", "eval.labels='words'"),
     ],
 )
 def test_wrong_values(override, said):

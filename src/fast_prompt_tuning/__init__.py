@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import FptError
+    from .plm.dropout import without_dropout
     from .plm.objective import label_loss
     from .plm.partial import PartialPLM
     from .prompt.soft_prompt import init_soft_prompt, soft_prompt_config
@@ -53,6 +54,7 @@ _EXPORTS = {
     "load_soft_prompt": "prompt.suffix_model",
     "soft_prompt_config": "prompt.soft_prompt",
     "suffix_loss": "prompt.suffix_model",
+    "without_dropout": "plm.dropout",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "load_soft_prompt",
     "soft_prompt_config",
     "suffix_loss",
+    "without_dropout",
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError, ScheduleError
 from .schedule.auto import AutoSchedule, default_ladder
@@ -24,6 +24,10 @@ weights, the baseline."""
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""
+
+
+YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
+"""YAML 1.1 reads the word `off` as false."""
 
 
 class _Section(BaseModel):
@@ -184,6 +188,9 @@ class TrainConfig(_Section):
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
     keep: Literal["best", "last"] = Field("best", description="which prompt the run ends with, by the first metric")
     log_every: int = Field(10, ge=1, description="steps between log lines")
+    dropout: Annotated[Literal["off", "model"] | None, YamlOff] = Field(
+        None, description="in training, off or as the model's config says; default off, and model for method full"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile layers for training steps: pays in runs of many steps")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
@@ -198,6 +205,15 @@ class EvalConfig(_Section):
     batch_size: int = Field(16, ge=1)
     num_beams: int = Field(1, ge=1, description="1 is greedy")
     length_normalize: bool = Field(False, description="label scoring: log-probability per token")
+    labels: Literal["likelihood", "text"] = Field(
+        "likelihood", description="the likeliest label; or greedy text, right where it is exactly the label (the paper)"
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> EvalConfig:
+        if self.labels == "text" and self.length_normalize:
+            raise ValueError("length_normalize=True is not used with labels='text'; leave one of them out")
+        return self
 
 
 class RunConfig(_Section):
@@ -293,6 +309,11 @@ class RunConfig(_Section):
             schedule = Schedule.preset(method, full, total_steps=self.train.steps, stacks=stacks)
         schedule.check_fits(full)
         return schedule
+
+    @property
+    def trains_without_dropout(self) -> bool:
+        """Frozen weights have nothing that dropout could regularise; where all are trained, the model's own is used."""
+        return (self.train.dropout or ("model" if self.method == "full" else "off")) == "off"
 
     def to_yaml(self) -> str:
         """The resolved config; `load` reads it back to an equal one."""

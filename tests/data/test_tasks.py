@@ -16,8 +16,8 @@ from fast_prompt_tuning.data.tasks import Replace, load_task, task_from_template
 from fast_prompt_tuning.errors import ConfigError, DataError
 
 DATA = Path(__file__).parents[1] / "files"
-PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed"
-ENTITIES = "Anna Lee, Leeds, Omar Khan"
+PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed."
+ENTITIES = "Omar Khan, Anna Lee, Leeds"  # in the order of the file, which is not that of the text
 CONTEXT = "The old bridge was built in 1907. It crosses the river Wye."
 
 
@@ -148,6 +148,13 @@ def test_record_is_one_example_per_distinct_answer_in_training_and_per_query_els
     assert train["group"][:] == ["11", "11", "12"]
     assert validation["id"][:] == validation["group"][:] == ["11", "12"]
     assert set(validation["references"][0]) == {"Anna Lee", "Omar Khan"}
+
+
+@pytest.mark.parametrize("end", [".", '"', "'", "?", "!", "", ",", ")", "\n"])
+def test_record_passages_end_as_the_reference_ends_them(end):
+    fields = {"passage": f"It rained{end}", "entities": [], "query": "q", "answers": ["a"]}
+    (found,) = load_task("record").render(fields, split="train", decoder=False)
+    assert found["input"].endswith(f"It rained{end}" + "." * (end not in list(".\"'?!")))
 
 
 def test_references_of_generation_are_the_target_without_the_sentinel():
@@ -416,7 +423,7 @@ def test_hub_squad_and_record(monkeypatch):
     several = datasets.List(text)
     hub(monkeypatch, [row], {"passage": text, "query": text, "entities": several, "answers": several, "idx": idx})
     rows = load_examples(load_task("record"), "train", decoder=False, limit=3)
-    assert pairs(rows) == [("query: q entities: x, y passage: p", "<extra_id_0> y")]
+    assert pairs(rows) == [("query: q entities: x, y passage: p.", "<extra_id_0> y")]
     assert rows["group"][0] == "9"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from settings import BY_NAME, HIDDEN, VOCAB
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, T5Tokenizer
 
 from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.prompt.soft_prompt import (
@@ -126,6 +126,18 @@ def test_vocab_is_embeddings_as_the_model_scales_them(family):
     if "gemma" in family.name:
         raw = model.get_base_model().get_input_embeddings().weight
         torch.testing.assert_close(values, raw[tokens].detach() * HIDDEN**0.5, rtol=1e-2, atol=1e-3)
+
+
+def test_with_a_tokenizer_vocab_is_its_ordinary_tokens():
+    """T5's has 32,000 pieces: padding, end and unknown first, 100 sentinels behind; its embeddings 32,128 rows."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), *((f"▁w{i}", -3.0 - i) for i in range(9))]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=5)
+    tokenizer.add_tokens(["<html>"])
+    assert len(tokenizer) == 18 < VOCAB
+    model = BY_NAME["t5"].peft(prompt=63)
+    tokens = tokens_of(set_prompt(model, "vocab", tokenizer=tokenizer), table(model))
+    assert set(tokens) == set(range(3, 12))
+    assert not set(tokens_of(set_prompt(model, "vocab"), table(model))) <= set(range(3, 12))
 
 
 def test_peft_itself_starts_from_embeddings_on_their_own_scale(family):

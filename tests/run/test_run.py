@@ -19,19 +19,21 @@ from settings import BY_NAME
 from toy import At, Broken, articles, raises, recipe, tokenizer, toy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
+from fast_prompt_tuning.cost.work import Work
 from fast_prompt_tuning.data.tasks import load_task
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
 from fast_prompt_tuning.plm import loading as models
 from fast_prompt_tuning.prompt.prediction import Prediction
+from fast_prompt_tuning.prompt.prompted import PromptedPLM
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt, prompt_parameter
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
-from fast_prompt_tuning.run import session as sessions
 from fast_prompt_tuning.run.folder import read_log
 from fast_prompt_tuning.run.preparation import partial_of, score_neurons
 from fast_prompt_tuning.run.results import RunResult, load_result
 from fast_prompt_tuning.run.session import evaluate, open_session
 from fast_prompt_tuning.scores.layers import LayerScores
+from fast_prompt_tuning.scores.neurons import NeuronScores
 from fast_prompt_tuning.train import trainer
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__weight_decay": 1e-5}
@@ -75,7 +77,7 @@ def test_a_run_and_what_it_leaves(tmp_path, name, method):
     auto = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
     model = PeftModel.from_pretrained(auto.from_pretrained(toy().model(name), dtype=torch.float32), out / "prompt")
     session = open_session(config, ("validation",))
-    again = evaluate(session, prompt_parameter(model).detach())
+    again = evaluate(session, session.prompted(prompt_parameter(model).detach()))
     assert again.result.values == result.metrics
     assert [p.text for p in again.predictions] == [r["prediction"] for r in rows]
 
@@ -193,7 +195,7 @@ def test_full_fine_tuning(tmp_path):
     assert not (out / "prompt").exists()
     assert result.flops["train"] > run.train(recipe(tmp_path / "pt", method="pt")).flops["train"]
     session = open_session(recipe(tmp_path / "x", model__path=str(out / "model")), ("validation",))
-    assert evaluate(session, None).result.values == result.metrics
+    assert evaluate(session, session.prompted(None)).result.values == result.metrics
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -253,7 +255,7 @@ def test_the_prompt_that_is_kept_is_not_scored_again(tmp_path, monkeypatch, keep
     assert len(asked) == evaluations
     assert result.flops["eval"] == sum(e.flops for e in asked)
     session = open_session(config, ("validation",))
-    again = evaluate(session, load_prompt(result.prompt_folder))
+    again = evaluate(session, session.prompted(load_prompt(result.prompt_folder)))
     assert again.result.values == result.metrics
     written = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert [w["prediction"] for w in written] == again.answers
@@ -480,6 +482,11 @@ def test_scores_made_before_are_used(tmp_path):
     assert again.losses == whole.losses
     assert again.flops["score"] == 0
     assert not (tmp_path / "again" / "scores.safetensors").exists()
+    made = NeuronScores.load(out / "scores.safetensors")
+    earlier = {k: v for k, v in made.metadata.items() if k != "averaged"}
+    NeuronScores(made.scores, earlier).save(tmp_path / "earlier.safetensors")
+    with pytest.raises(ConfigError, match=r"scoring\.path=.*earlier rule.*score again"):
+        run.train(recipe(tmp_path / "third", scoring__path=str(tmp_path / "earlier.safetensors")))
 
 
 # -- losses that are not finite ----------------------------------------------------------------------------------------
@@ -626,7 +633,7 @@ def test_a_split_without_labels_is_not_scored(tmp_path):
     config = load(toy().recipe(tmp_path / "run", data__files={"test": str(file)}))
     session = open_session(config, ("test",))
     with pytest.raises(DataError, match="without a label"):
-        evaluate(session, None, "test")
+        evaluate(session, session.prompted(None), "test")
 
 
 def test_a_folder_with_a_config_of_its_own_is_no_run(tmp_path):
@@ -657,7 +664,7 @@ def test_the_test_split_has_a_limit_of_its_own(tmp_path):
 def test_a_prompt_of_another_model_is_refused(tmp_path):
     session = open_session(load(toy().recipe(tmp_path / "run")), ("validation",))
     with pytest.raises(ConfigError, match="another model's prompt"):
-        evaluate(session, torch.zeros(3, 7))
+        evaluate(session, session.prompted(torch.zeros(3, 7)))
 
 
 def test_a_resumed_run_keeps_the_dtype_it_measured(tmp_path, monkeypatch):
@@ -722,17 +729,17 @@ def test_targets_of_several_lines(tmp_path, caplog, monkeypatch):
     changes = {"decoder": {"input_template": "{{ text }}\nWord:", "target_template": " {{ first }}\n{{ first }}"}}
     asked = []
 
-    def generate(*_, stop_at_newline, **__):
-        asked.append(stop_at_newline)
-        return [Prediction("a", 0.0)] * 12
+    def generate(_self, inputs, _tokenizer, options):
+        asked.append(options.stop_at_newline)
+        return [Prediction("a", 0.0)] * len(inputs), Work()
 
-    monkeypatch.setattr(sessions, "generate", generate)
+    monkeypatch.setattr(PromptedPLM, "generate", generate)
     for one_line in (True, False):
         task = own_task(tmp_path, "words", one_line=one_line, **changes)
         caplog.clear()
         session = open_session(recipe(tmp_path / "run", data__task=task), ("validation",))
         assert ("set one_line: false" in caplog.text) == one_line
-        evaluate(session, None)
+        evaluate(session, session.prompted(None))
     assert asked == [True, False]
     assert load_task("cnn_dailymail").one_line is False
 

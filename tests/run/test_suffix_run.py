@@ -50,9 +50,9 @@ def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, plac
     assert result.status == "finished"
     assert placement_of(tmp_path / "run" / "prompt") == placement
     session = open_session(config, ("validation",))
-    found = evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
+    found = evaluate(session, session.prompted(load_prompt(tmp_path / "run" / "prompt")))
     assert found.result.values == pytest.approx(result.metrics)
-    again = evaluate(session, load_prompt(tmp_path / "run" / "prompt"))
+    again = evaluate(session, session.prompted(load_prompt(tmp_path / "run" / "prompt")))
     assert again.flops < found.flops  # the texts are kept
     assert [a.text for a in again.predictions] == [a.text for a in found.predictions]
 

@@ -103,10 +103,13 @@ def brute_force(family: Settings, model, kind: str, steps: int) -> dict[str, tor
             values = {k: a * total[k] for k, a in values.items()}
         for key, value in values.items():
             rows.setdefault(key, []).append(value.reshape(-1, FFN).abs())
-    reduce = (lambda r: r.amax(0)) if kind == "max" else (lambda r: r.mean(0))
-    return {
-        name: torch.stack([reduce(torch.cat(rows[name, i])) for i in range(LAYERS)]).float() for name in family.stacks
-    }
+
+    def score(of_examples: list[torch.Tensor]) -> torch.Tensor:
+        if kind == "max":
+            return torch.cat(of_examples).amax(0)
+        return torch.stack([r.mean(0) for r in of_examples]).mean(0)  # a long example counts as much as a short one
+
+    return {name: torch.stack([score(rows[name, i]) for i in range(LAYERS)]).float() for name in family.stacks}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,6 +126,8 @@ def test_scores_are_the_definition_whatever_the_batching(family, kind):
             assert found.scores[name].shape == (LAYERS, FFN)
             torch.testing.assert_close(found.scores[name], wanted[name], **tolerance)
     assert found.metadata["examples"] == str(len(parts))
+    rule = None if kind == "max" else "tokens of each example, then examples"
+    assert found.metadata.get("averaged") == rule
 
 
 def test_what_stands_at_padding_does_not_count(family):
@@ -183,6 +188,15 @@ def test_integrated_gradients_are_complete():
         assert abs(change) > 0.01
         total = sum(value.sum().double() for _, _, value in signed)
         torch.testing.assert_close(total, change, rtol=1e-3, atol=1e-4)
+
+
+def test_an_example_without_a_target_counts_in_the_encoder_alone():
+    family = BY_NAME["t5"]
+    model, parts = precise(family), examples(family)
+    none = {**parts[0], "labels": torch.full_like(parts[0]["labels"], -100)}
+    with_it, without = (activation_scores(model, given).scores for given in ([*parts[1:], none], parts[1:]))
+    torch.testing.assert_close(with_it["decoder"], without["decoder"], **CLOSE)
+    torch.testing.assert_close(with_it["encoder"], activation_scores(model, parts).scores["encoder"], **CLOSE)
 
 
 # -- streaming, and what is left behind -------------------------------------------------------------------------------
@@ -297,6 +311,22 @@ def test_save_and_load(family, tmp_path):
     with pytest.raises(ScoreError, match=r"scores\.safetensors' exists already; remove it or choose another name"):
         scores.save(path)
     assert path.read_bytes() == before
+
+
+def test_scores_of_the_earlier_rule_are_read_and_told(tmp_path, caplog):
+    family = BY_NAME["llama"]
+    for kind, told in (("mean", 1), ("integrated_gradients", 1), ("max", 0)):
+        path = tmp_path / f"{kind}.safetensors"
+        scores = activation_scores(family.peft(), examples(family), kind=kind, gradient_steps=1)
+        earlier = {k: v for k, v in scores.metadata.items() if k != "averaged"}
+        NeuronScores(scores.scores, earlier).save(path)
+        caplog.clear()
+        assert torch.equal(NeuronScores.load(path).scores["decoder"], scores.scores["decoder"])
+        assert len(caplog.messages) == told
+    caplog.clear()
+    scores.save(tmp_path / "now.safetensors")
+    NeuronScores.load(tmp_path / "now.safetensors")
+    assert not caplog.messages
 
 
 def test_files_that_are_no_scores_are_refused(tmp_path):

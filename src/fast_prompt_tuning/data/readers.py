@@ -242,7 +242,7 @@ def _record_queries(text: str) -> Iterator[dict[str, Any]]:
         return
     passage = _member(line, "passage", dict)
     body = _member(passage, "text", str)
-    spans = sorted((_member(e, "start", int), _member(e, "end", int)) for e in _member(passage, "entities", list))
+    spans = [(_member(e, "start", int), _member(e, "end", int)) for e in _member(passage, "entities", list)]
     entities = list(dict.fromkeys(body[start : end + 1] for start, end in spans))
     for query in _member(line, "qas", list):
         fields = {"passage": body, "entities": entities, "query": _member(query, "query", str)}

@@ -49,7 +49,7 @@ class AfterText(PromptedPLM):
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`."""
         parts = split_batch(self.plm, batch, tails=self.needs_tail)
-        if self.plm.training and self.cache is not None:
+        if torch.is_grad_enabled() and self.cache is not None:
             self.cache.enter_stage(cut_of_texts(self.plm, self.cache))
         text = text_states(self.plm, parts.texts, self.cache)
         logits, targets, _ = suffix_logits(self.plm, self.prompt, text, parts.targets, parts.labels)

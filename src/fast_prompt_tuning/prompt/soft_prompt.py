@@ -111,6 +111,8 @@ def init_soft_prompt(
     Args:
         init: `uniform`: U(−1/√H, 1/√H) (paper, Section 4.1); `vocab`: embeddings of random tokens; `text`: embeddings
             of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: a saved prompt at `path`.
+        tokenizer: with it, `vocab` draws no special or added tokens and no rows that stand for no token: for T5 ids 3
+            to 31,999, as the authors' code does. Without it any row may be drawn.
 
     Raises:
         ConfigError: unknown `init`, or what it needs is missing or does not fit.
@@ -125,7 +127,8 @@ def init_soft_prompt(
         # Called, not indexed: some models (Gemma) scale inside their embedding module.
         embed = get_plm(model).get_input_embeddings()
         if init == "vocab":
-            ids = torch.randint(0, embed.num_embeddings, (size,), generator=generator)
+            drawn = _ordinary_ids(tokenizer, embed.num_embeddings)
+            ids = drawn[torch.randint(len(drawn), (size,), generator=generator)]
         else:
             if tokenizer is None or not text:
                 raise ConfigError(f"prompt.init='text' needs a tokenizer and a text, got text={text!r}")
@@ -149,6 +152,14 @@ def init_soft_prompt(
     with torch.no_grad():
         weight.data = weight.data.float()
         weight.copy_(values)
+
+
+def _ordinary_ids(tokenizer: Any, rows: int) -> torch.Tensor:
+    """Ids `(N,)` of tokens that text is made of, among the first `rows`; all rows where there is no tokenizer."""
+    if tokenizer is None:
+        return torch.arange(rows)
+    others = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return torch.tensor(sorted(i for i in set(tokenizer.get_vocab().values()) - others if i < rows))
 
 
 SUFFIX_FILES = ("adapter_config.json", "soft_prompt.json", "soft_prompt.safetensors")

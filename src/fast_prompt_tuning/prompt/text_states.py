@@ -36,7 +36,7 @@ def check_text_apart(plm: Any) -> None:
             f"placement='suffix' needs a decoder-only model or an encoder-decoder, which {type(plm).__name__} is not; "
             "use placement='prefix'"
         )
-    if plm.training and any(module.__dict__.get("gradient_checkpointing") for module in plm.modules()):
+    if any(module.training and module.__dict__.get("gradient_checkpointing") for module in plm.modules()):
         raise ModelError(
             "placement='suffix' cannot be trained with gradient checkpointing, which drops the text's states; turn it "
             "off (plm.gradient_checkpointing_disable()): the text keeps no activations here anyway"

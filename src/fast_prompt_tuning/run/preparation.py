@@ -89,6 +89,11 @@ def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule, Need
     if given is not None:
         PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
         _check_kind("scoring.path", given.metadata, "scoring.kind", config.scoring.kind)
+        if given.pooled:
+            raise ConfigError(
+                f"scoring.path={config.scoring.path!r} holds scores averaged over pooled tokens, an earlier rule that "
+                "ranks neurons differently; score again: fpt score"
+            )
     down_to = fewest_layers(tried, full) if config.scoring.keep_layers in LAYER_KINDS else {}
     given_layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
     if given_layers is not None:

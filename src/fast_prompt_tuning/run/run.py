@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_high
@@ -26,6 +26,7 @@ from ..data.batches import LengthBatchSampler, input_lengths
 from ..data.splits import examples_fingerprint, tokens_fingerprint, train_split
 from ..errors import CheckpointError, ConfigError, TrainingStopped
 from ..plm import fingerprint
+from ..plm.dropout import without_dropout
 from ..plm.loading import describe_dtype
 from ..plm.partial import PartialPLM
 from ..prompt.soft_prompt import (
@@ -300,7 +301,7 @@ def _train(
     elif partial is not None:
         trainer.add_callback(ProgressiveCallback(partial, schedule))
     status, reason = "finished", None
-    with guard:
+    with guard, without_dropout(model) if config.trains_without_dropout else nullcontext():
         try:
             if found is not None and reached >= schedule.total_steps:
                 trainer.resume_finished(str(found.folder))

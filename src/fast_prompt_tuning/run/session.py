@@ -98,6 +98,13 @@ class Session:
     def max_target_tokens(self) -> int:
         return self.config.data.max_target_tokens or self.task.max_target_tokens
 
+    def answer_of(self, text: str) -> str:
+        """A generated text as the metric wants it: the label word where it is exactly a label's target."""
+        targets = self.task.choices(decoder=self.decoder)
+        words = {self.task.postprocess(target): word for word, target in targets.items()}
+        answer = self.task.postprocess(text)
+        return words.get(answer, answer)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -263,9 +270,10 @@ def _predict(
     prompt = prompted.prompt
     several = 1 if prompt is None or prompt.dim() == 2 else len(prompt)
     inputs = [row for row in rows for _ in range(several)]
-    if session.choices:
+    choices = session.choices if settings.labels == "likelihood" else {}
+    if choices:
         found, work = prompted.score(
-            inputs, session.choices, batch_size=settings.batch_size, length_normalize=settings.length_normalize
+            inputs, choices, batch_size=settings.batch_size, length_normalize=settings.length_normalize
         )
     else:
         options = GenerationOptions(
@@ -277,7 +285,7 @@ def _predict(
         found, work = prompted.generate(inputs, session.tokenizer, options)
     if several > 1:
         found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
-    answers = [p.text if session.choices else task.postprocess(p.text) for p in found]
+    answers = [p.text if choices else session.answer_of(p.text) for p in found]
     return found, answers, work_flops(session.cost, work)
 
 

@@ -1,7 +1,7 @@
 """Scores of FFN neurons, by which FFN reduction chooses what to keep.
 
-Source: Huang et al. 2022 (Findings of EMNLP), Section 3.2: the activation score of a neuron is its mean absolute
-activation over the non-padding tokens of calibration examples, the soft prompt prepended.
+Source: Huang et al. 2022 (Findings of EMNLP), Section 3.2, and the authors' code: the activation score of a neuron is
+its mean absolute activation over an example's non-padding tokens, the soft prompt prepended, averaged over examples.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KINDS = ("mean", "max", "integrated_gradients")
+AVERAGED = "tokens of each example, then examples"
+"""The rule by which scores are averaged, in their metadata: every example counts the same, however long it is."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,19 @@ class NeuronScores(Scores):
 
     what, maker, dimensions = "neuron_scores", "activation_scores", 2
 
+    @property
+    def pooled(self) -> bool:
+        """Whether they were made before `AVERAGED` was the rule: a mean over the tokens of all examples at once."""
+        return self.metadata.get("kind", "max") != "max" and self.metadata.get("averaged") != AVERAGED
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """As `Scores.load`; warns where scores were made by an earlier rule, and may rank neurons differently."""
+        found = super().load(path)
+        if found.pooled:
+            logger.warning("%s holds scores averaged over pooled tokens, an earlier rule; better score again", path)
+        return found
+
 
 def describe(plm: Any, metadata: Mapping[str, Any] | None, **own: Any) -> dict[str, str]:
     """Metadata of scores: which model, which version, and what the caller adds. safetensors keeps strings only."""
@@ -116,8 +131,8 @@ def activation_scores(
 ) -> NeuronScores:
     """Score every FFN neuron on calibration batches, streamed: memory does not grow with their number.
 
-    Padding positions do not count, and the result does not depend on how examples are batched. The model is run at
-    its full size, in evaluation mode, and left as it was.
+    Padding positions do not count, every example counts the same, and the result does not depend on how examples are
+    batched. The model is run at its full size, in evaluation mode, and left as it was.
 
     Args:
         model: PEFT model with its soft prompt (prepended as in training), or the bare PLM; a `SuffixPromptModel`
@@ -140,34 +155,37 @@ def activation_scores(
     model, plm = prompted_of(model).calibrated, get_plm(model)
     stacks = find_stacks(plm)
     totals = {n: torch.zeros(len(s.layers), s.width, dtype=torch.float64) for n, s in stacks.items()}
-    tokens = dict.fromkeys(stacks, 0)
+    tokens, counted = dict.fromkeys(stacks, 0), dict.fromkeys(stacks, 0)
     examples = 0
     with evaluating(model):
         for batch in batches:
             batch = on_device(batch, plm)
+            size = len(next(iter(batch.values())))
             masks = real_masks(plm, batch, stacks)
             values = _integrated(model, batch, stacks, gradient_steps) if kind == "integrated_gradients" else None
-            seen: dict[str, int] = {}
+            lengths: dict[str, torch.Tensor] = {}
             for name, layer, activation in values if values is not None else _activations(model, batch, stacks):
                 rows = real_rows(activation.float().abs(), masks[name])
+                lengths[name] = length = real_lengths(activation, masks[name], size)
+                share = (1 / length).repeat_interleave(length)[:, None]  # of each token in its example's mean
                 if kind == "max":
                     totals[name][layer] = torch.maximum(totals[name][layer], rows.amax(0).cpu())
                 else:
-                    totals[name][layer] += rows.sum(0, dtype=torch.float64).cpu()
-                seen[name] = rows.shape[0]
-            for name, count in seen.items():
-                tokens[name] += count
-            examples += next(iter(batch.values())).shape[0]
+                    totals[name][layer] += (rows * share).sum(0, dtype=torch.float64).cpu()
+            for name, length in lengths.items():
+                tokens[name] += int(length.sum())
+                counted[name] += int((length > 0).sum())
+            examples += size
     if not examples:
         raise ScoreError("calibration_batches is empty; give at least one batch of training examples")
-    scores = {n: (t if kind == "max" else t / max(tokens[n], 1)).float() for n, t in totals.items()}
+    scores = {n: (t if kind == "max" else t / max(counted[n], 1)).float() for n, t in totals.items()}
     for name, value in scores.items():
         if not torch.isfinite(value).all():
             raise ScoreError(
                 f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)"
             )
-    counts = {"examples": examples, "tokens": sum(tokens.values())}
-    return NeuronScores(scores, describe(plm, metadata, kind=kind, **counts))
+    own = {"kind": kind, "examples": examples, "tokens": sum(tokens.values())}
+    return NeuronScores(scores, describe(plm, metadata, **own, **({} if kind == "max" else {"averaged": AVERAGED})))
 
 
 def on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:
@@ -193,6 +211,14 @@ def real_rows(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return flat
     extra = flat.shape[0] // mask.shape[0] - mask.shape[1]
     return flat[nn.functional.pad(mask.bool(), (extra, 0), value=True).reshape(-1)]
+
+
+def real_lengths(values: torch.Tensor, mask: torch.Tensor | None, size: int) -> torch.Tensor:
+    """How many of `real_rows` each of `size` examples has, in their order `(B,)`."""
+    positions = values.shape[:-1].numel() // size
+    if mask is None:
+        return torch.full((size,), positions, device=values.device)
+    return mask.bool().sum(1) + positions - mask.shape[1]
 
 
 def run_stacks(model: nn.Module, batch: Mapping[str, Any]) -> None:
