@@ -45,9 +45,9 @@ from step_time import machine
 
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cli.console import quiet_libraries
+from fast_prompt_tuning.files import write_atomic
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.folder import read_log
-from fast_prompt_tuning.run.results import write_atomic
 from fast_prompt_tuning.run.session import Session, open_session
 from fast_prompt_tuning.schedule.auto import PROBE
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import ExitStack
 
 import pytest
@@ -296,6 +298,28 @@ def test_save_and_load(family, tmp_path):
     with pytest.raises(ScoreError, match=r"scores\.safetensors' exists already; remove it or choose another name"):
         scores.save(path)
     assert path.read_bytes() == before
+
+
+def test_the_second_of_two_writers_is_refused_and_others_may_read(tmp_path, monkeypatch):
+    path = tmp_path / "scores.safetensors"
+    first, second = (NeuronScores({"decoder": torch.full((2, 3), x)}, {"model_fingerprint": "0"}) for x in (1.0, 2.0))
+    real = scoring.save_file
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(scoring, "save_file", real)
+        first.save(path)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "save_file", meanwhile)
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(ScoreError, match=r"scores\.safetensors' exists already"):
+            second.save(path)
+    finally:
+        os.umask(before)
+    assert torch.equal(NeuronScores.load(path).scores["decoder"], first.scores["decoder"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
 def test_files_that_are_no_scores_are_refused(tmp_path):

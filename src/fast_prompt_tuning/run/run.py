@@ -28,6 +28,7 @@ from ..data.encoding import (
     train_split,
 )
 from ..errors import CheckpointError, ConfigError, TrainingStopped
+from ..files import new_folder
 from ..plm import fingerprint
 from ..plm.loading import describe_dtype
 from ..plm.partial import PartialPLM
@@ -372,7 +373,7 @@ def _prepare(
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     changed = recipe_changes(config) if resume else []
     if resume:
-        checkpoint.clear_leftovers(places)
+        checkpoint.clear_unfinished(places)
     found = checkpoint.latest(places) if resume else None
     if found is not None:
         before = {key: found.record.get(key) for key in identity}
@@ -440,7 +441,7 @@ class _Best:
         if parallel.rank() != 0:
             return True
         try:
-            with checkpoint.new_folder(self.saved) as work:
+            with new_folder(self.saved) as work:
                 checkpoint.save_trained(work, model)
                 checkpoint.seal(work, step, {"value": value, "metric": self.primary})
         except checkpoint.CANNOT_WRITE as error:
@@ -546,7 +547,7 @@ def _finish(
     )
     if parallel.rank() == 0:
         try:
-            with checkpoint.new_folder(folder / ("model" if full_tuning else "prompt")) as work:
+            with new_folder(folder / ("model" if full_tuning else "prompt")) as work:
                 model.save_pretrained(str(work))  # type: ignore[operator]
                 if full_tuning:
                     session.tokenizer.save_pretrained(str(work))  # a whole model, that `model.path` can name

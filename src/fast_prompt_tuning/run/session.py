@@ -19,6 +19,7 @@ from ..data import metrics, tasks
 from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
 from ..errors import ConfigError, DataError
+from ..files import write_atomic
 from ..plm.loading import cache_dir, load_plm, load_tokenizer
 from ..plm.objective import choose_attention
 from ..prompt.placement import check_suffix
@@ -28,7 +29,6 @@ from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
 from ..train import parallel
 from .folder import read_log
-from .results import write_atomic
 
 logger = logging.getLogger(__name__)
 

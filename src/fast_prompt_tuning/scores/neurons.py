@@ -7,7 +7,6 @@ activation over the non-padding tokens of calibration examples, the soft prompt 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import ScoreError
+from ..files import new_file
 from ..plm import fingerprint
 from ..plm.objective import IGNORED, label_loss, selected_rows
 from ..plm.partial import StackModules, find_stacks, get_plm
@@ -61,15 +61,19 @@ class Scores:
         """Write a safetensors file.
 
         Raises:
-            ScoreError: the file exists already.
+            ScoreError: the file exists already, or another process wrote it meanwhile.
         """
         path = Path(path)
+        taken = ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
         if path.exists():
-            raise ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_name(f".{path.name}-new")
-        save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
-        os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
+            raise taken
+        try:
+            with new_file(path, replace=False) as work:  # a torn file would stop every resume
+                save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
+        except FileExistsError:
+            if not path.exists():  # a file stands where a folder is to be
+                raise
+            raise taken from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -34,6 +34,7 @@ from transformers.trainer_utils import speed_metrics
 from ..cost.flops import BatchShape, CostModel, FlopsLedger, forward_flops, step_flops, text_flops
 from ..data.encoding import Collator, LengthBatchSampler, input_lengths
 from ..errors import TrainingStopped
+from ..files import new_folder
 from ..plm.objective import IGNORED, label_loss
 from ..plm.partial import find_stacks, get_plm
 from ..prompt.placement import SuffixPromptModel, suffix_loss
@@ -317,7 +318,7 @@ class PromptTrainer(Trainer):
             with contextlib.suppress(checkpoint.CheckpointError):
                 checkpoint.verify(target)
                 return  # the same step of the same run
-            with checkpoint.new_folder(target) as work:
+            with new_folder(target) as work:
                 self._fill(work, states)
                 checkpoint.seal(work, step, {**self.record, **self._progress()})
             checkpoint.prune(folder, self.args.save_total_limit or 1, step)
