@@ -343,6 +343,19 @@ def test_changed_weights_are_refused(tmp_path):
     assert run.train(config, resume=True, allow_changed=True).status == "finished"
 
 
+def test_a_checkpoint_with_an_earlier_fingerprint_says_so_and_goes_on_on_request(tmp_path):
+    config = interrupted(recipe(tmp_path / "run"))
+    target = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    fingerprints = {**target.record["fingerprints"], "model": "0123456789abcdef"}
+    (target.folder / "manifest.json").unlink()
+    checkpoint.seal(target.folder, target.step, {**target.record, "fingerprints": fingerprints})
+    with pytest.raises(
+        ConfigError, match=r"fingerprints\.model was .*earlier version .* sample of the weights.*--allow"
+    ):
+        run.train(config, resume=True)
+    assert run.train(config, resume=True, allow_changed=True).status == "finished"
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_changed_data_is_refused(tmp_path, split):
     folder = tmp_path / "data"

@@ -377,7 +377,8 @@ def _prepare(
     found = checkpoint.latest(places) if resume else None
     if found is not None:
         before = {key: found.record.get(key) for key in identity}
-        changed += differences(before, identity)
+        note = fingerprint.by_earlier_version((before["fingerprints"] or {}).get("model"))
+        changed += [c + note * c.startswith("fingerprints.model") for c in differences(before, identity)]
     if changed and not allow_changed:
         raise ConfigError(
             f"changed since the checkpoint of step {found.step if found else 0}: {'; '.join(changed)}; set it back, or "

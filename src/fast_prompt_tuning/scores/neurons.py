@@ -50,11 +50,10 @@ class Scores:
 
     def check_model(self, plm: Any) -> None:
         """Raise `ScoreError` unless these are the scores of `plm`'s own weights."""
-        mine, its = self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)
-        if mine is not None and mine != its:
+        if wrong := fingerprint.mismatch(self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)):
             raise ScoreError(
-                f"{self.what} are of the model {self.metadata.get('model', '?')!r} (fingerprint {mine}), not of this "
-                f"one ({its}); score this model: {self.maker}(model, calibration_batches)"
+                f"{self.what} are of the model {self.metadata.get('model', '?')!r}, not of this one ({wrong}); score "
+                f"this model: {self.maker}(model, calibration_batches)"
             )
 
     def save(self, path: str | Path) -> None:
