@@ -89,6 +89,7 @@ def test_unknown_keys_name_the_nearest(changes, said):
         ("prompt.init=text", "prompt: init='text' needs prompt.text"),
         ("prompt.init=prompt", "prompt: init='prompt' needs prompt.path"),
         ("train.keep=worst", "train.keep='worst'"),
+        ("cache.dtype=int8", r"cache: dtype='int8' is gone.*leave it out"),
     ],
 )
 def test_wrong_values(override, said):
@@ -96,6 +97,12 @@ def test_wrong_values(override, said):
         load(MINIMAL, [override])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_setting_that_was_cut_may_have_its_default():
+    saved = {**MINIMAL, "cache": {"tier": "disk", "dtype": "model"}}
+    assert load(saved) == load({**MINIMAL, "cache": {"tier": "disk"}})
+    assert saved["cache"]["dtype"] == "model"
 
 
 def test_stages_and_steps():

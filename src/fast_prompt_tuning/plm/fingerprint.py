@@ -39,9 +39,8 @@ def of_model(model: torch.nn.Module) -> str:
                 for name, tensor in own.items():
                     # PEFT's own, trained copy of a classification head is no part of the PLM; it renames the head.
                     if isinstance(tensor, torch.Tensor) and _TRAINED_COPY not in name:
-                        found[name.replace(".original_module.", ".")] = f"{tuple(tensor.shape)}".encode() + _hash(
-                            tensor
-                        )
+                        name = name.replace(".original_module.", ".")
+                        found[name] = str(tuple(tensor.shape)).encode() + _hash(tensor)
     digest = xxhash.xxh3_128()
     for name, one in sorted(found.items()):
         digest.update(name.encode() + one)

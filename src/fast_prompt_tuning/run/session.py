@@ -55,7 +55,7 @@ class Session:
         """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
         chosen = self.config.cache
         if self._texts is None or self._texts[0] != chosen:
-            kept: dict[str, Any] = {"int8": chosen.dtype == "int8", "cross_attention": chosen.cross_attention}
+            kept = {"cross_attention": chosen.cross_attention}
             if chosen.tier == "disk":
                 folder = chosen.folder or cache_dir() / "texts"
                 made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, **kept)
