@@ -245,4 +245,4 @@ def model_key(plm: Any) -> str:
 
 
 def _checksum(states: torch.Tensor) -> str:
-    return str(zlib.crc32(states.contiguous().view(torch.uint8).numpy()))
+    return str(zlib.crc32(states.contiguous().view(torch.uint8).numpy().data))
