@@ -26,9 +26,9 @@ import run as grid
 
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cli.console import quiet_libraries
+from fast_prompt_tuning.files import write_atomic
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
 from fast_prompt_tuning.run import run
-from fast_prompt_tuning.run.results import write_atomic
 from fast_prompt_tuning.run.session import evaluate, open_session
 
 RESULTS = Path(__file__).parent / "results" / "running_mean.json"

@@ -91,6 +91,7 @@ def test_unknown_keys_name_the_nearest(changes, said):
         ("train.keep=worst", "train.keep='worst'"),
         ("train.dropout=on", "train.dropout=True: Input should be 'off' or 'model'"),
         ("eval.labels=words", "eval.labels='words'"),
+        ("cache.dtype=int8", r"cache: dtype='int8' is gone.*leave it out"),
     ],
 )
 def test_wrong_values(override, said):
@@ -98,6 +99,12 @@ def test_wrong_values(override, said):
         load(MINIMAL, [override])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_a_setting_that_was_cut_may_have_its_default():
+    saved = {**MINIMAL, "cache": {"tier": "disk", "dtype": "model"}}
+    assert load(saved) == load({**MINIMAL, "cache": {"tier": "disk"}})
+    assert saved["cache"]["dtype"] == "model"
 
 
 def test_stages_and_steps():

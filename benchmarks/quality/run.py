@@ -45,9 +45,9 @@ from step_time import machine
 
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cli.console import quiet_libraries
+from fast_prompt_tuning.files import write_atomic
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.folder import read_log
-from fast_prompt_tuning.run.results import write_atomic
 from fast_prompt_tuning.run.session import Session, open_session
 from fast_prompt_tuning.schedule.auto import PROBE
 
@@ -134,14 +134,12 @@ METHODS: dict[str, Any] = {
     "auto-half-rate": lambda model, task: {"method": "auto", "stages": [{"batch": task.batch // 4, "rate": 0.5}]},
     "suffix": lambda model, task: {"method": "pt", "prompt": {"placement": "suffix"}},
     "suffix-batch": lambda model, task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
-    "suffix-int8": lambda model, task: {
-        "method": "pt",
-        "prompt": {"placement": "suffix"},
-        "cache": {"dtype": "int8"},
-    },
     "suffix-cr": lambda model, task: {"method": "cr", "prompt": {"placement": "suffix"}},
     "infix": lambda model, task: {"method": "pt", "prompt": {"placement": "infix"}},
 }
+
+GONE = ("suffix-int8",)
+"""Methods that were measured and are no more: their cells stay, and stand behind the others in the tables."""
 
 GROWING = ("ld", "fr", "cr", "ld-greedy", "ld-mild", "batch", "batch-rate", "auto", "auto-half-rate")
 """Methods of the grid that grow with the prompt in front of the text."""
@@ -527,7 +525,7 @@ def length_table(rows: list[dict[str, Any]]) -> str:
         "FLOPs to in front's final | CPU seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    order = list(METHODS)
+    order = [*METHODS, *GONE]
     for r in sorted(rows, key=lambda r: (r["model"], list(TASKS).index(r["task"]), order.index(r["method"]))):
         spread = "–" if r["spread"] is None else f"{r['spread']:.1f}"
         seconds = "never" if r["flops_to_plain"] is None else share(r["seconds_to_plain"], "–")
@@ -545,7 +543,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| model | task | method | seeds | final | spread | FLOPs | FLOPs to plain's final | CPU seconds | Improve |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    order = list(METHODS)
+    order = [*METHODS, *GONE]
     for r in sorted(rows, key=lambda r: (r["model"], r["task"], order.index(r["method"]))):
         spread = "–" if r["spread"] is None else f"{r['spread']:.1f}"
         improve = "–" if r["method"] == "pt" else f"{r['improve']:+.1f}"

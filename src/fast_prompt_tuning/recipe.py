@@ -105,11 +105,22 @@ class CacheConfig(_Section):
 
     tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
     budget_mib: float = Field(2048, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
-    dtype: Literal["model", "int8"] = Field("model", description="int8: rounded, in half the room of bfloat16")
     cross_attention: bool = Field(
         False, description="of an encoder-decoder, keep its keys and values: cheaper steps, far more room"
     )
     folder: UserPath | None = Field(None, description="of tier disk, shared by runs; default in $FPT_CACHE")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_dtype(cls, given: Any) -> Any:
+        """Recipes that runs saved before `cache.dtype` was cut hold its default."""
+        if not isinstance(given, dict) or "dtype" not in given:
+            return given
+        if given["dtype"] != "model":
+            raise ValueError(
+                f"dtype={given['dtype']!r} is gone: texts kept in 8 bits ended worse and took longer; leave it out"
+            )
+        return {name: value for name, value in given.items() if name != "dtype"}
 
 
 class StageConfig(_Section):

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from settings import BY_NAME
@@ -185,7 +189,7 @@ def test_gguf_files_that_are_none(tmp_path):
             load_plm(str(tmp_path / "bad.gguf"))
         one_line(error)
     # a failed conversion leaves nothing that a later one would take for a model
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [".lock"]
 
 
 def test_packaged_models_name_what_to_install(monkeypatch):
@@ -269,9 +273,18 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("converted twice")
 
-    monkeypatch.setattr(models.shutil, "rmtree", never)
+    monkeypatch.setattr(models, "new_folder", never)
     before = locate(str(tmp_path / "tiny.gguf"))
     assert locate(str(tmp_path / "tiny.gguf")) == before
+    (tmp_path / "plain").mkdir()
+    assert Path(before).stat().st_mode == (tmp_path / "plain").stat().st_mode  # as the umask says
+    aside = shutil.move(before, tmp_path / "aside")
+    with ThreadPoolExecutor() as pool:
+        with filelock.FileLock(Path(before).parent / ".lock"):  # another process converts it
+            waiting = pool.submit(locate, str(tmp_path / "tiny.gguf"))
+            time.sleep(0.1)
+            shutil.move(aside, before)
+        assert waiting.result() == before
     monkeypatch.undo()
     monkeypatch.setenv("FPT_CACHE", str(tmp_path / "cache"))
     with open(tmp_path / "tiny.gguf", "ab") as file:  # other content, another conversion

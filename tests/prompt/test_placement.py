@@ -510,6 +510,10 @@ def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
     with safe_open(tmp_path / "export.safetensors", "pt") as file:
         assert "after the input" in file.metadata()["place"]
         assert torch.equal(file.get_tensor("prompt_embeds"), model.soft_prompt)
+    written = [*(tmp_path / "after").iterdir(), tmp_path / "export.safetensors"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {file.stat().st_mode for file in written} == {plain.stat().st_mode}  # as the umask says
 
     stock = family.peft()
     stock.save_pretrained(str(tmp_path / "before"))

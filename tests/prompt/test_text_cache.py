@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -45,38 +46,6 @@ def test_what_is_read_is_what_was_computed(tmp_path, name, cross, dtype):
         assert torch.equal(found.mask, fresh.mask)
 
 
-@KEPT
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_eight_bits_take_a_fraction_of_the_room_and_are_used_alike(tmp_path, name, cross, dtype):
-    """As read from memory, from a file, and where there is no room to keep anything."""
-    plm = BY_NAME[name].plm().to(dtype)
-    exact, found = text_states(plm, TEXTS, TextCache(plm, budget_mib=0, cross_attention=cross)).states, []
-    how = {"int8": True, "cross_attention": cross}
-    caches = {
-        "memory": TextCache(plm, **how),
-        "disk": DiskTextCache(plm, tmp_path, **how),
-        "disk again": DiskTextCache(plm, tmp_path, **how),
-        "no room": TextCache(plm, budget_mib=0, **how),
-    }
-    for where, cache in caches.items():
-        assert text_states(plm, TEXTS, cache).ran == ((0, 0) if where == "disk again" else (3, 4))
-        again = text_states(plm, TEXTS, cache)
-        assert again.ran == ((3, 4) if where == "no room" else (0, 0))
-        assert again.states.dtype == dtype
-        found.append(again.states)
-    assert all(torch.equal(states, found[0]) for states in found)
-    largest = exact.float().abs().amax(-1, keepdim=True)
-    assert ((found[0] - exact).float().abs() <= largest / 254 * 1.05 + 0.01 * exact.float().abs()).all()
-    assert not torch.equal(found[0], exact)
-    assert len(files(tmp_path)) == 3
-    plain = TextCache(plm, cross_attention=cross)
-    text_states(plm, TEXTS, plain)
-    for other in {cross, plm.config.is_encoder_decoder and not cross}:  # files of their own, each
-        assert text_states(plm, TEXTS, DiskTextCache(plm, tmp_path, cross_attention=other)).ran == (3, 4)
-    width = exact.shape[-1]
-    assert caches["memory"].bytes == plain.bytes * (1 / dtype.itemsize + 1 / width)
-
-
 def test_other_models_dtypes_and_stages_have_files_of_their_own(tmp_path):
     family = BY_NAME["llama"]
     plm = family.plm()
@@ -92,6 +61,46 @@ def test_other_models_dtypes_and_stages_have_files_of_their_own(tmp_path):
             assert text_states(plm, TEXTS, cache).ran == (0, 0)
     assert text_states(plm, TEXTS, cache).ran == (0, 0)
     assert model_key(family.plm()) == model_key(family.plm())
+
+
+@pytest.mark.parametrize(("name", "cross"), [("llama", False), ("bart", True)])
+def test_attention_kernels_have_states_of_their_own(tmp_path, name, cross):
+    plm = BY_NAME[name].plm()
+    caches = [TextCache(plm, cross_attention=cross), DiskTextCache(plm, tmp_path, cross_attention=cross)]
+    for ran in ((3, 4), (0, 0)):
+        for kernel in ("eager", "sdpa"):
+            plm.set_attn_implementation(kernel)
+            assert [text_states(plm, TEXTS, cache).ran for cache in caches] == [ran, ran]
+
+
+def test_nothing_of_others_is_removed_and_nothing_behind_a_link(tmp_path):
+    plm = BY_NAME["llama"].plm()
+    text_states(plm, TEXTS, DiskTextCache(plm, tmp_path / "texts"))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(files(tmp_path / "texts")[0].parent, elsewhere)
+    root = files(tmp_path / "texts")[0].parents[1]
+    (root / ("a" * 32)).symlink_to(elsewhere)
+    (root / "mine").mkdir()
+    (root / ("b" * 32)).mkdir()
+    text = files(tmp_path / "texts")[0].name
+    mine = [root / "mine" / text, root / ("b" * 32) / "thesis.safetensors", root / ("b" * 32) / ".notes"]
+    gone = [root / ("b" * 32) / text, root / ("b" * 32) / f".{'c' * 32}", root / ("b" * 32) / f".{text}-{'d' * 32}"]
+    for file in (*mine, *gone):
+        file.write_bytes(bytes(100))
+    (root / ("b" * 32) / f"e-{'f' * 32}.safetensors").symlink_to(mine[0])
+    for file in (*files(tmp_path / "texts"), *elsewhere.iterdir()):
+        os.utime(file, (0, 0))
+    cache = DiskTextCache(plm, tmp_path / "texts", budget_mib=0)
+    assert cache.bytes == 0
+    assert len(list(elsewhere.iterdir())) == 3
+    assert all(file.exists() for file in mine)
+    assert not any(file.exists() for file in gone)
+    assert (root / ("b" * 32) / f"e-{'f' * 32}.safetensors").is_symlink()
+    for link in (cache.folder, root):
+        shutil.rmtree(link)
+        link.symlink_to(elsewhere)
+        with pytest.raises(ConfigError, match=rf"cache.folder=.*{link.name} in it is a link"):
+            DiskTextCache(plm, tmp_path / "texts")
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "noise"])
@@ -140,7 +149,7 @@ def test_several_processes_keep_one_budget(tmp_path):
     states = torch.zeros(int(size / 8 / 4))
     for i in range(40):
         for number, cache in enumerate(caches):
-            cache.put(f"{number}-{i}", states)
+            cache.put(TextCache.key(str(number), [i]), states)
     written = sum(file.stat().st_size for file in files(tmp_path))
     assert 0.9 * 8 * size < written < 1.3 * 8 * size
 
@@ -189,7 +198,7 @@ torch.manual_seed(0)
 cache = DiskTextCache(Model(2, 2), sys.argv[1], budget_mib=400)
 print("ready", flush=True)
 for i in range(int(sys.argv[2]), 10**6):
-    cache.put(f"key-{i}", torch.full((50_000,), float(i)))
+    cache.put(f"a-{i:032}", torch.full((50_000,), float(i)))
 """
 
 
@@ -219,7 +228,7 @@ def test_killing_writers_leaves_nothing_torn_and_loses_nothing(tmp_path):
     for file in whole:
         states = cache.get(file.stem)
         assert states is not None
-        assert torch.equal(states, torch.full((50_000,), float(file.stem.removeprefix("key-"))))
+        assert torch.equal(states, torch.full((50_000,), float(file.stem.removeprefix("a-"))))
     left = [f for f in files(tmp_path) if f.name.startswith(".")]
     for file in left:
         os.utime(file, (0, 0))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 
 import pytest
 from rich.console import Console
@@ -13,7 +12,7 @@ from fast_prompt_tuning.cli import progress
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.report.pictures import draw_quality
 from fast_prompt_tuning.report.tables import comparison_table, human_flops, human_seconds, table_rows
-from fast_prompt_tuning.run.results import load_result, save_result, write_atomic
+from fast_prompt_tuning.run.results import load_result, save_result
 from fast_prompt_tuning.schedule.stages import Schedule
 
 
@@ -129,29 +128,6 @@ def test_results_are_read_back_and_others_refused(tmp_path):
             load_result(tmp_path)
     with pytest.raises(DataError, match="no result of a run"):
         load_result(tmp_path / "nowhere")
-
-
-def test_what_is_written_may_be_read_by_whom_the_user_lets(tmp_path):
-    before = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "result.json", "{}")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "result.json").stat().st_mode & 0o777 == 0o640
-
-
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file.txt"
-    write_atomic(path, "old")
-
-    def fail(*_):
-        raise OSError("no space")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_atomic(path, "new")
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    assert path.read_text() == "old"
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

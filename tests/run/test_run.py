@@ -439,6 +439,36 @@ def test_folders_of_others_are_left_alone(tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+def test_leftovers_of_others_and_what_lies_behind_links_stay(tmp_path):
+    out = tmp_path / "run"
+    run.train(recipe(out, train__steps=5))
+    mine = [
+        out / ".notes-new",
+        out / "..-old",
+        tmp_path / "disk" / "checkpoint-1",
+        tmp_path / "disk" / ".checkpoint-1-new",
+    ]
+    for folder in mine:
+        folder.mkdir(parents=True)
+        (folder / "thesis").write_text("mine")
+    (out / ".prompt-new").mkdir()
+    run.train(recipe(out, train__steps=5), resume=True)
+    assert not (out / ".prompt-new").exists()
+    for name in ("checkpoints", "prompt"):
+        (out / name).rename(tmp_path / name)
+        (out / name).symlink_to(tmp_path / "disk")
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ConfigError, match=f"has a link called '{name}', behind which nothing is removed"):
+                run.train(recipe(out, train__steps=5), **how)
+        (out / name).unlink()
+        (tmp_path / name).rename(out / name)
+    (tmp_path / "alias").symlink_to(out)  # the folder itself may be called as its owner likes
+    (out / ".prompt-new").mkdir()
+    run.train(recipe(tmp_path / "alias", train__steps=5), overwrite=True)
+    assert not (out / ".prompt-new").exists()
+    assert all((folder / "thesis").read_text() == "mine" for folder in mine)
+
+
 def test_bad_data(tmp_path):
     empty, broken, label = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl", tmp_path / "label.jsonl"
     empty.write_text("")

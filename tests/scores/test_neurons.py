@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import ExitStack
 
 import pytest
@@ -329,6 +331,28 @@ def test_scores_of_the_earlier_rule_are_read_and_told(tmp_path, caplog):
     assert not caplog.messages
 
 
+def test_the_second_of_two_writers_is_refused_and_others_may_read(tmp_path, monkeypatch):
+    path = tmp_path / "scores.safetensors"
+    first, second = (NeuronScores({"decoder": torch.full((2, 3), x)}, {"model_fingerprint": "0"}) for x in (1.0, 2.0))
+    real = scoring.save_file
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(scoring, "save_file", real)
+        first.save(path)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(scoring, "save_file", meanwhile)
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(ScoreError, match=r"scores\.safetensors' exists already"):
+            second.save(path)
+    finally:
+        os.umask(before)
+    assert torch.equal(NeuronScores.load(path).scores["decoder"], first.scores["decoder"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
 def test_files_that_are_no_scores_are_refused(tmp_path):
     family = BY_NAME["llama"]
     path = tmp_path / "scores.safetensors"
@@ -351,6 +375,14 @@ def test_files_that_are_no_scores_are_refused(tmp_path):
         NeuronScores.load(foreign)
 
 
+def test_scores_of_an_earlier_version_say_so():
+    scores = NeuronScores({"decoder": torch.rand(LAYERS, FFN)}, {"model_fingerprint": "0123456789abcdef"})
+    with pytest.raises(
+        ScoreError, match=r"earlier version .* sample of the weights.*score this model: activation_scores"
+    ):
+        PartialPLM(BY_NAME["llama"].plm(), neuron_scores=scores)
+
+
 def test_scores_of_another_model_are_refused(family, tmp_path):
     scores = activation_scores(family.peft(), examples(family))
     scores.save(tmp_path / "s")
@@ -359,41 +391,6 @@ def test_scores_of_another_model_are_refused(family, tmp_path):
         with pytest.raises(ScoreError, match=r"are of the model .* score this model: activation_scores"):
             PartialPLM(other, neuron_scores=those)
     PartialPLM(family.peft(prompt=5), neuron_scores=scores)  # the prompt is no part of the model
-
-
-# -- fingerprints -----------------------------------------------------------------------------------------------------
-
-
-def test_a_model_has_one_fingerprint_whatever_its_dtype(family, tmp_path):
-    plm = family.plm()
-    mark = fingerprint.of_model(plm)
-    assert fingerprint.of_model(family.plm().to(torch.bfloat16)) == mark
-    assert fingerprint.of_model(family.plm().double()) == mark
-    assert fingerprint.of_model(family.plm(seed=1)) != mark
-    model = family.peft()
-    assert fingerprint.of_model(model.get_base_model()) == mark
-    PartialPLM(model, keep_neurons="first").resize(family.stage(3, 10))
-    assert fingerprint.of_model(model.get_base_model()) == mark  # also while it is shrunk
-    plm.to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = type(plm).from_pretrained(tmp_path, dtype=torch.float32)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert fingerprint.of_model(loaded) == mark
-    PartialPLM(loaded, neuron_scores=activation_scores(family.plm(), examples(family)))
-
-
-def test_one_changed_weight_matrix_changes_the_fingerprint():
-    plm = BY_NAME["llama"].plm()
-    mark = fingerprint.of_model(plm)
-    plm.model.layers[2].mlp.up_proj.weight.data.mul_(1.5)
-    assert fingerprint.of_model(plm) != mark
-
-
-def test_the_hash_of_a_file(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    wanted = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert fingerprint.of_file(tmp_path / "a") == wanted
-    with open(tmp_path / "a", "rb") as handle:
-        assert fingerprint._digest(handle) == wanted
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

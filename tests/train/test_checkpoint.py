@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from toy import At, Broken, raises, recipe, toy
 
 from fast_prompt_tuning.errors import CheckpointError, ConfigError
+from fast_prompt_tuning.files import new_folder
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.train import checkpoint, trainer
@@ -69,7 +70,7 @@ def test_random_generators_go_on(tmp_path):
 
 def saved(folder, step, text="x", kind="checkpoint"):
     target = folder / f"{kind}-{step}"
-    with checkpoint.new_folder(target) as work:
+    with new_folder(target) as work:
         (work / "state.json").write_text(text)
         checkpoint.seal(work, step, {"said": text})
     return target
@@ -158,18 +159,44 @@ def test_what_is_kept(tmp_path):
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     saved(tmp_path, 3, "old")
-    with pytest.raises(FileNotFoundError), checkpoint.new_folder(tmp_path / "checkpoint-3") as work:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "checkpoint-3") as work:
         (work / "nowhere" / "state.json").write_text("new")
     assert checkpoint.latest(tmp_path).record == {"said": "old"}
     # killed between the two renames
     target = tmp_path / "checkpoint-3"
     shutil.copytree(target, tmp_path / ".checkpoint-3-new")
     target.rename(tmp_path / ".checkpoint-3-old")
-    checkpoint.clear_leftovers(tmp_path)
+    checkpoint.clear_unfinished(tmp_path)
     assert checkpoint.latest(tmp_path).record == {"said": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
     saved(tmp_path, 3, "new")
     assert checkpoint.latest(tmp_path).record == {"said": "new"}
+
+
+def test_nothing_that_is_not_ours_is_removed_and_nothing_behind_a_link(tmp_path):
+    mine = [".notes-new", "..-old", ".checkpoint-x-new"]
+    for name in (*mine, ".checkpoint-3-new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".{checkpoint.STAGE_START}-{'a' * 32}").write_text("torn")
+    checkpoint.clear_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+    for name in mine:
+        (tmp_path / name).rmdir()
+    for step in (2, 4, 6):
+        saved(tmp_path / "real", step)
+        saved(tmp_path / "real", step, kind="best")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / ".checkpoint-1-new").mkdir()
+    before = sorted(p.name for p in (tmp_path / "real").iterdir())
+    checkpoint.prune(tmp_path / "linked", 1, 9)
+    checkpoint.discard_best(tmp_path / "linked")
+    checkpoint.clear_unfinished(tmp_path / "linked")
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == before
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "real" / "checkpoint-2")
+    saved(tmp_path, 8)
+    checkpoint.prune(tmp_path, 1, 9)
+    assert (tmp_path / "checkpoint-1").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == before
 
 
 # -- one folder, one run ----------------------------------------------------------------------------------------------
@@ -312,6 +339,19 @@ def test_changed_weights_are_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file({k: v * 1.5 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"changed since the checkpoint of step 5: fingerprints\.model was .*--allow"):
+        run.train(config, resume=True)
+    assert run.train(config, resume=True, allow_changed=True).status == "finished"
+
+
+def test_a_checkpoint_with_an_earlier_fingerprint_says_so_and_goes_on_on_request(tmp_path):
+    config = interrupted(recipe(tmp_path / "run"))
+    target = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    fingerprints = {**target.record["fingerprints"], "model": "0123456789abcdef"}
+    (target.folder / "manifest.json").unlink()
+    checkpoint.seal(target.folder, target.step, {**target.record, "fingerprints": fingerprints})
+    with pytest.raises(
+        ConfigError, match=r"fingerprints\.model was .*earlier version .* sample of the weights.*--allow"
+    ):
         run.train(config, resume=True)
     assert run.train(config, resume=True, allow_changed=True).status == "finished"
 

@@ -309,8 +309,8 @@ def _say_if_of_another_model(folder: Path, session: Any) -> None:
     if not (folder / "result.json").is_file() or session.config.method == "full":
         return
     tuned_on = load_result(folder).fingerprints.get("model")
-    if tuned_on is not None and tuned_on != fingerprint.of_model(session.plm):
-        logger.warning("%s was tuned on another model than %s", folder, session.config.model.path)
+    if wrong := fingerprint.mismatch(tuned_on, fingerprint.of_model(session.plm)):
+        logger.warning("%s was tuned on another model than %s: %s", folder, session.config.model.path, wrong)
 
 
 def _tuned_model(folder: Path) -> list[str]:

@@ -145,18 +145,17 @@ def plan(
     for name, each in texts.items():
         if name != "text_cache":
             out.print("\nwith cache.cross_attention: true")
-        out.print(_text_lines(each, examples, where, bytes_each), highlight=False)
+        out.print(_text_lines(each, examples, where), highlight=False)
 
 
-def _text_lines(texts: Any, examples: int, where: str, bytes_each: int) -> str:
+def _text_lines(texts: Any, examples: int, where: str) -> str:
     from ..report.tables import human_flops
 
     return (
         f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
         f"kept, {_percent(texts.cold)} without\n"
         f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
-        f"(cache.budget_mib; about {_bytes(texts.bytes / bytes_each)} with cache.dtype: int8); running them once: "
-        f"{human_flops(texts.fill_flops)}, not in the table"
+        f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"
     )
 
 

@@ -16,13 +16,14 @@ from transformers import TrainerCallback
 from ..cost.flops import step_flops
 from ..cost.shapes import BatchShape
 from ..errors import ConfigError
+from ..files import write_atomic
 from ..recipe import RunConfig, load, override
 from ..report.page import find_runs, render
 from ..report.pictures import draw_quality
 from ..report.tables import comparison_table, table_rows
 from ..run import run
 from ..run.folder import check_folder
-from ..run.results import RunResult, save_result, write_atomic
+from ..run.results import RunResult, save_result
 from ..run.session import Session, open_session
 from ..schedule.stages import Schedule, Stage
 from .progress import ProgressReporter

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from ..files import write_atomic
 from .console import emit, people, plain
 
 Runs = Annotated[
@@ -50,7 +51,6 @@ def report(
     from ..report.page import figures, find_runs, render
     from ..report.pictures import save
     from ..report.tables import table_rows
-    from ..run.results import write_atomic
 
     wanted = [f.strip() for f in (formats or "").split(",") if f.strip()]
     if unknown := sorted(set(wanted) - set(FORMATS)):

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import write_atomic
 from ..recipe import RunConfig, load, override
 from ..report.tables import spent_flops, stopped_at
 from ..run import run
 from ..run.folder import changes_from
 from ..run.preparation import evaluate_partial, full_size
-from ..run.results import RunResult, load_result, write_atomic
+from ..run.results import RunResult, load_result
 from ..run.session import open_session
 from .costs import PAPER_TABLE2, PAPER_TASKS, paper_rows
 

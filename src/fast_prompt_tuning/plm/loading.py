@@ -7,12 +7,11 @@ import importlib.util
 import logging
 import math
 import os
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from transformers import (
     AutoConfig,
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from ..errors import ModelError
+from ..files import new_folder
 from . import families, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -65,13 +65,16 @@ def _convert_gguf(path: Path) -> Path:
     target = cache_dir() / "models" / f"{path.stem}-{fingerprint.of_file(path)[:16]}"
     if (target / "config.json").is_file():
         return target
-    logger.info("converting %s once, into %s", path.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-    except OSError as error:
+        lock = filelock.FileLock(target.with_name(".lock"))
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
         raise ModelError(f"cannot write to the cache {str(target.parent)!r} ({error}); set FPT_CACHE") from error
     try:
+        if (target / "config.json").is_file():  # another process was at it
+            return target
+        logger.info("converting %s once, into %s", path.name, target)
         # Dequantized: packed weights can be neither cut nor cast.
         plm: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
@@ -80,17 +83,13 @@ def _convert_gguf(path: Path) -> Path:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        plm.to(torch.bfloat16).save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        try:
-            os.replace(work, target)  # atomic: another process finds all of it or nothing
-        except OSError:
-            if not (target / "config.json").is_file():
-                raise
+        with new_folder(target) as work:
+            plm.to(torch.bfloat16).save_pretrained(work)
+            tokenizer.save_pretrained(work)
     except Exception as error:  # a file that is none fails in many ways
         raise ModelError(f"model={str(path)!r} cannot be read as GGUF: {_reason(error)}") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        lock.release()
     return target
 
 

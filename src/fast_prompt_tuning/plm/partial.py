@@ -28,16 +28,17 @@ NEURON_SELECTIONS = ("activation", "first")
 
 
 def cut_key(plm: Any, stack: str) -> str:
-    """What of a stack the PLM runs now, as a short text: kept layers and neurons, and the dtypes it computes in.
+    """What of a stack the PLM runs now, as a short text: kept layers and neurons, attention kernel and dtypes.
 
-    Two equal keys of one PLM mean the same computation; at its full size and in one dtype the key is always the same.
+    Two equal keys of one PLM mean the same computation; at its full size, in one dtype and with one attention kernel
+    the key is always the same.
     """
     spec = families.of(plm.config).stacks[stack]
     parent, attribute = layer_list(plm, spec)
     order = {module: i for i, module in enumerate(parent._modules[attribute])}
     kind = plm.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else ""
-    digest = hashlib.sha256(f"{plm.dtype}{autocast}".encode())
+    digest = hashlib.sha256(f"{plm.dtype}{autocast}{plm.config._attn_implementation}".encode())
     for layer in getattr(parent, attribute):
         narrow = narrowed_to(resolve(layer, spec.ffn_out))
         digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import ConfigError, ModelError
+from ..files import new_file, write_atomic
 from ..plm.stacks import get_plm
 
 INITS = ("uniform", "vocab", "text", "prompt")
@@ -185,7 +185,6 @@ def save_suffix_prompt(
     place = Path(folder)
     if (place / "adapter_model.safetensors").exists():
         raise ConfigError(f"{str(place)!r} holds a PEFT adapter already; choose another folder")
-    place.mkdir(parents=True, exist_ok=True)
     record = {
         "format": 1,
         "placement": placement,
@@ -195,11 +194,10 @@ def save_suffix_prompt(
         "model_fingerprint": model_fingerprint,
     }
     tensors = {"prompt_embeddings": values.detach().cpu().contiguous()}
-    save_file(tensors, place / ".new", metadata={"placement": placement})
-    os.replace(place / ".new", place / SUFFIX_FILES[2])
+    with new_file(place / SUFFIX_FILES[2]) as work:
+        save_file(tensors, work, metadata={"placement": placement})
     for name, content in ((SUFFIX_FILES[0], {"peft_type": _FOR_PEFT}), (SUFFIX_FILES[1], record)):
-        (place / ".new").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(place / ".new", place / name)
+        write_atomic(place / name, json.dumps(content, indent=2) + "\n")
 
 
 def suffix_record(path: str | Path) -> dict[str, Any] | None:
@@ -288,13 +286,16 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
         ConfigError: no prompt there, or the file exists already or cannot be written.
     """
     values, path = load_prompt(folder), Path(output)
+    taken = ConfigError(f"output={str(path)!r} exists already; choose another name")
     if path.exists():
-        raise ConfigError(f"output={str(path)!r} exists already; choose another name")
+        raise taken
     metadata = {"place": PLACES[placement_of(folder)]}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"prompt_embeds": values.contiguous()}, path, metadata=metadata)
+        with new_file(path, replace=False) as work:
+            save_file({"prompt_embeds": values.contiguous()}, work, metadata=metadata)
     except (OSError, SafetensorError) as error:
+        if path.exists():  # by now
+            raise taken from None
         raise ConfigError(f"output={str(path)!r} cannot be written: {error}") from error
     return values.shape[0], values.shape[1]
 

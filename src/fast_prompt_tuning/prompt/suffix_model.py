@@ -248,8 +248,10 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
         )
     if record is None:
         return PeftModel.from_pretrained(plm, str(folder))
-    if record["model_fingerprint"] != fingerprint.of_model(plm):
-        logger.warning("%s was tuned on %s, whose weights are not this model's", folder, record["base_model"])
+    if wrong := fingerprint.mismatch(record["model_fingerprint"], fingerprint.of_model(plm)):
+        logger.warning(
+            "%s was tuned on %s, whose weights are not this model's: %s", folder, record["base_model"], wrong
+        )
     model = SuffixPromptModel(plm, len(values), placement=record["placement"], cache=cache)
     with torch.no_grad():
         model.soft_prompt.copy_(values)

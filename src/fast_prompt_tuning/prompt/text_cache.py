@@ -7,47 +7,25 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
-import uuid
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from ..errors import ConfigError
+from ..files import new_file
 from ..plm import fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-Kept = dict[str, torch.Tensor]
-"""What is kept of a text: `states`, or in 8 bits their codes under that name and `scales`."""
-
-
-def _packed(states: torch.Tensor, int8: bool) -> Kept:
-    """States `(…, D)`, or their codes with one scale for every D numbers: 127 is the largest of them."""
-    if not int8:
-        return {"states": states}
-    scales = (states.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12).to(states.dtype)
-    codes = (states.float() / scales.float()).round().clamp(-127, 127)
-    return {"states": codes.to(torch.int8), "scales": scales}
-
-
-def _unpacked(kept: Kept) -> torch.Tensor:
-    if "scales" not in kept:
-        return kept["states"]
-    return (kept["states"].float() * kept["scales"].float()).to(kept["scales"].dtype)
-
-
-def _size(kept: Kept) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
 
 def check_cross_attention(plm: Any, wanted: bool) -> None:
@@ -67,8 +45,6 @@ class TextCache:
     Args:
         plm: the bare PLM the states are of; its weights must not change.
         budget_mib: memory of the PLM's device it may use, in MiB.
-        int8: keep states in 8 bits, rounded to 1/127 of the largest number of a token and head (of a token, for an
-            encoder's output): half the room of bfloat16. Texts are used so whether or not there is room to keep them.
         cross_attention: of an encoder-decoder, keep the keys and values of the cross-attention in place of the
             encoder's output: steps compute them no more, and their room is at least twice the decoder's layers times
             as large.
@@ -77,16 +53,16 @@ class TextCache:
         ConfigError: a negative budget, or `cross_attention` of a model without one.
     """
 
-    def __init__(self, plm: Any, *, budget_mib: float = 1024, int8: bool = False, cross_attention: bool = False):
+    def __init__(self, plm: Any, *, budget_mib: float = 1024, cross_attention: bool = False):
         if not budget_mib >= 0:
             raise ConfigError(f"budget_mib={budget_mib!r} must be at least 0")
         check_cross_attention(plm, cross_attention)
-        self.plm, self.int8, self.cross_attention = plm, int8, cross_attention
+        self.plm, self.cross_attention = plm, cross_attention
         self.budget = int(budget_mib * 2**20)
         self.bytes = 0
         self._full = False
         self._stage = ""
-        self._kept: dict[str, Kept] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def key(cut: str, ids: Sequence[int]) -> str:
@@ -98,20 +74,13 @@ class TextCache:
 
     def get(self, key: str) -> torch.Tensor | None:
         """A text's states, never to be written to; None where they are not kept."""
-        kept = self._kept.get(key)
-        return None if kept is None else _unpacked(kept)
+        return self._kept.get(key)
 
-    def put(self, key: str, states: torch.Tensor) -> torch.Tensor:
-        """Keep a text's states if there is room; as they are to be used: rounded, in 8 bits."""
-        kept = _packed(states, self.int8)
-        self._keep(key, kept)
-        return _unpacked(kept)
-
-    def _keep(self, key: str, kept: Kept) -> None:
-        size = _size(kept)
-        if key not in self._kept and self.bytes + size <= self.budget:
-            self._kept[key] = kept
-            self.bytes += size
+    def put(self, key: str, states: torch.Tensor) -> None:
+        """Keep a text's states if there is room."""
+        if key not in self._kept and self.bytes + states.nbytes <= self.budget:
+            self._kept[key] = states
+            self.bytes += states.nbytes
         elif self.budget and not self._full:
             self._full = True
             logger.warning("cache.budget_mib is spent after %d texts: further ones run at every step", len(self))
@@ -125,12 +94,16 @@ class TextCache:
     def forget(self, cut: str) -> None:
         """Free the states of one stage."""
         for key in [k for k in self._kept if k.startswith(f"{cut}-")]:
-            self.bytes -= _size(self._kept.pop(key))
+            self.bytes -= self._kept.pop(key).nbytes
 
 
 OWN_FOLDER = "fpt-texts-1"
 """Nothing outside a folder of this name is ever counted or removed; the number is the format's."""
 
+_FOLDER = re.compile("[0-9a-f]{32}(-int8)?")
+_TEXT = r"[0-9a-f]+-[0-9a-f]{32}\.safetensors"
+_FILE = re.compile(rf"{_TEXT}|\.({_TEXT}-)?[0-9a-f]{{32}}")
+"""Names of folders, of texts and of what a killed process was writing, here and in earlier versions."""
 
 MAPPINGS = 16384
 """Files that a process maps at most: Linux allows 65,530 mappings, and a mapped file is read again at no cost but its
@@ -140,21 +113,22 @@ checksum's."""
 class DiskTextCache(TextCache):
     """States of texts in files, memory-mapped, for every run of the same PLM to come.
 
-    One safetensors file a text, in the dtype the PLM computes in or in 8 bits, under `folder/fpt-texts-1/<model>/`,
-    where the model's key stands for its weights, its config and the `transformers` version. A file appears whole or
-    not at all, whatever is killed when; its checksum is verified when it is first read, and a damaged one is removed
-    and computed again. Several processes may share a folder: each counts it anew whenever it has written a sixteenth
-    of the budget. When that is spent, files that no run has used since this one began go, the longest unused first;
-    with none left, further texts are computed at every step.
+    One safetensors file a text, in the dtype the PLM computes in, under `folder/fpt-texts-1/<model>/`, where the
+    model's key stands for its weights, its config and the `transformers` version. A file appears whole or not at all,
+    whatever is killed when; its checksum is verified when it is first read, and a damaged one is removed and computed
+    again. Several processes may share a folder: each counts it anew whenever it has written a sixteenth of the budget.
+    When that is spent, files that no run has used since this one began go, the longest unused first; with none left,
+    further texts are computed at every step. What has another form of name, or lies behind a link, is neither counted
+    nor removed.
 
     Args:
         plm: as `TextCache`.
         folder: where the files are; made if need be.
         budget_mib: most that the folder may hold, of all models together, in MiB.
-        int8, cross_attention: as `TextCache`.
+        cross_attention: as `TextCache`.
 
     Raises:
-        ConfigError: as `TextCache`, or a folder that cannot be written.
+        ConfigError: as `TextCache`, or a folder that cannot be written, or is behind a link of our own name.
     """
 
     def __init__(
@@ -163,12 +137,17 @@ class DiskTextCache(TextCache):
         folder: str | Path,
         *,
         budget_mib: float = 8192,
-        int8: bool = False,
         cross_attention: bool = False,
     ):
-        super().__init__(plm, budget_mib=budget_mib, int8=int8, cross_attention=cross_attention)
+        super().__init__(plm, budget_mib=budget_mib, cross_attention=cross_attention)
         self.root = Path(folder) / OWN_FOLDER
-        self.folder = self.root / (model_key(plm) + ("-int8" if int8 else ""))
+        self.folder = self.root / model_key(plm)
+        for own in (self.root, self.folder):
+            if own.is_symlink():
+                raise ConfigError(
+                    f"cache.folder={str(folder)!r}: {own.name} in it is a link, behind which nothing is removed or "
+                    "written; remove it, or choose another folder"
+                )
         self._uncounted = 0  # bytes that this process has written since it last counted the folder
         self._began = time.time() - 1  # file systems date by a coarser clock, which may lag behind
         try:
@@ -185,12 +164,12 @@ class DiskTextCache(TextCache):
 
     def get(self, key: str) -> torch.Tensor | None:
         if key in self._kept:
-            return _unpacked(self._kept[key])
+            return self._kept[key]
         file = self._file(key)
         try:
             with safe_open(str(file), framework="pt") as opened:
-                kept = {name: opened.get_tensor(name) for name in ("states", "scales")[: 1 + self.int8]}
-                if opened.metadata()["crc32"] != _checksum(kept):
+                states = opened.get_tensor("states")
+                if opened.metadata()["crc32"] != _checksum(states):
                     raise ValueError("checksum")
             os.utime(file)  # used now: the last to go
         except (FileNotFoundError, PermissionError):
@@ -204,34 +183,27 @@ class DiskTextCache(TextCache):
             return None
         while len(self._kept) >= MAPPINGS:
             del self._kept[next(iter(self._kept))]
-        self._kept[key] = kept
-        return _unpacked(kept)
+        self._kept[key] = states
+        return states
 
-    def _keep(self, key: str, kept: Kept) -> None:
-        file = self._file(key)
-        size = _size(kept)
+    def put(self, key: str, states: torch.Tensor) -> None:
+        file, size = self._file(key), states.nbytes
         if self._full or file.exists():
             return
         if self.bytes + size > self.budget and not self._make_room(size):
             self._full = True
             logger.warning("cache.budget_mib is spent: further texts run at every step")
             return
-        kept = {name: tensor.cpu().contiguous() for name, tensor in kept.items()}
-        work = self.folder / f".{uuid.uuid4().hex}"
+        states = states.cpu().contiguous()
         try:
-            with work.open("xb") as written:  # neither mkstemp nor save_file, whose files nobody else may read
-                written.write(save(kept, metadata={"crc32": _checksum(kept)}))
-                written.flush()
-                os.fsync(written.fileno())  # whole on the disk before it has its name
-            os.replace(work, file)
+            with new_file(file) as work:
+                save_file({"states": states}, work, metadata={"crc32": _checksum(states)})
             self.bytes += size
             self._uncounted += size
             if self._uncounted > self.budget / 16:  # other processes write too
                 self._make_room(0)
         except (OSError, SafetensorError) as error:  # a full disk costs time, not the run
             logger.warning("a text's states could not be kept in %s: %s", self.folder, error)
-            with contextlib.suppress(OSError):
-                os.unlink(work)
 
     def forget(self, cut: str) -> None:
         """Let go of one stage's mappings; its files stay for other runs."""
@@ -241,7 +213,7 @@ class DiskTextCache(TextCache):
     def _make_room(self, size: int) -> bool:
         """Count what the folder holds, remove what is left over and what no run uses; is there room for `size`?"""
         found, self._uncounted = [], 0
-        for file in self.root.glob("*/*"):
+        for file in self._own_files():
             with contextlib.suppress(OSError):  # another process was quicker
                 stat = file.stat()
                 if file.name.startswith(".") and stat.st_mtime < self._began - 3600:
@@ -257,12 +229,18 @@ class DiskTextCache(TextCache):
             self.bytes -= length
         return self.bytes + size <= self.budget
 
+    def _own_files(self) -> Iterator[Path]:
+        """Files with names of ours in folders with names of ours, of every model; nothing behind a link."""
+        for folder in self.root.glob("*"):
+            if _FOLDER.fullmatch(folder.name) and not folder.is_symlink():
+                yield from (f for f in folder.glob("*") if _FILE.fullmatch(f.name) and not f.is_symlink())
+
 
 def model_key(plm: Any) -> str:
     """What a PLM's text states follow from beside stage, dtype and text, as 32 hex digits.
 
-    Its weights (a sample of each), its config and the `transformers` version. A text's own key holds its token ids, so
-    that tokenizer and template need no key.
+    Its weights, its config and the `transformers` version. A text's own key holds its token ids, so that tokenizer and
+    template need no key.
     """
     volatile = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
     config = {k: v for k, v in plm.config.to_dict().items() if k not in volatile}
@@ -270,8 +248,5 @@ def model_key(plm: Any) -> str:
     return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
-def _checksum(kept: Kept) -> str:
-    found = 0
-    for _, tensor in sorted(kept.items()):
-        found = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes(), found)
-    return str(found)
+def _checksum(states: torch.Tensor) -> str:
+    return str(zlib.crc32(states.contiguous().view(torch.uint8).numpy().data))

@@ -124,7 +124,7 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
         made = _run_texts(plm, list(missing), cross_attention=cache is not None and cache.cross_attention)
         for places, row in zip(missing.values(), made, strict=True):
             if cache is not None:
-                row = cache.put(keys[places[0]], row)
+                cache.put(keys[places[0]], row)
             for i in places:
                 rows[i] = row
     found = [row for row in rows if row is not None]

@@ -14,12 +14,13 @@ from pydantic import ValidationError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import ConfigError, ScheduleError
+from ..files import clear_leftovers, write_atomic
 from ..recipe import RunConfig
 from ..train import checkpoint
-from .results import write_atomic
 
 OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
 OUR_FOLDERS = ("prompt", "model", "checkpoints")
+_NAMES = re.compile("|".join(map(re.escape, (*OURS, *OUR_FOLDERS))))
 
 
 def check_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> None:
@@ -37,6 +38,12 @@ def check_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_chan
         raise ConfigError("--overwrite and --resume exclude each other; choose one")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output={str(folder)!r} is a file; choose a folder")
+    for name in OUR_FOLDERS:
+        if (folder / name).is_symlink():
+            raise ConfigError(
+                f"output={str(folder)!r} has a link called {name!r}, behind which nothing is removed or written; put a "
+                "folder in its place, or choose another output"
+            )
     if resume:
         if not saved.is_file():
             raise ConfigError(f"output={str(folder)!r} holds no run to resume; leave out --resume")
@@ -93,8 +100,8 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     folder = Path(config.output)
     if resume:
-        for place in (folder, folder / "checkpoints"):
-            checkpoint.clear_leftovers(place)
+        clear_leftovers(folder.resolve(), _NAMES)
+        checkpoint.clear_unfinished(folder / "checkpoints")
         if recipe_changes(config):
             write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
         return folder
@@ -116,7 +123,7 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
         for name in OURS:
             if name != "config.yaml":  # what marks the folder as a run's is replaced last, by a rename
                 (folder / name).unlink(missing_ok=True)
-        checkpoint.clear_leftovers(folder)
+        clear_leftovers(folder.resolve(), _NAMES)
         write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
     except OSError as error:
         raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error

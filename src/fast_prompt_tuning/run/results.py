@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import DataError
+from ..files import write_atomic
 
 
 class Point(BaseModel):
@@ -75,21 +74,6 @@ def environment(device: Any, **more: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with work.open("x", encoding="utf-8") as file:  # not mkstemp, whose files nobody else may read
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, path)
-    except BaseException:
-        work.unlink(missing_ok=True)
-        raise
 
 
 def save_result(result: RunResult, folder: str | Path) -> Path:

@@ -25,6 +25,7 @@ from ..cost.shapes import BatchShape
 from ..data.batches import LengthBatchSampler, input_lengths
 from ..data.splits import examples_fingerprint, tokens_fingerprint, train_split
 from ..errors import CheckpointError, ConfigError, TrainingStopped
+from ..files import new_folder
 from ..plm import fingerprint
 from ..plm.dropout import without_dropout
 from ..plm.loading import describe_dtype
@@ -370,11 +371,12 @@ def _prepare(
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     changed = recipe_changes(config) if resume else []
     if resume:
-        checkpoint.clear_leftovers(places)
+        checkpoint.clear_unfinished(places)
     found = checkpoint.latest(places) if resume else None
     if found is not None:
         before = {key: found.record.get(key) for key in identity}
-        changed += differences(before, identity)
+        note = fingerprint.by_earlier_version((before["fingerprints"] or {}).get("model"))
+        changed += [c + note * c.startswith("fingerprints.model") for c in differences(before, identity)]
     if changed and not allow_changed:
         raise ConfigError(
             f"changed since the checkpoint of step {found.step if found else 0}: {'; '.join(changed)}; set it back, or "
@@ -438,7 +440,7 @@ class _Best:
         if parallel.rank() != 0:
             return True
         try:
-            with checkpoint.new_folder(self.saved) as work:
+            with new_folder(self.saved) as work:
                 checkpoint.save_trained(work, model)
                 checkpoint.seal(work, step, {"value": value, "metric": self.primary})
         except checkpoint.CANNOT_WRITE as error:
@@ -544,7 +546,7 @@ def _finish(
     )
     if parallel.rank() == 0:
         try:
-            with checkpoint.new_folder(folder / ("model" if full_tuning else "prompt")) as work:
+            with new_folder(folder / ("model" if full_tuning else "prompt")) as work:
                 model.save_pretrained(str(work))  # type: ignore[operator]
                 if full_tuning:
                     session.tokenizer.save_pretrained(str(work))  # a whole model, that `model.path` can name

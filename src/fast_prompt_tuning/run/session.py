@@ -20,6 +20,7 @@ from ..data import metrics, tasks
 from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
 from ..errors import ConfigError, DataError
+from ..files import write_atomic
 from ..plm.loading import cache_dir, load_plm, load_tokenizer
 from ..plm.objective import choose_attention
 from ..prompt.generation import GenerationOptions
@@ -31,7 +32,6 @@ from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
 from ..train import parallel
 from .folder import read_log
-from .results import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Session:
         """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
         chosen = self.config.cache
         if self._texts is None or self._texts[0] != chosen:
-            kept: dict[str, Any] = {"int8": chosen.dtype == "int8", "cross_attention": chosen.cross_attention}
+            kept = {"cross_attention": chosen.cross_attention}
             if chosen.tier == "disk":
                 folder = chosen.folder or cache_dir() / "texts"
                 made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, **kept)

@@ -7,7 +7,6 @@ its mean absolute activation over an example's non-padding tokens, the soft prom
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import ScoreError
+from ..files import new_file
 from ..plm import fingerprint
 from ..plm.modes import evaluating
 from ..plm.objective import IGNORED, label_loss, selected_rows
@@ -53,26 +53,29 @@ class Scores:
 
     def check_model(self, plm: Any) -> None:
         """Raise `ScoreError` unless these are the scores of `plm`'s own weights."""
-        mine, its = self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)
-        if mine is not None and mine != its:
+        if wrong := fingerprint.mismatch(self.metadata.get("model_fingerprint"), fingerprint.of_model(plm)):
             raise ScoreError(
-                f"{self.what} are of the model {self.metadata.get('model', '?')!r} (fingerprint {mine}), not of this "
-                f"one ({its}); score this model: {self.maker}(model, calibration_batches)"
+                f"{self.what} are of the model {self.metadata.get('model', '?')!r}, not of this one ({wrong}); score "
+                f"this model: {self.maker}(model, calibration_batches)"
             )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file.
 
         Raises:
-            ScoreError: the file exists already.
+            ScoreError: the file exists already, or another process wrote it meanwhile.
         """
         path = Path(path)
+        taken = ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
         if path.exists():
-            raise ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_name(f".{path.name}-new")
-        save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
-        os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
+            raise taken
+        try:
+            with new_file(path, replace=False) as work:  # a torn file would stop every resume
+                save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
+        except FileExistsError:
+            if not path.exists():  # a file stands where a folder is to be
+                raise
+            raise taken from None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,12 +22,13 @@ from transformers import (
 
 from ..data.trimming import TAIL, trim
 from ..errors import ConfigError, ModelError, ScheduleError
+from ..files import new_file
 from ..plm.partial import PartialPLM
 from ..plm.stacks import get_plm
 from ..prompt.soft_prompt import prompt_parameter
 from ..schedule.auto import PROBE, AutoSchedule
 from ..schedule.stages import Schedule
-from .checkpoint import CANNOT_WRITE
+from .checkpoint import CANNOT_WRITE, STAGE_START
 
 logger = logging.getLogger(__name__)
 
@@ -266,10 +266,8 @@ class AutoCallback(ProgressiveCallback):
         self._begun_with = prompt_parameter(self.partial.model).detach().cpu().clone()
         if trainer.is_world_process_zero():
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                work = path.with_name(f".{path.name}")
-                save_file({"prompt": self._begun_with}, work)
-                os.replace(work, path)
+                with new_file(path) as work:
+                    save_file({"prompt": self._begun_with}, work)
             except CANNOT_WRITE as error:
                 logger.warning("%s cannot be written (%s); training goes on", path, error)
 
@@ -357,7 +355,7 @@ class EmaCallback(TrainerCallback):
 
 def _stage_start(args: TrainingArguments) -> Path:
     """Where the prompt is kept that a stage which is given up goes back to."""
-    return Path(str(args.output_dir)) / "stage_start.safetensors"
+    return Path(str(args.output_dir)) / STAGE_START
 
 
 def _log_growth(partial: PartialPLM, step: int, before: Any, after: Any) -> None:

@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, ConfigError
+from ..files import clear_leftovers, remove
 from ..plm import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,11 @@ CANNOT_WRITE = (OSError, SafetensorError)
 
 _NAME = re.compile(r"(checkpoint|best)-(\d{1,18})")
 
+STAGE_START = "stage_start.safetensors"
+"""The prompt that a stage which is given up goes back to lies beside the checkpoints."""
+
+_OURS = re.compile(f"{_NAME.pattern}|{re.escape(STAGE_START)}")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -48,63 +53,6 @@ class Checkpoint:
     folder: Path
     step: int
     record: dict[str, Any]
-
-
-# -- folders that appear whole ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `target` when the block ends, all of it or nothing.
-
-    Raises:
-        OSError: it cannot be written; `target` is then what it was.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work, old = target.with_name(f".{target.name}-new"), target.with_name(f".{target.name}-old")
-    _remove(work)
-    try:
-        work.mkdir()
-        yield work
-        for file in sorted(work.iterdir()):
-            _sync(file)
-        _sync(work)
-        if target.is_symlink() or target.exists():
-            _remove(old)
-            target.rename(old)
-        work.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        _remove(work)
-        raise
-    _remove(old)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing aside in `folder`; a target it had just set aside comes back."""
-    for old in folder.glob(".*-old"):
-        target = old.with_name(old.name[1 : -len("-old")])
-        if target.exists():
-            _remove(old)
-        else:
-            old.rename(target)
-    for work in folder.glob(".*-new"):
-        _remove(work)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- states as safetensors and JSON -----------------------------------------------------------------------------------
@@ -297,13 +245,20 @@ def discard_best(folder: Path, after: int = -1) -> None:
             _discard(folder / f"best-{step}")
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing beside its checkpoints."""
+    clear_leftovers(folder, _OURS)
+
+
 def _discard(target: Path) -> None:
-    """Remove a folder so that no reader meets a part of it."""
+    """Remove a folder so that no reader meets a part of it; never a link, nor what lies behind one."""
+    if target.is_symlink() or target.parent.is_symlink():
+        return
     work = target.with_name(f".{target.name}-new")
-    _remove(work)
+    remove(work)
     with contextlib.suppress(OSError):
         target.rename(work)
-        _remove(work)
+        remove(work)
 
 
 # -- one run, one folder ----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape, CostModel
 from ..data.batches import Collator, LengthBatchSampler, input_lengths
 from ..errors import TrainingStopped
+from ..files import new_folder
 from ..plm.objective import IGNORED, label_loss
 from ..plm.stacks import find_stacks, get_plm
 from ..prompt.soft_prompt import load_prompt, prompt_parameter
@@ -319,7 +320,7 @@ class PromptTrainer(Trainer):
             with contextlib.suppress(checkpoint.CheckpointError):
                 checkpoint.verify(target)
                 return  # the same step of the same run
-            with checkpoint.new_folder(target) as work:
+            with new_folder(target) as work:
                 self._fill(work, states)
                 checkpoint.seal(work, step, {**self.record, **self._progress()})
             checkpoint.prune(folder, self.args.save_total_limit or 1, step)
