@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data.metrics import register_metric
     from .errors import FptError
     from .plm.objective import label_loss
     from .plm.partial import PartialPLM
@@ -51,6 +52,7 @@ _EXPORTS = {
     "init_soft_prompt": "prompt.soft_prompt",
     "label_loss": "plm.objective",
     "load_soft_prompt": "prompt.placement",
+    "register_metric": "data.metrics",
     "soft_prompt_config": "prompt.soft_prompt",
     "suffix_loss": "prompt.placement",
 }
@@ -75,6 +77,7 @@ __all__ = [
     "init_soft_prompt",
     "label_loss",
     "load_soft_prompt",
+    "register_metric",
     "soft_prompt_config",
     "suffix_loss",
 ]

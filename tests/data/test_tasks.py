@@ -485,6 +485,7 @@ def test_own_task_file_finds_its_data_beside_it(tmp_path):
         ("metric:", "metrik:", "unknown key 'metrik'; did you mean 'metric'"),
         ("{files:", "{fils:", "unknown key 'source.fils'; did you mean 'files'"),
         ("metric: accuracy", "metric: acuracy", "did you mean 'accuracy'"),
+        ("metric: accuracy", "metric: 'my.module:score'", "register_metric in a script"),
         ("primary: accuracy", "primary: em", "primary='em' is not a score"),
         ("version: 1", "", "key 'version' is required"),
         ("max_target_tokens: 4", "max_target_tokens: 0", "max_target_tokens=0"),

@@ -210,7 +210,10 @@ class Task(_Frozen):
         if self.answers is None and (self.expand or self.no_answer is not None):
             raise ConfigError("expand and no_answer need answers, the field that holds the list of answers")
         if self.metric not in METRICS:
-            raise ConfigError(f"metric={self.metric!r} is unknown{nearest(self.metric, METRICS)}")
+            raise ConfigError(
+                f"metric={self.metric!r} is unknown{nearest(self.metric, METRICS)}; one of your own is "
+                "Python code: call register_metric in a script before the task is loaded there"
+            )
         if self.primary not in METRICS[self.metric].scores:
             known = ", ".join(METRICS[self.metric].scores)
             raise ConfigError(f"primary={self.primary!r} is not a score of metric={self.metric!r}; choose from {known}")

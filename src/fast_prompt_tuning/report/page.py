@@ -278,7 +278,8 @@ def _predictions(run: Run) -> dict[str, dict[str, Any]]:
         return {}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        scores = metric([r["prediction"] for r in rows], [r["gold"] for r in rows])[run.result.primary]
+        found = metric([r["prediction"] for r in rows], [r["gold"] for r in rows])
+        scores = found.get(run.result.primary) or next(iter(found.values()))  # a split's score is no example's
         return {
             f"{row['id']}": {**row, "input": str(row["input"]), "percent": score}
             for row, score in zip(rows, scores, strict=True)
