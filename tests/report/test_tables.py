@@ -88,6 +88,19 @@ def test_a_run_is_compared_with_its_own_models_plain_run_on_its_own_data():
     assert [r["task"] for r in rows[:3]] == ["own data a", "own data a", "own data b"]
 
 
+def test_a_prompt_after_the_text_is_compared_with_plain_in_front_of_it():
+    def placed(place, *args, **changes):
+        return result(*args, config={"prompt": {"placement": place}} if place else {}, **changes)
+
+    after, front, other = placed("suffix", "after", train=1e12), placed("prefix"), placed(None, "seed 1", train=4e12)
+    grown = placed("suffix", "grown", "cr", train=5e11)
+    rows = table_rows([after, front, other, grown])
+    assert [row["relative_flops"] for row in rows] == [0.5, 1.0, 2.0, 0.25]
+    assert [row["improve"] for row in rows] == [5.0, None, None, 5.0]  # plain had 45 for half and for a quarter
+    rows = table_rows([after, grown])  # plain in front was not run: the same placement's is the next best
+    assert [(row["relative_flops"], row["improve"]) for row in rows] == [(1.0, None), (0.5, 5.0)]
+
+
 def test_table():
     console = Console(width=160, record=True, file=io.StringIO())
     runs = [result("zero-shot", "none", 0.0, 0.0, curve=False), result(), result("f[p]t", "cr", 1e12, 60.0)]

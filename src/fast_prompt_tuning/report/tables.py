@@ -81,7 +81,9 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
 
     None for plain prompt tuning itself, and where there is nothing to compare with.
     """
-    if plain is None or result.method in ("pt", "none") or not (result.curve and plain.curve):
+    if plain is None or result.method == "none" or not (result.curve and plain.curve):
+        return None
+    if result.method == "pt" and _placement(result) == _placement(plain):
         return None
     metric = result.primary
     end = next((p for p in result.curve if p.step == result.best_step), result.curve[-1])
@@ -90,8 +92,15 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
     return end.metrics[metric] - stopped_at(plain, spent_flops(result), metric)
 
 
+def _placement(result: RunResult) -> str:
+    return str(result.config.get("prompt", {}).get("placement", "prefix"))
+
+
 def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | None:
-    """The first run of method `pt` that a run is compared with: the same task, model and validation examples."""
+    """The first run of method `pt` that a run is compared with: the same task, model and validation examples.
+
+    Its prompt stands in front of the text, as the paper's does, unless no such run is there.
+    """
 
     def data(found: RunResult) -> Any:
         return task_of(found), found.fingerprints.get("validation")
@@ -103,8 +112,8 @@ def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | No
         paths = [r.config.get("model", {}) for r in (one, other)]
         return all(paths[0].get(key) == paths[1].get(key) for key in ("path", "revision"))
 
-    same = (r for r in results if r.method == "pt" and data(r) == data(result) and of_one_model(r, result))
-    return next(same, None)
+    same = [r for r in results if r.method == "pt" and data(r) == data(result) and of_one_model(r, result)]
+    return next((r for r in same if _placement(r) == "prefix"), next(iter(same), None))
 
 
 def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
