@@ -105,6 +105,17 @@ def test_layers_are_chosen_by_their_scores(tmp_path, name, kind):
         assert partial.kept_layers(partial.stage)["decoder"] == result.kept_layers[1]["decoder"]
 
 
+@pytest.mark.parametrize("place", ["prefix", "suffix"])
+def test_a_prompt_has_the_card_of_its_run(tmp_path, place):
+    result = run.train(recipe(tmp_path / "run", method="pt", prompt__placement=place, train__steps=2))
+    card = (tmp_path / "run" / "prompt" / "README.md").read_text(encoding="utf-8")
+    assert "# Soft prompt for topics on llama" in card
+    assert f"| accuracy | {result.metrics['accuracy']:.2f} |" in card
+    assert ("load_soft_prompt" in card) == (place == "suffix")
+    assert "More Information Needed" not in card
+    assert str(tmp_path) not in card
+
+
 def test_scores_of_labels_and_a_metric_of_ones_own_choose_the_prompt(tmp_path):
     metrics.register_metric(
         "mine:right", lambda p, r: {"right": [100.0 * (a == b[0]) for a, b in zip(p, r, strict=True)]}, scores=["right"]

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ..cost.units import human_flops, human_seconds, size_text
 from ..data.metrics import METRICS
 from ..errors import DataError
 from ..prompt.soft_prompt import load_prompt, placement_of, similarity_matrix
@@ -21,12 +22,9 @@ from . import pictures
 from .tables import (
     average_rows,
     by_task,
-    human_flops,
-    human_seconds,
     number,
     percent,
     signed,
-    size_text,
     table_rows,
 )
 

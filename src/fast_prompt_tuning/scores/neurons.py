@@ -61,15 +61,20 @@ class Scores:
         """Write a safetensors file.
 
         Raises:
-            ScoreError: the file exists already.
+            ScoreError: the file exists already, or cannot be written.
         """
         path = Path(path)
         if path.exists():
             raise ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_name(f".{path.name}-new")
-        save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
-        os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            work = path.with_name(f".{path.name}-new")
+            save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
+            os.replace(work, path)  # all of it or nothing: a torn file would stop every resume
+        except (OSError, SafetensorError) as error:
+            raise ScoreError(
+                f"{str(path)!r} cannot be written: {error}; make room, or choose another folder"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
