@@ -50,6 +50,7 @@ from ..train.trainer import (
     make_optimizer,
     training_arguments,
 )
+from .advice import GradientCheck, advise
 from .card import model_card
 from .folder import check_folder, differences, log_of, prepare_folder, recipe_changes, write_log
 from .preparation import calibration_batches, checked_schedule, scored_partial, trainable
@@ -140,6 +141,8 @@ def train(
         ledger = FlopsLedger()
         partial = scored_partial(session, model, schedule, needed, folder, ledger)
         _say_if_nothing_is_saved(session, schedule, ledger)
+        if parallel.rank() == 0:
+            advise(session)
         if on_schedule:
             on_schedule(schedule, session.cost.full_stage)
         data = rows, held_out
@@ -282,7 +285,7 @@ def _train(
         eval_dataset=session.encoded["validation"],
         data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None, after=infix),
         optimizers=make_optimizer(trained, config.optim),
-        callbacks=[guard, *ema, _RunLog(folder / "log.jsonl"), *callbacks],
+        callbacks=[guard, GradientCheck(trained, schedule), *ema, _RunLog(folder / "log.jsonl"), *callbacks],
         schedule=schedule,
         cost=session.cost,
         prompt_tokens=0 if full_tuning else config.prompt.tokens,
