@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from fast_prompt_tuning import soft_prompt_config
 from fast_prompt_tuning.cli import app as cli
-from fast_prompt_tuning.data import tasks
+from fast_prompt_tuning.data import metrics, tasks
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.paper.costs import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.plm import families
@@ -63,6 +63,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     """`...` stands for what a Trainer is usually given, and runs are short; the rest is as it stands."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(families, "_REGISTRY", dict(families._REGISTRY))
+    monkeypatch.setattr(metrics, "_registry", dict(metrics.METRICS))
     family = BY_NAME["t5" if page == "README.md" else "llama"]
     batch = family.batch()
     plm = family.plm()

@@ -84,6 +84,8 @@ def test_unknown_keys_name_the_nearest(changes, said):
         ("optim.lr=.inf", "optim.lr=inf"),
         ("optim.max_grad_norm=.inf", "optim.max_grad_norm=inf"),
         ("stages=[1]", r"stages\.0"),
+        ("data.labels=[yes, no]", r"data\.labels\.0=True: .*quote it: 'yes'"),
+        ("data.labels=[1, 2]", r"data\.labels\.1=2: .*quote it: '2'"),
         ("stages=[]", "stages"),
         ("stacks=[middle]", r"stacks\.0"),
         ("prompt.init=text", "prompt: init='text' needs prompt.text"),

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .data.metrics import register_metric
     from .errors import FptError
     from .plm.dropout import without_dropout
     from .plm.objective import label_loss
@@ -52,6 +53,7 @@ _EXPORTS = {
     "init_soft_prompt": "prompt.soft_prompt",
     "label_loss": "plm.objective",
     "load_soft_prompt": "prompt.suffix_model",
+    "register_metric": "data.metrics",
     "soft_prompt_config": "prompt.soft_prompt",
     "suffix_loss": "prompt.suffix_model",
     "without_dropout": "plm.dropout",
@@ -77,6 +79,7 @@ __all__ = [
     "init_soft_prompt",
     "label_loss",
     "load_soft_prompt",
+    "register_metric",
     "soft_prompt_config",
     "suffix_loss",
     "without_dropout",

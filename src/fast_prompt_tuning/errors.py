@@ -7,6 +7,14 @@ class FptError(ValueError):
     """Base of every error this package raises on bad input; a `ValueError`, so existing handlers catch it."""
 
 
+def quote_hint(value: object) -> str:
+    """How to write in YAML what was meant as text and read as `value`; empty where quotes would not help."""
+    if isinstance(value, bool):
+        meant = "yes" if value else "no"
+        return f"; YAML reads an unquoted {meant} as {str(value).lower()}, quote it: {meant!r}"
+    return f"; quote it: {str(value)!r}" if isinstance(value, (int, float)) else ""
+
+
 class ConfigError(FptError):
     """A setting is unknown, malformed or contradicts another."""
 

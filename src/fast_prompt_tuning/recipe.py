@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import ConfigError, ScheduleError
+from .errors import ConfigError, ScheduleError, quote_hint
 from .schedule.auto import AutoSchedule, default_ladder
 from .schedule.stages import METHODS, Schedule, Stage
 
@@ -430,6 +430,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is missing; set it in the recipe or with --set {name}=…"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        message += quote_hint(error["input"])
     if name and error["type"] != "value_error":
         return f"{name}={error['input']!r}: {message}"
     return f"{name}: {message}".lstrip(": ")

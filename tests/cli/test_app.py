@@ -298,6 +298,36 @@ def test_predict(fpt, made, tmp_path, monkeypatch):
     assert len(fpt("predict", made / "words", *texts)[0].splitlines()) == 5
 
 
+def test_predict_renders_what_training_rendered(fpt, made, tmp_path):
+    """A field that a line does not give is missing, as it is in a row without it; it is no empty text."""
+    run = tmp_path / "run"
+    shutil.copytree(made / "topics", run)
+    task = yaml.safe_load(toy().topics.read_text())
+
+    def scores(template, *lines, code=0):
+        task["decoder"]["input_template"] = template
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+        said = fpt("predict", run, "--json", "--set", f"data.task={tmp_path / 'task.yaml'}", *lines, code=code)
+        return said[1] if code else [json.loads(line)["score"] for line in said[0].splitlines()]
+
+    guarded = "{% if title is defined %}story: {{ title }} {% endif %}{{ text }}\nTopic:"
+    plain, named, empty = scores(guarded, "the ball", '{"text": "the ball"}', '{"text": "the ball", "title": ""}')
+    assert plain == pytest.approx(named) == pytest.approx(scores("{{ text }}\nTopic:", "the ball")[0])
+    assert plain != pytest.approx(empty)
+    said = scores("{{ title }}\n{{ text }}\nTopic:", "the ball", code=2)
+    assert "has the fields text, title; give each input as a JSON object" in said
+
+
+def test_predict_says_how_probable_each_label_is(fpt, made):
+    out, _ = fpt("predict", made / "topics", "--json", "goal match", "bank profit")
+    for line in map(json.loads, out.splitlines()):
+        assert set(line["probabilities"]) == {"sport", "business"}
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+        assert max(line["probabilities"], key=line["probabilities"].get) == line["prediction"]
+    out, _ = fpt("predict", made / "words", "--json", "goal match")
+    assert "probabilities" not in json.loads(out)  # of generated answers there is no closed set
+
+
 def test_predict_refuses_what_is_not_text(fpt, made, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(b"the ball\n\xff\xfe\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stream)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import re
 import string
 
@@ -10,6 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fast_prompt_tuning import register_metric
 from fast_prompt_tuning.data import metrics
 from fast_prompt_tuning.errors import ConfigError, DataError
 
@@ -100,6 +102,96 @@ def test_accuracy_is_exact_but_for_outer_space():
     )
 
 
+LABELS = st.sampled_from(["sport", "tech", "art"])
+LABELLED = st.lists(st.tuples(LABELS, LABELS), min_size=1, max_size=30)
+
+
+def by_definition(pairs):
+    """Macro-F1 over the gold labels and Matthews correlation, from the definitions of scikit-learn's user guide."""
+    f1 = []
+    for label in {gold for _, gold in pairs}:
+        hits = sum(p == g == label for p, g in pairs)
+        f1.append(2 * hits / (sum(p == label for p, _ in pairs) + sum(g == label for _, g in pairs)))
+    n, hits = len(pairs), sum(p == g for p, g in pairs)
+    answered, gold = (collections.Counter(side) for side in zip(*pairs, strict=True))
+    spread = [n * n - sum(c * c for c in counter.values()) for counter in (answered, gold)]
+    above = hits * n - sum(answered[label] * gold[label] for label in gold)
+    return 100 * sum(f1) / len(f1), 100 * above / math.sqrt(math.prod(spread)) if all(spread) else 0.0
+
+
+@settings(deadline=None)
+@given(LABELLED)
+def test_scores_of_labels_are_those_of_their_definitions(pairs):
+    predictions, references = [f" {p}\n" for p, _ in pairs], [[g] for _, g in pairs]
+    for name, value in zip(("macro_f1", "matthews"), by_definition(pairs), strict=True):
+        found = metrics.evaluate(name, predictions, references)
+        assert found.primary == name
+        assert found.values[name] == pytest.approx(value)
+        assert found.intervals[name][0] <= found.values[name] <= found.intervals[name][1]
+        assert found.values["accuracy"] == pytest.approx(100 * sum(p == g for p, g in pairs) / len(pairs))
+
+
+@settings(deadline=None, max_examples=30)
+@given(LABELLED)
+def test_scores_of_labels_are_scikit_learns(pairs):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    predictions, gold = zip(*pairs, strict=True)
+    references = [[g] for g in gold]
+    f1 = sklearn.f1_score(gold, predictions, labels=sorted(set(gold)), average="macro", zero_division=0)
+    assert metrics.evaluate("macro_f1", predictions, references).values["macro_f1"] == pytest.approx(100 * f1)
+    if len(set(gold)) > 1:
+        correlation = sklearn.matthews_corrcoef(gold, predictions)
+        found = metrics.evaluate("matthews", predictions, references).values["matthews"]
+        assert found == pytest.approx(100 * correlation, abs=1e-9)
+
+
+def test_an_answer_that_is_no_label_is_a_miss_and_no_label_of_its_own():
+    found = metrics.evaluate("macro_f1", ["sport", "ball", "goal"], [["sport"], ["sport"], ["tech"]])
+    assert found.values["macro_f1"] == pytest.approx(100 * (2 / 3 + 0) / 2)
+    assert metrics.evaluate("matthews", ["", ""], [["a"], ["b"]]).values["matthews"] == 0
+
+
+def test_the_interval_of_a_score_of_counts_is_that_of_examples_drawn_anew():
+    generator = np.random.default_rng(0)
+    gold = generator.choice(["a", "b", "c"], 200, p=[0.6, 0.3, 0.1])
+    answers = np.where(generator.random(200) < 0.7, gold, "a")
+    found = metrics.evaluate("macro_f1", list(answers), [[g] for g in gold]).intervals["macro_f1"]
+    drawn = [generator.integers(200, size=200) for _ in range(400)]
+    slow = [by_definition(list(zip(answers[i], gold[i], strict=True)))[0] for i in drawn]
+    assert found == pytest.approx(np.quantile(slow, (0.025, 0.975)), abs=1.5)
+
+
+@pytest.fixture
+def own_metrics(monkeypatch):
+    """Metrics that a test registers are gone after it."""
+    registered = dict(metrics.METRICS)
+    monkeypatch.setattr(metrics, "_registry", registered)
+    monkeypatch.setattr(metrics, "METRICS", registered)
+
+
+def test_a_metric_of_ones_own(own_metrics):
+    def length(predictions, references):
+        return {"shorter": [100 * (len(p) < len(g[0])) for p, g in zip(predictions, references, strict=True)]}
+
+    register_metric("mine:length", length, scores=["shorter"])
+    found = metrics.evaluate("mine:length", ["a", "abc"], [["ab"], ["a"]])
+    assert (found.primary, found.values, found.n) == ("shorter", {"shorter": 50.0}, 2)
+    register_metric("mine:length", lambda p, r: {"longer": np.zeros(len(p))}, scores=("longer",))
+    assert metrics.evaluate("mine:length", ["a"], [["ab"]]).values == {"longer": 0.0}
+    with pytest.raises(ConfigError, match="'accuracy' is built in"):
+        register_metric("accuracy", length, scores=["shorter"])
+    for scores in ([], "shorter"):
+        with pytest.raises(ConfigError, match="at least one name"):
+            register_metric("mine", length, scores=scores)
+
+
+@pytest.mark.parametrize("gave", [{}, {"s": [1.0]}, {"s": [1.0, math.nan]}, {"s": ["high", "low"]}, 0.5])
+def test_a_metric_that_gives_something_else_is_named(own_metrics, gave):
+    register_metric("mine", lambda predictions, references: gave, scores=["s"])
+    with pytest.raises(DataError, match="metric 'mine' must give"):
+        metrics.evaluate("mine", ["a", "b"], [["a"], ["b"]])
+
+
 def test_rouge_by_hand():
     found = metrics.rouge(["the cats sat"], [["a dog", "the cat sat down"]])
     assert found["rouge1"] == pytest.approx(100 * 2 * 1 * 0.75 / 1.75)  # "cats" and "cat" have one stem
@@ -171,8 +263,8 @@ def test_evaluate_takes_columns_of_a_data_set():
 def test_every_metric_gives_the_scores_it_promises(name):
     metric = metrics.METRICS[name]
     found = metric(["a cat", "dog"], [["cat"], ["dog"]])
-    assert set(metric.scores) <= set(found)
-    assert all(len(found[score]) == 2 for score in metric.scores)
+    assert set(metric.scores) <= set(found) | set(metric.of_counts)  # a score of a split has no value per example
+    assert all(len(found[score]) == 2 for score in metric.scores if score not in metric.of_counts)
     assert metrics.evaluate(name, ["a cat", "dog"], [["cat"], ["dog"]]).primary == metric.scores[0]
 
 
@@ -183,6 +275,7 @@ def test_every_metric_gives_the_scores_it_promises(name):
         (lambda: metrics.squad_v2([], []), "no predictions"),
         (lambda: metrics.accuracy(["a", "b"], [["a"], []]), "example 1 has no reference"),
         (lambda: metrics.rouge(["a"], [[]]), "example 0 has no reference"),
+        (lambda: metrics.evaluate("matthews", ["a"], [["a", "b"]]), "example 0 has 2 references"),
         (lambda: metrics.accuracy(["a"], ["a"]), "is a string"),
         (lambda: metrics.evaluate("record", ["a"], [["a"]], ["g", "h"]), "2 groups but 1 predictions"),
         (lambda: metrics.bootstrap_interval([]), "no scores"),

@@ -492,10 +492,15 @@ def test_own_task_file_finds_its_data_beside_it(tmp_path):
         ("metric:", "metrik:", "unknown key 'metrik'; did you mean 'metric'"),
         ("{files:", "{fils:", "unknown key 'source.fils'; did you mean 'files'"),
         ("metric: accuracy", "metric: acuracy", "did you mean 'accuracy'"),
+        ("metric: accuracy", "metric: 'my.module:score'", "register_metric in a script"),
         ("primary: accuracy", "primary: em", "primary='em' is not a score"),
         ("version: 1", "", "key 'version' is required"),
         ("max_target_tokens: 4", "max_target_tokens: 0", "max_target_tokens=0"),
         ("label_field: label", "", "labels need label_field"),
+        ('{true: "yes", false: "no"}', "{0: no, 1: yes}", r"labels\.0=False: .*quote"),
+        ('{true: "yes", false: "no"}', "{a: 1, b: two}", r"labels\.a=1: .*quote it: '1'"),
+        ('{true: "yes", false: "no"}', "{a: 'yes', b: 'yes '}", "'yes' and 'yes ' are the same once stripped"),
+        ('{true: "yes", false: "no"}', "{a: 'yes', 'a ': 'no'}", "'a' and 'a ' are the same once stripped"),
         ("{{ text }}", "{{ text ", "template"),
         ("version: 1", "version: 1\ntruncate: body", "truncate='body' is not a field"),
         ("version: 1", "version: 1\nexpand: true", "need answers"),
@@ -506,6 +511,12 @@ def test_own_task_file_finds_its_data_beside_it(tmp_path):
 def test_mistakes_in_a_task_file_are_named(tmp_path, old, new, message):
     with pytest.raises(ConfigError, match=message):
         own(tmp_path, OWN.replace(old, new, 1))
+
+
+def test_labels_of_a_list_are_told_apart():
+    for labels in (["a", "b", "a"], ["a", "b", " a"]):
+        with pytest.raises(ConfigError, match=r"labels 'a' and ' ?a' are the same once stripped"):
+            task_from_templates(files={}, input_template="{{ a }}", target_template="{{ label }}", labels=labels)
 
 
 def test_unknown_tasks_and_files(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from settings import BY_NAME, HIDDEN, VOCAB
+from toy import tokenizer
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, T5Tokenizer
 
 from fast_prompt_tuning.errors import ConfigError, ModelError
@@ -151,6 +152,12 @@ def test_text_is_repeated_or_cut(family):
     assert torch.equal(values, table(model)[[8, 3, 4, 8, 3]])
     values = set_prompt(model, "text", tokenizer=words, text="say in one word what this news is about")
     assert torch.equal(values, table(model)[[3, 2, 3, 4, 4]])
+
+
+@pytest.mark.parametrize(("text", "warned"), [("x y z", True), ("x sport", False)])
+def test_a_text_of_unknown_tokens_only_is_said(caplog, text, warned):
+    set_prompt(BY_NAME["llama"].peft(), "text", tokenizer=tokenizer(eos=False), text=text)
+    assert ("prompt.text='x y z' has only tokens that the tokenizer does not know" in caplog.text) == warned
 
 
 def test_a_saved_prompt_is_taken_over(family, tmp_path):

@@ -160,6 +160,17 @@ def test_result_files_in_one_folder_are_runs_of_their_own(runs, tmp_path):
         find_runs([tmp_path / "pt.json", tmp_path / "pt.json"])
 
 
+def test_examples_of_a_score_of_the_whole_split_are_right_or_wrong(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, answers in zip(folders, (("sport", "tech", "tech"), ("tech", "tech", "tech")), strict=True):
+        scores = {"metrics": {"macro_f1": 50.0}, "intervals": {"macro_f1": (40.0, 60.0)}, "primary": "macro_f1"}
+        save_result(result(folder.name, **scores), folder)
+        write_predictions(folder, answers)
+    (heading, examples), *_ = samples(find_runs(folders))
+    assert heading == "Where the runs differ"
+    assert [answer["score"] for answer in examples[0]["answers"]] == [100.0, 0.0]
+
+
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 

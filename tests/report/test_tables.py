@@ -11,46 +11,9 @@ from toy import FULL, result
 from fast_prompt_tuning.cli import progress
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.report.pictures import draw_quality
-from fast_prompt_tuning.report.tables import comparison_table, human_flops, human_seconds, table_rows
+from fast_prompt_tuning.report.tables import comparison_table, table_rows
 from fast_prompt_tuning.run.results import load_result, save_result
 from fast_prompt_tuning.schedule.stages import Schedule
-
-
-@pytest.mark.parametrize(
-    ("flops", "text"),
-    [
-        (0, "0 FLOPs"),
-        (999, "999 FLOPs"),
-        (1_234, "1230 FLOPs"),
-        (1.234e6, "1.23 MFLOPs"),
-        (5e9, "5 GFLOPs"),
-        (1.5e12, "1.5 TFLOPs"),
-        (9.994e14, "999 TFLOPs"),
-        (9.996e14, "1 PFLOPs"),
-        (1e15, "1 PFLOPs"),
-        (2e18, "2 EFLOPs"),
-        (3.21e21, "3210 EFLOPs"),
-    ],
-)
-def test_human_flops(flops, text):
-    assert human_flops(flops) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0 s"),
-        (9.94, "9.9 s"),
-        (9.97, "10 s"),
-        (43.4, "43 s"),
-        (59.6, "1 min 00 s"),
-        (125, "2 min 05 s"),
-        (3599.6, "1 h 00 min"),
-        (3725, "1 h 02 min"),
-    ],
-)
-def test_human_seconds(seconds, text):
-    assert human_seconds(seconds) == text
 
 
 def test_costs_are_relative_to_plain():
@@ -85,6 +48,19 @@ def test_a_run_is_compared_with_its_own_models_plain_run_on_its_own_data():
         found.fingerprints["model"] = "123"  # one model by two names
     assert table_rows([one, other])[1]["relative_flops"] == 1.0
     assert [r["task"] for r in rows[:3]] == ["own data a", "own data a", "own data b"]
+
+
+def test_a_prompt_after_the_text_is_compared_with_plain_in_front_of_it():
+    def placed(place, *args, **changes):
+        return result(*args, config={"prompt": {"placement": place}} if place else {}, **changes)
+
+    after, front, other = placed("suffix", "after", train=1e12), placed("prefix"), placed(None, "seed 1", train=4e12)
+    grown = placed("suffix", "grown", "cr", train=5e11)
+    rows = table_rows([after, front, other, grown])
+    assert [row["relative_flops"] for row in rows] == [0.5, 1.0, 2.0, 0.25]
+    assert [row["improve"] for row in rows] == [5.0, None, None, 5.0]  # plain had 45 for half and for a quarter
+    rows = table_rows([after, grown])  # plain in front was not run: the same placement's is the next best
+    assert [(row["relative_flops"], row["improve"]) for row in rows] == [(1.0, None), (0.5, 5.0)]
 
 
 def test_table():

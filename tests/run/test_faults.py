@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from toy import At, Broken, raises, recipe
+
+from fast_prompt_tuning.errors import ConfigError
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run.session import open_session
 
 BENCH = Path(__file__).parents[2] / "benchmarks" / "reliability"
 sys.path.insert(0, str(BENCH))
@@ -27,6 +32,30 @@ spec.loader.exec_module(harness)
 @pytest.mark.filterwarnings("ignore")  # of the libraries about each other, in a script of one's own
 def test_a_fault_is_borne(tmp_path, name):
     faults.FAULTS[name](tmp_path)
+
+
+def test_a_disk_full_from_the_first_step_on_promises_no_checkpoint(tmp_path):
+    with faults._no_room() as full, pytest.raises(ConfigError) as error:
+        run.train(recipe(tmp_path / "run", method="pt"), callbacks=[At(1, full.start)])
+    assert str(tmp_path / "run") in str(error.value)
+    assert "no checkpoint" in str(error.value)
+    assert "--overwrite" in str(error.value)
+    assert not (tmp_path / "run" / "prompt").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"optim__lr": 0.01}])
+def test_resuming_on_a_full_disk_names_the_folder(tmp_path, changes):
+    with pytest.raises(Broken):
+        run.train(recipe(tmp_path / "run", method="pt"), callbacks=[At(6, raises)])
+    config = recipe(tmp_path / "run", method="pt", **changes)
+    session = open_session(config, ("train", "validation"))
+    with faults._no_room() as full:
+        full.start()
+        with pytest.raises(ConfigError, match="cannot be written") as error:
+            run.train(config, resume=True, allow_changed=True, session=session)
+        full.stop()
+    assert str(tmp_path / "run") in str(error.value)
+    assert run.train(config, resume=True, allow_changed=True).status == "finished"
 
 
 def test_kills_lose_nothing(tmp_path):

@@ -20,6 +20,7 @@ from toy import At, Broken, articles, raises, recipe, tokenizer, toy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCallback
 
 from fast_prompt_tuning.cost.work import Work
+from fast_prompt_tuning.data import metrics
 from fast_prompt_tuning.data.tasks import load_task
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
 from fast_prompt_tuning.plm import loading as models
@@ -104,6 +105,32 @@ def test_layers_are_chosen_by_their_scores(tmp_path, name, kind):
     session = open_session(recipe(out, scoring__keep_layers=kind, **changes), ("validation",))
     with partial_of(session, "3x24", out) as partial:
         assert partial.kept_layers(partial.stage)["decoder"] == result.kept_layers[1]["decoder"]
+
+
+@pytest.mark.parametrize("place", ["prefix", "suffix"])
+def test_a_prompt_has_the_card_of_its_run(tmp_path, place):
+    result = run.train(recipe(tmp_path / "run", method="pt", prompt__placement=place, train__steps=2))
+    card = (tmp_path / "run" / "prompt" / "README.md").read_text(encoding="utf-8")
+    assert "# Soft prompt for topics on llama" in card
+    assert f"| accuracy | {result.metrics['accuracy']:.2f} |" in card
+    assert ("load_soft_prompt" in card) == (place == "suffix")
+    assert "More Information Needed" not in card
+    assert str(tmp_path) not in card
+
+
+def test_scores_of_labels_and_a_metric_of_ones_own_choose_the_prompt(tmp_path):
+    metrics.register_metric(
+        "mine:right", lambda p, r: {"right": [100.0 * (a == b[0]) for a, b in zip(p, r, strict=True)]}, scores=["right"]
+    )
+    for metric, primary in (("macro_f1", "macro_f1"), ("matthews", "matthews"), ("mine:right", "right")):
+        task = yaml.safe_load(toy().topics.read_text()) | {"metric": metric, "primary": primary}
+        task["source"]["files"] = {k: str(toy().folder / v) for k, v in task["source"]["files"].items()}
+        (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+        changes = {"method": "pt", "train__steps": 4, "train__eval_every": 2, "data__task": str(tmp_path / "task.yaml")}
+        result = run.train(recipe(tmp_path / primary, **changes))
+        assert result.primary == primary
+        assert result.metrics[primary] == max(p.metrics[primary] for p in result.curve)
+        assert result.intervals[primary][0] <= result.metrics[primary] <= result.intervals[primary][1]
 
 
 @pytest.mark.parametrize(("examples", "warned"), [(1, False), (60, True)])

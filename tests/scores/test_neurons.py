@@ -310,6 +310,8 @@ def test_save_and_load(family, tmp_path):
     stack = family.stacks[0]
     assert all(torch.equal(one.kept_neurons(stack, i, 9), two.kept_neurons(stack, i, 9)) for i in range(LAYERS))
     before = path.read_bytes()
+    with pytest.raises(ScoreError, match=r"/proc/nowhere/s\.safetensors.*cannot be written"):
+        scores.save("/proc/nowhere/s.safetensors")
     with pytest.raises(ScoreError, match=r"scores\.safetensors' exists already; remove it or choose another name"):
         scores.save(path)
     assert path.read_bytes() == before

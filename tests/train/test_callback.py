@@ -592,6 +592,17 @@ def test_a_run_that_never_reaches_the_last_stage_is_warned_of(steps, warned, tmp
     run.assert_restored()
 
 
+def test_a_schedule_that_ends_on_a_partial_model_is_warned_of(tmp_path, caplog):
+    run = Run("llama", tmp_path)
+    (callback,) = (c for c in run.trainer.callback_handler.callbacks if isinstance(c, ProgressiveCallback))
+    callback.schedule = Schedule([Stage(LAYERS, FFN, 2), Stage(3, FFN, STEPS - 2)])
+    run.trainer.train()
+    messages = [r.getMessage() for r in caplog.records if r.name == "fast_prompt_tuning.train.callback"]
+    assert len(messages) == 1
+    assert "the last stage is 3 layers × 24 neurons, not the full model" in messages[0]
+    run.assert_restored()
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 

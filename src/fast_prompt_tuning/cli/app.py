@@ -243,7 +243,9 @@ def predict(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read inputs from this file, one per line.")] = None,
     sets: Sets = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: input, prediction, score.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line: input, prediction, score, labels' probabilities.")
+    ] = False,
 ) -> None:
     """Answer new texts with a saved prompt, one line each; empty lines are passed over.
 
@@ -282,7 +284,8 @@ def predict(
         found, answers, _ = answers_to(session, session.prompted(prompt), encoded)
         for text, prediction, said in zip(batch, found, answers, strict=True):
             if as_json:
-                emit({"input": text, "prediction": said, "score": prediction.score})
+                record = {"input": text, "prediction": said, "score": prediction.score}
+                emit(record | ({"probabilities": shares} if (shares := prediction.probabilities) else {}))
             else:
                 sys.stdout.write(said + "\n")
         sys.stdout.flush()
@@ -349,15 +352,17 @@ def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:
     fields = sorted(task.input_fields(decoder=decoder))
     if not fields:
         raise DataError(f"task {task.name!r} has an input template without a field: there is nothing to answer to")
-    name = task.truncate or fields[0]
-    # Fields beside the main text (a headline) may be empty; a task of several real questions wants JSON.
-    others = {f: "" for f in fields if f != name}
-    if others and not all(f in ("headline", "title") for f in others):
+    row = {task.truncate or fields[0]: text}
+    try:
+        task.render(row, split="test", decoder=decoder)
+    except DataError:  # other fields are needed, too
+        if len(fields) == 1:
+            raise
         raise DataError(
             f"task {task.name!r} has the fields {', '.join(fields)}; give each input as a JSON object, e.g. "
             + json.dumps(dict.fromkeys(fields, "…"), ensure_ascii=False)
-        )
-    return {name: text, **others}
+        ) from None
+    return row
 
 
 @app.command()

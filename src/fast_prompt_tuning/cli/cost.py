@@ -149,7 +149,7 @@ def plan(
 
 
 def _text_lines(texts: Any, examples: int, where: str) -> str:
-    from ..report.tables import human_flops
+    from ..cost.units import human_flops
 
     return (
         f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
@@ -174,7 +174,7 @@ def _parse_stages(text: str, stacks: tuple[str, ...], batch_size: int, input_tok
 
 
 def _stage_table(made: Any, full: Any, shape: Any) -> Table:
-    from ..report.tables import flops_unit, human_flops, human_seconds, size_text
+    from ..cost.units import flops_unit, human_flops, human_seconds, size_text
 
     table = Table(
         title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
@@ -215,7 +215,7 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
 
 
 def _comparison(found: dict[str, Any]) -> Table:
-    from ..report.tables import human_flops, size_text
+    from ..cost.units import human_flops, size_text
 
     table = Table(title="Methods side by side, same steps and batches", title_justify="left", header_style="bold")
     for name in ("method", "stages (layers × width : steps)", "FLOPs", "of plain", "peak memory"):

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-from ..report.tables import human_seconds
+from ..cost.units import human_seconds
 from ..schedule.stages import Schedule, Stage
 
 

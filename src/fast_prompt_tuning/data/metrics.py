@@ -1,4 +1,4 @@
-"""Metrics of text predictions, each computed per example first so that it can be averaged and bootstrapped. No torch.
+"""Metrics of text predictions, computed per example where they can be, and bootstrapped. No torch.
 
 All scores are in percent. Sources: the official SQuAD 2.0 evaluation script (Rajpurkar et al. 2018); the SuperGLUE
 ReCoRD evaluation (Zhang et al. 2018; Wang et al. 2019); ROUGE as implemented by the `rouge-score` package.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from .confusion import label_counts, macro_f1, matthews
 
 Scores = dict[str, list[float]]
 """Score name -> one value in percent per example (or per example of a subset, see `squad_v2`)."""
@@ -36,12 +37,15 @@ class Metric:
     Args:
         per_example: predictions and references -> `Scores`.
         scores: the names it always gives, the one to choose checkpoints by first.
+        of_counts: those of them that are of a split, not of an example, as functions of `label_counts`.
     """
 
     per_example: Callable[[Sequence[str], Sequence[Sequence[str]]], Scores]
     scores: tuple[str, ...]
+    of_counts: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
 
     def __call__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+        """What there is per example."""
         _check(predictions, references)
         return self.per_example(predictions, references)
 
@@ -163,15 +167,59 @@ def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> S
     return scores
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        "accuracy": Metric(_accuracy, ("accuracy",)),
-        "squad_v2": Metric(_squad_v2, ("em", "f1")),
-        "record": Metric(_record, ("em", "f1")),
-        "rouge": Metric(_rouge, ("rougeL", "rouge1", "rouge2", "rougeLsum")),
-    }
-)
-"""Every metric by name: one line registers a new one."""
+_BUILT_IN = {
+    "accuracy": Metric(_accuracy, ("accuracy",)),
+    "macro_f1": Metric(_accuracy, ("macro_f1", "accuracy"), {"macro_f1": macro_f1}),
+    "matthews": Metric(_accuracy, ("matthews", "accuracy"), {"matthews": matthews}),
+    "squad_v2": Metric(_squad_v2, ("em", "f1")),
+    "record": Metric(_record, ("em", "f1")),
+    "rouge": Metric(_rouge, ("rougeL", "rouge1", "rouge2", "rougeLsum")),
+}
+_registry = dict(_BUILT_IN)
+METRICS: Mapping[str, Metric] = MappingProxyType(_registry)
+"""Every metric by name; `register_metric` adds one."""
+
+
+def register_metric(
+    name: str,
+    per_example: Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, Sequence[float]]],
+    *,
+    scores: Sequence[str],
+) -> None:
+    """Make a metric of your own known: tasks loaded later in this process may name it.
+
+    No file can do this, since a metric is code. Registering a name again replaces its metric.
+
+    Args:
+        name: what a task's `metric` calls it.
+        per_example: predictions (one text per example) and references (a list of acceptable answers per example) ->
+            score name -> one finite number per example. Their mean is reported, as percent.
+        scores: the names it gives, the one to choose checkpoints by first.
+
+    Raises:
+        ConfigError: the name is a built-in metric's, or no score is named.
+    """
+    if name in _BUILT_IN:
+        raise ConfigError(f"metric={name!r} is built in; choose another name")
+    names = () if isinstance(scores, str) else tuple(scores)
+    if not names:
+        raise ConfigError(f"scores={scores!r} of metric {name!r} must list at least one name")
+
+    def checked(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
+        found = per_example(predictions, references)
+        try:
+            values = {score: np.asarray(found[score], dtype=np.float64) for score in names}
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(f"metric {name!r} must give numbers under {', '.join(names)}: {error!r}") from error
+        for score, column in values.items():
+            if column.shape != (len(predictions),) or not np.isfinite(column).all():
+                raise DataError(
+                    f"metric {name!r} must give one finite number per example under {score!r}; for "
+                    f"{len(predictions)} examples it gave values of shape {column.shape}"
+                )
+        return {score: column.tolist() for score, column in values.items()}
+
+    _registry[name] = Metric(checked, names)
 
 
 def _means(scores: Scores) -> dict[str, float]:
@@ -249,16 +297,32 @@ def bootstrap_interval(per_example: Sequence[float], *, seed: int = 0, resamples
     if resamples < 1:
         raise ConfigError(f"resamples={resamples} must be at least 1")
     rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // scores.size)  # resamples drawn at once, so that memory does not grow with the split
-    means = np.concatenate(
-        [
-            scores[rng.integers(scores.size, size=(min(rows, resamples - done), scores.size))].mean(axis=1)
-            for done in range(0, resamples, rows)
-        ]
-    )
-    low, high = np.quantile(means, (0.025, 0.975))
-    mean = scores.mean()  # rounding, or a very rare event, may leave it just outside
-    return float(min(low, mean)), float(max(high, mean))
+    means = [
+        scores[rng.integers(scores.size, size=(rows, scores.size))].mean(axis=1)
+        for rows in _chunks(resamples, scores.size)
+    ]
+    return _interval(means, scores.mean())
+
+
+def _chunks(resamples: int, size: int) -> Iterator[int]:
+    """Resamples of `size` values to draw at once, so that memory does not grow with the split."""
+    rows = max(1, _CHUNK // size)
+    return (min(rows, resamples - done) for done in range(0, resamples, rows))
+
+
+def _interval(resampled: Sequence[np.ndarray], value: Any) -> tuple[float, float]:
+    low, high = np.quantile(np.concatenate(resampled), (0.025, 0.975))
+    return float(min(low, value)), float(max(high, value))  # rounding, or a rare event, may leave it just outside
+
+
+def _counted_interval(
+    score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, *, seed: int, resamples: int = 1000
+) -> tuple[float, float]:
+    """The same interval of a function of counts: drawing examples anew is drawing counts from a multinomial."""
+    rng = np.random.default_rng(seed)
+    n, flat = counts.sum(), counts.reshape(-1)
+    drawn = (rng.multinomial(n, flat / n, size=rows) for rows in _chunks(resamples, flat.size))
+    return _interval([score(each.reshape(-1, *counts.shape)) for each in drawn], score(counts))
 
 
 def evaluate(
@@ -293,10 +357,15 @@ def evaluate(
         predictions, references = _merge_groups(predictions, references, groups)
     scores = metric(predictions, references)
     primary = primary or metric.scores[0]
-    if primary not in scores:
-        raise ConfigError(f"primary={primary!r} is not a score of {metric_name}; choose one of {', '.join(scores)}")
-    intervals = {name: bootstrap_interval(values, seed=seed) for name, values in scores.items()}
-    return MetricResult(metric_name, _means(scores), intervals, primary, len(predictions))
+    if primary not in (known := [*metric.of_counts, *scores]):
+        raise ConfigError(f"primary={primary!r} is not a score of {metric_name}; choose one of {', '.join(known)}")
+    values, intervals = {}, {}
+    counts = label_counts(predictions, references) if metric.of_counts else np.zeros(0)
+    for name, score in metric.of_counts.items():
+        values[name], intervals[name] = float(score(counts)), _counted_interval(score, counts, seed=seed)
+    values.update(_means(scores))
+    intervals.update({name: bootstrap_interval(each, seed=seed) for name, each in scores.items()})
+    return MetricResult(metric_name, values, intervals, primary, len(predictions))
 
 
 def _merge_groups(

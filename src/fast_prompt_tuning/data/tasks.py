@@ -22,7 +22,7 @@ import jinja2.sandbox
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, quote_hint
 from .metrics import METRICS
 
 Format = Literal["jsonl", "csv", "tsv", "glue_tsv", "squad", "record", "bbc_package"]
@@ -191,7 +191,11 @@ class Task(_Frozen):
     @field_validator("labels", mode="before")
     @classmethod
     def _label_keys(cls, value: Any) -> Any:
-        return {_label_key(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        _check_apart(map(str, value))
+        _check_apart(dict.fromkeys(word for word in value.values() if isinstance(word, str)))
+        return {_label_key(k): v for k, v in value.items()}
 
     @model_validator(mode="after")
     def _agrees(self) -> Task:
@@ -210,7 +214,10 @@ class Task(_Frozen):
         if self.answers is None and (self.expand or self.no_answer is not None):
             raise ConfigError("expand and no_answer need answers, the field that holds the list of answers")
         if self.metric not in METRICS:
-            raise ConfigError(f"metric={self.metric!r} is unknown{nearest(self.metric, METRICS)}")
+            raise ConfigError(
+                f"metric={self.metric!r} is unknown{nearest(self.metric, METRICS)}; one of your own is "
+                "Python code: call register_metric in a script before the task is loaded there"
+            )
         if self.primary not in METRICS[self.metric].scores:
             known = ", ".join(METRICS[self.metric].scores)
             raise ConfigError(f"primary={self.primary!r} is not a score of metric={self.metric!r}; choose from {known}")
@@ -353,6 +360,17 @@ def _label_key(value: Any) -> str:
     return str(value).strip()
 
 
+def _check_apart(labels: Iterable[str]) -> None:
+    """Raise where two labels are one after stripping: answers and references are compared stripped."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        if label.strip() in seen:
+            raise ConfigError(
+                f"labels {seen[label.strip()]!r} and {label!r} are the same once stripped; give each once"
+            )
+        seen[label.strip()] = label
+
+
 def _row_id(row: Mapping[str, Any], default: str) -> str:
     for name in ("id", "index", "idx"):
         value = row.get(name)
@@ -451,7 +469,8 @@ def _explain(error: Any, where: str) -> str:
         return f"{where}: key {key!r} is required"
     if error["type"] == "value_error":
         return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
-    return f"{where}: {key}={error['input']!r}: {error['msg']}"
+    hint = quote_hint(error["input"]) if error["type"] == "string_type" else ""
+    return f"{where}: {key}={error['input']!r}: {error['msg']}{hint}"
 
 
 def task_from_templates(
@@ -488,7 +507,9 @@ def task_from_templates(
         ConfigError: the settings do not fit together.
     """
     if labels is not None:
-        labels = dict(labels) if isinstance(labels, Mapping) else {word: word for word in labels}
+        if not isinstance(labels, Mapping):
+            _check_apart(labels)
+            labels = {word: word for word in labels}
         label_field = label_field or "label"
     truncate = truncate or _only_field(input_template)
     metric = metric or ("accuracy" if label_field else "squad_v2" if answers else "rouge")

@@ -27,6 +27,14 @@ class Prediction:
     score: float
     label_scores: Mapping[str, float] | None = None
 
+    @property
+    def probabilities(self) -> dict[str, float] | None:
+        """Of each label, among the labels; None for generated answers."""
+        if self.label_scores is None:
+            return None
+        shares = torch.tensor(list(self.label_scores.values())).softmax(-1)
+        return dict(zip(self.label_scores, shares.tolist(), strict=True))
+
 
 def batches_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Slices of at most `size` items."""
@@ -82,9 +90,9 @@ def combine(answers: Sequence[Prediction], how: str = "probabilities") -> Predic
             voters.setdefault(answer.text, []).append(answer.score)
         text = max(voters, key=lambda t: (len(voters[t]), sum(voters[t]) / len(voters[t])))
         return Prediction(text, sum(voters[text]) / len(voters[text]))
-    tables = [a.label_scores for a in answers]
+    tables = [a.probabilities for a in answers]
     if any(t is None for t in tables):
         raise DataError("ensemble='probabilities' needs labels; use votes for generated answers")
     words = list(tables[0] or {})
-    mean = torch.tensor([[t[w] for w in words] for t in tables if t]).softmax(-1).mean(0)
+    mean = torch.tensor([[t[w] for w in words] for t in tables if t]).mean(0)
     return likeliest(words, mean.log())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import nn
 from ..errors import ConfigError, ModelError
 from ..files import new_file, write_atomic
 from ..plm.stacks import get_plm
+
+logger = logging.getLogger(__name__)
 
 INITS = ("uniform", "vocab", "text", "prompt")
 
@@ -135,6 +138,12 @@ def init_soft_prompt(
             found = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not found:
                 raise ConfigError(f"prompt.text={text!r} has no tokens; choose a longer text")
+            if set(found) == {getattr(tokenizer, "unk_token_id", None)}:
+                logger.warning(
+                    "prompt.text=%r has only tokens that the tokenizer does not know: every vector is the same; choose "
+                    "words it knows",
+                    text,
+                )
             ids = torch.tensor((found * math.ceil(size / len(found)))[:size])
         with torch.no_grad():
             values = embed(ids.to(embed.weight.device))

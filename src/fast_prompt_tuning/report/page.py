@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ..cost.units import human_flops, human_seconds, size_text
 from ..data.metrics import METRICS
 from ..errors import DataError
 from ..prompt.soft_prompt import load_prompt, placement_of, similarity_matrix
@@ -21,12 +22,9 @@ from . import pictures
 from .tables import (
     average_rows,
     by_task,
-    human_flops,
-    human_seconds,
     number,
     percent,
     signed,
-    size_text,
     table_rows,
 )
 
@@ -278,7 +276,8 @@ def _predictions(run: Run) -> dict[str, dict[str, Any]]:
         return {}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        scores = metric([r["prediction"] for r in rows], [r["gold"] for r in rows])[run.result.primary]
+        found = metric([r["prediction"] for r in rows], [r["gold"] for r in rows])
+        scores = found.get(run.result.primary) or next(iter(found.values()))  # a split's score is no example's
         return {
             f"{row['id']}": {**row, "input": str(row["input"]), "percent": score}
             for row, score in zip(rows, scores, strict=True)

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from ..cost.units import flops_unit, size_text
 from ..errors import ConfigError
 from ..run.results import Point, RunResult
-from .tables import flops_unit, size_text, task_of
+from .tables import task_of
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme: told apart by colour-blind readers and in grey."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +12,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ..cost.units import flops_unit, human_seconds
 from ..run.results import RunResult
-
-
-def human_flops(flops: float) -> str:
-    """FLOPs with a metric prefix: `1.23 TFLOPs`."""
-    flops = float(f"{flops:.3g}")  # first, so that 999.9 G is 1 T
-    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if flops >= limit:
-            scaled = flops / limit
-            return f"{scaled:.0f} {prefix}FLOPs" if scaled >= 1000 else f"{scaled:.3g} {prefix}FLOPs"
-    return f"{flops:.0f} FLOPs"
-
-
-def flops_unit(flops: float) -> tuple[float, str]:
-    """One unit for a whole column: the largest of which `flops`, its largest number, is at least one."""
-    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    return next((unit for unit in units if flops >= unit[0]), (1.0, ""))
-
-
-def human_seconds(seconds: float) -> str:
-    """`43 s`, `2 min 05 s`, `1 h 02 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def task_of(result: RunResult) -> str:
@@ -81,7 +56,9 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
 
     None for plain prompt tuning itself, and where there is nothing to compare with.
     """
-    if plain is None or result.method in ("pt", "none") or not (result.curve and plain.curve):
+    if plain is None or result.method == "none" or not (result.curve and plain.curve):
+        return None
+    if result.method == "pt" and _placement(result) == _placement(plain):
         return None
     metric = result.primary
     end = next((p for p in result.curve if p.step == result.best_step), result.curve[-1])
@@ -90,8 +67,15 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
     return end.metrics[metric] - stopped_at(plain, spent_flops(result), metric)
 
 
+def _placement(result: RunResult) -> str:
+    return str(result.config.get("prompt", {}).get("placement", "prefix"))
+
+
 def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | None:
-    """The first run of method `pt` that a run is compared with: the same task, model and validation examples."""
+    """The first run of method `pt` that a run is compared with: the same task, model and validation examples.
+
+    Its prompt stands in front of the text, as the paper's does, unless no such run is there.
+    """
 
     def data(found: RunResult) -> Any:
         return task_of(found), found.fingerprints.get("validation")
@@ -103,8 +87,8 @@ def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | No
         paths = [r.config.get("model", {}) for r in (one, other)]
         return all(paths[0].get(key) == paths[1].get(key) for key in ("path", "revision"))
 
-    same = (r for r in results if r.method == "pt" and data(r) == data(result) and of_one_model(r, result))
-    return next(same, None)
+    same = [r for r in results if r.method == "pt" and data(r) == data(result) and of_one_model(r, result)]
+    return next((r for r in same if _placement(r) == "prefix"), next(iter(same), None))
 
 
 def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
@@ -245,8 +229,3 @@ def percent(part: float | None) -> str:
 def signed(points: float | None) -> str:
     """A difference with its sign; a dash where there is none."""
     return "–" if points is None else f"{points:+.1f}"
-
-
-def size_text(size: Any) -> str:
-    """A stage's size as text: `6`, or `6/3` where the stacks differ."""
-    return "/".join(map(str, size.values())) if isinstance(size, Mapping) else str(size)

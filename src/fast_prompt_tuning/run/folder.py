@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,11 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     folder = Path(config.output)
     if resume:
-        clear_leftovers(folder.resolve(), _NAMES)
-        checkpoint.clear_unfinished(folder / "checkpoints")
-        if recipe_changes(config):
-            write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
+        with written(folder):
+            clear_leftovers(folder.resolve(), _NAMES)
+            checkpoint.clear_unfinished(folder / "checkpoints")
+            if recipe_changes(config):
+                write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
         return folder
     doomed = [(folder / name).resolve() for name in (*OURS, *OUR_FOLDERS)]
     for name, used in (
@@ -116,7 +118,7 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
         path = Path(used).resolve() if used else None
         if path is not None and path.exists() and any(path == d or d in path.parents for d in doomed):
             raise ConfigError(f"{name}={used!r} lies in the run that would be overwritten; choose another output")
-    try:
+    with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUR_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -125,9 +127,20 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
                 (folder / name).unlink(missing_ok=True)
         clear_leftovers(folder.resolve(), _NAMES)
         write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
+    return folder
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """A block that writes into a run's folder.
+
+    Raises:
+        ConfigError: it cannot, for the disk is full, say.
+    """
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"output={str(folder)!r} cannot be written: {error.strerror or error}") from error
-    return folder
 
 
 def differences(before: Any, after: Any, at: str = "") -> list[str]:
@@ -155,5 +168,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def write_log(folder: Path, history: list[dict[str, Any]]) -> None:
-    """Write `log.jsonl` anew: a killed run may have torn its last line, or logged steps that will be made again."""
-    write_atomic(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    """Write `log.jsonl` anew: a killed run may have torn its last line, or logged steps that will be made again.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with written(folder):
+        write_atomic(folder / "log.jsonl", "".join(json.dumps(record) + "\n" for record in history))

@@ -49,6 +49,8 @@ from ..train.trainer import (
     make_optimizer,
     training_arguments,
 )
+from .advice import GradientCheck, advise
+from .card import model_card
 from .folder import check_folder, differences, log_of, prepare_folder, recipe_changes, write_log
 from .preparation import calibration_batches, checked_schedule, scored_partial, trainable
 from .results import Point, RunResult, environment, save_result
@@ -138,6 +140,8 @@ def train(
         ledger = FlopsLedger()
         partial = scored_partial(session, model, schedule, needed, folder, ledger)
         _say_if_nothing_is_saved(session, schedule, ledger)
+        if parallel.rank() == 0:
+            advise(session)
         if on_schedule:
             on_schedule(schedule, session.cost.full_stage)
         data = rows, held_out
@@ -245,8 +249,7 @@ def _train(
     full_tuning = config.method == "full"
     reached, past = (found.step, found.record) if found else (0, {})
     history = log_of(found)
-    if parallel.rank() == 0:
-        write_log(folder, history)
+    parallel.on_main(lambda: write_log(folder, history))
     for what in ("probe", "eval"):
         ledger.add(what, past.get("flops", {}).get(what, 0.0))
     guard = StepGuard(trained, remember=not full_tuning, save_minutes=config.train.save_minutes)
@@ -281,7 +284,7 @@ def _train(
         eval_dataset=session.encoded["validation"],
         data_collator=make_collator(session.tokenizer, session.plm, tails=partial is not None, after=infix),
         optimizers=make_optimizer(trained, config.optim),
-        callbacks=[guard, *ema, _RunLog(folder / "log.jsonl"), *callbacks],
+        callbacks=[guard, GradientCheck(trained, schedule), *ema, _RunLog(folder / "log.jsonl"), *callbacks],
         schedule=schedule,
         cost=session.cost,
         prompt_tokens=0 if full_tuning else config.prompt.tokens,
@@ -318,8 +321,8 @@ def _train(
             if not parallel.is_lost(error):
                 raise
             raise TrainingStopped(
-                "another process of this run has ended, so this one cannot go on; the last checkpoint is kept: start "
-                "all of them again with --resume"
+                "another process of this run has ended, so this one cannot go on; start all of them again "
+                "with --resume, from the last checkpoint if there is one"
             ) from error
         finally:
             if partial is not None:
@@ -550,13 +553,17 @@ def _finish(
                 model.save_pretrained(str(work))  # type: ignore[operator]
                 if full_tuning:
                     session.tokenizer.save_pretrained(str(work))  # a whole model, that `model.path` can name
+                else:  # in place of the blank one that PEFT writes
+                    (work / "README.md").write_text(model_card(result), encoding="utf-8")
             write_predictions(folder / "predictions.jsonl", session.examples[split], final)
             write_log(folder, log)
             save_result(result, folder)
-        except checkpoint.CANNOT_WRITE as error:
+        except (*checkpoint.CANNOT_WRITE, ConfigError) as error:
+            steps = checkpoint.steps_of(folder / "checkpoints")
+            kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint"
             raise ConfigError(
-                f"output={str(folder)!r} cannot be written at the end of the run ({error}); the checkpoints are kept: "
-                "make room, and run it again with --resume"
+                f"output={str(folder)!r} cannot be written at the end of the run ({error}); {kept}: make room, and run "
+                f"it again with {'--resume' if steps else '--overwrite'}"
             ) from error
     return result
 

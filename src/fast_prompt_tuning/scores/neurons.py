@@ -63,7 +63,7 @@ class Scores:
         """Write a safetensors file.
 
         Raises:
-            ScoreError: the file exists already, or another process wrote it meanwhile.
+            ScoreError: the file exists already, another process wrote it meanwhile, or it cannot be written.
         """
         path = Path(path)
         taken = ScoreError(f"{str(path)!r} exists already; remove it or choose another name")
@@ -72,10 +72,12 @@ class Scores:
         try:
             with new_file(path, replace=False) as work:  # a torn file would stop every resume
                 save_file({k: v.contiguous() for k, v in self.scores.items()}, work, metadata=dict(self.metadata))
-        except FileExistsError:
-            if not path.exists():  # a file stands where a folder is to be
-                raise
-            raise taken from None
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, FileExistsError) and path.exists():
+                raise taken from None
+            raise ScoreError(
+                f"{str(path)!r} cannot be written: {error}; make room, or choose another folder"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

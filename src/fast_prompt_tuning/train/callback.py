@@ -80,6 +80,14 @@ class ProgressiveCallback(TrainerCallback):
                 self.schedule.boundaries[-1],
                 state.max_steps,
             )
+        last = (self.schedule.ladder if isinstance(self.schedule, AutoSchedule) else self.schedule.stages)[-1]
+        if not last.is_full(self.partial.full_stage):
+            logger.warning(
+                "the last stage is %s, not the full model (%s): the prompt will be used on a model that it was not "
+                "tuned on. End the schedule with a stage of the full size.",
+                last,
+                self.partial.full_stage,
+            )
         own_step = trainer.training_step
         previous = None
 
