@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fast_prompt_tuning import Schedule
 from fast_prompt_tuning.cli import app as cli
-from fast_prompt_tuning.cli import console, demo
+from fast_prompt_tuning.cli import catalog, console, demo
 from fast_prompt_tuning.cli.demo import reporting
 from fast_prompt_tuning.cli.progress import ProgressReporter
 from fast_prompt_tuning.errors import ConfigError
@@ -673,7 +673,7 @@ def test_other_ends(fpt, monkeypatch):
         def fail(error=error):
             raise error
 
-        monkeypatch.setattr(cli, "_task_lines", fail)
+        monkeypatch.setattr(catalog, "_task_lines", fail)
         _, err = fpt("ls", "tasks", code=code)
         assert ("odd [thing]" in err) == (code == 70)
         assert "Traceback" not in err

@@ -47,6 +47,7 @@ from .soft_prompt import (
     context_length,
     init_soft_prompt,
     load_prompt,
+    prompt_folder,
     save_suffix_prompt,
     suffix_record,
 )
@@ -795,7 +796,7 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
 
     Args:
         plm: the bare PLM the prompt was tuned on.
-        folder: where `save_pretrained` has put it, or `prompt/` of a run.
+        folder: where `save_pretrained` has put it, or a run.
         cache: where the texts' states are kept, of a prompt after the text.
 
     An `infix` prompt's model is told where the prompt stands in each text: `n_after`, as in training.
@@ -816,7 +817,7 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
             f"{width}: it is another model's prompt"
         )
     if record is None:
-        return PeftModel.from_pretrained(plm, str(folder))
+        return PeftModel.from_pretrained(plm, str(prompt_folder(folder)))
     if record["model_fingerprint"] != fingerprint.of_model(plm):
         logger.warning("%s was tuned on %s, whose weights are not this model's", folder, record["base_model"])
     model = SuffixPromptModel(plm, len(values), placement=record["placement"], cache=cache)

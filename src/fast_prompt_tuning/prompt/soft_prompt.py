@@ -110,7 +110,7 @@ def init_soft_prompt(
 
     Args:
         init: `uniform`: U(−1/√H, 1/√H) (paper, Section 4.1); `vocab`: embeddings of random tokens; `text`: embeddings
-            of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: a saved prompt at `path`.
+            of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: that of the folder, or run, `path`.
 
     Raises:
         ConfigError: unknown `init`, or what it needs is missing or does not fit.
@@ -191,13 +191,19 @@ def save_suffix_prompt(
         os.replace(place / ".new", place / name)
 
 
+def prompt_folder(path: str | Path) -> Path:
+    """Where the prompt lies that a path names: the folder itself, or `prompt/` in the folder of a run."""
+    folder = Path(path)
+    return folder / "prompt" if (folder / "prompt").is_dir() else folder
+
+
 def suffix_record(path: str | Path) -> dict[str, Any] | None:
-    """What is recorded of a saved prompt after the text; None where the folder holds none.
+    """What is recorded of a saved prompt after the text; None where the folder, or run, holds none.
 
     Raises:
         ConfigError: the record cannot be read, or is of a later version; the folder holds another prompt as well.
     """
-    file = Path(path) / SUFFIX_FILES[1]
+    file = prompt_folder(path) / SUFFIX_FILES[1]
     if not file.is_file():
         return None
     if (file.parent / "adapter_model.safetensors").is_file():
@@ -227,12 +233,12 @@ def placement_of(path: str | Path) -> str:
 
 
 def load_prompt(path: str | Path) -> torch.Tensor:
-    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands.
+    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands; or of a run.
 
     Raises:
         ConfigError: no readable prompt there.
     """
-    folder = Path(path)
+    folder = prompt_folder(path)
     if suffix_record(folder) is not None:
         try:
             found = load_file(folder / SUFFIX_FILES[2])["prompt_embeddings"]

@@ -550,8 +550,10 @@ class StepGuard(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
+            if callable(before := self._before[number]):  # the command's own, which knows the exit code
+                before(number, frame)
             raise KeyboardInterrupt
         self.signal = number
         logger.warning("stopping after this step; once more to stop at once")

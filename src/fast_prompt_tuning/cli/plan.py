@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import ConfigError
 from ..schedule.auto import best_case, default_ladder
 from ..schedule.stages import Schedule
-from .console import emit, people, progress, quiet_libraries
+from .console import emit, people, quiet_libraries, wants_json
 
 
 def _stacks(text: str | None) -> tuple[str, ...] | None:
@@ -54,7 +54,6 @@ def plan(
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights, for memory and --measure.")] = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
     from ..cost import plan as plans
@@ -102,7 +101,7 @@ def plan(
     )
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
-    out = people(as_json)
+    out = people()
     if compare:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
         if stages or measure or kept:
@@ -110,7 +109,7 @@ def plan(
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
         found_plans = plans.compare(config, methods, shape, total_steps=steps, stacks=chosen, **common)
-        if as_json:
+        if wants_json():
             emit({name: p.to_dict() for name, p in found_plans.items()})
             return
         out.print(_comparison(found_plans))
@@ -133,7 +132,7 @@ def plan(
             shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)
         for name, each in shapes.items():
             texts[name] = plans.plan_texts(cost, schedule, each, examples=examples, dtype_bytes=bytes_each)
-    if as_json:
+    if wants_json():
         emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
         return
     asked = replace(shape, prompt_tokens=prompt_tokens, input_tokens=input_tokens)
@@ -223,83 +222,3 @@ def _comparison(found: dict[str, Any]) -> Table:
         memory = max(s.weight_bytes + s.activation_bytes for s in made.stages)
         table.add_row(name, stages, human_flops(made.flops), _percent(made.relative_flops), _bytes(memory))
     return table
-
-
-def reproduce(
-    table: Annotated[str, typer.Argument(help="table1 or table2 of the paper.")],
-    columns: Annotated[
-        str, typer.Option(help="flops, wallclock, both separated by a comma, or all: train and score every cell.")
-    ] = "flops",
-    plm: Annotated[str, typer.Option(help="large or xl.")] = "large",
-    scale: Annotated[
-        str, typer.Option(help="For wallclock: BATCHxINPUT, or `paper` for 32x492; small machines want small ones.")
-    ] = "6x44",
-    seconds: Annotated[float, typer.Option(help="For wallclock: time to spend on measuring.")] = 300.0,
-    dtype: Annotated[str, typer.Option(help="For wallclock: dtype of the weights.")] = "float32",
-    model: Annotated[str | None, typer.Option(help="For all: hub id or folder of the T5 weights.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="For all: folder with TASK/train.* and TASK/validation.*; default the Hub.")
-    ] = None,
-    output: Annotated[str, typer.Option(help="For all: folder for the runs; finished ones are not run again.")] = (
-        "runs/reproduce"
-    ),
-    tasks: Annotated[str, typer.Option(help="For all: which of the paper's tasks.")] = "mnli,qqp,squad2,record,xsum",
-    sets: Annotated[list[str], typer.Option("--set", help="For all: override one setting of the recipe.")] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-) -> None:
-    """The paper's tables beside its own figures: costs from T5's config alone, quality with weights and data."""
-    from ..paper.reproduce import cost_rows
-
-    if table not in ("table1", "table2"):
-        raise ConfigError(f"TABLE={table!r} is unknown; choose table1 or table2")
-    if plm not in ("large", "xl"):
-        raise ConfigError(f"--plm {plm!r} is unknown; choose large or xl")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    wanted = [c.strip() for c in columns.split(",") if c.strip()]
-    out = people(as_json)
-    if wanted == ["all"]:
-        if model is None:
-            raise ConfigError("--columns all trains T5 and needs its weights: give --model (a hub id or a folder)")
-        from ..paper.quality import run_table
-
-        quiet_libraries()
-        if not tasks.strip(" ,"):
-            raise ConfigError(f"--tasks {tasks!r} names no task, for example mnli,squad2")
-        rows = run_table(
-            table,
-            plm=plm,
-            model=model,
-            data=data,
-            output=output,
-            tasks=[t.strip() for t in tasks.split(",") if t.strip()],
-            overrides=sets,
-            on_run=lambda task, row, what: progress(as_json).print(f"{task} {row}: {what}", highlight=False),
-        )
-        note = "Metrics of the best prompt on validation data; costs relative to pt in percent."
-    elif wanted and not set(wanted) - {"flops", "wallclock"}:
-        quiet_libraries(transformers_only=True)
-        rows, note = cost_rows(table, wanted, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
-    else:
-        raise ConfigError(f"--columns {columns!r} must be flops, wallclock, both with a comma, or all")
-    if as_json:
-        emit({"table": table, "plm": plm, "rows": rows, "note": note})
-        return
-    shown = Table(title=f"{table} of the paper, T5-{plm.upper()}", title_justify="left", header_style="bold")
-    names = list(rows[0])
-
-    def text(value: object) -> str:
-        return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
-
-    for name in names:
-        shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
-    for row in rows:
-        shown.add_row(*(text(row[name]) for name in names))
-    out.print(shown)
-    out.print(note, highlight=False)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `fpt`."""
-    app.command()(plan)
-    app.command()(reproduce)
