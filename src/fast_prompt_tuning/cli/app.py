@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -49,7 +50,7 @@ def _options(
     note(debug=debug, quiet=quiet, as_json=as_json)
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "demo": (train.demo, "fpt demo --method ld"),
     "train": (train.train, "fpt train -c bbc_topics_smollm2 --set train.steps=50 --set output=runs/mine"),
     "eval": (evaluate.evaluate, "fpt eval runs/mine runs/other --zero-shot"),

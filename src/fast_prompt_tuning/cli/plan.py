@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..schedule.auto import best_case, default_ladder
-from ..schedule.stages import Schedule
-from .console import emit, people, quiet_libraries, wants_json
+from ..schedule.auto import AutoSchedule, best_case
+from ..schedule.stages import Stage
+from .console import Sets, emit, people, quiet_libraries, wants_json
 
-
-def _stacks(text: str | None) -> tuple[str, ...] | None:
-    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
+if TYPE_CHECKING:
+    from ..recipe import RunConfig
 
 
 def _bytes(count: float) -> str:
@@ -29,14 +28,34 @@ def _percent(part: float | None) -> str:
     return "–" if part is None else f"{100 * part:.1f}%"
 
 
+OPTIONS = {
+    "model": "model.path",
+    "method": "method",
+    "steps": "train.steps",
+    "input_tokens": "data.max_input_tokens",
+    "prompt_tokens": "prompt.tokens",
+    "target_tokens": "data.max_target_tokens",
+    "batch_size": "train.batch_size",
+    "stacks": "stacks",
+    "task": "data.task",
+    "placement": "prompt.placement",
+}
+"""Options of `fpt plan` and the settings of a recipe they stand for."""
+NO_TASK = "none"
+"""In place of a task where a plan without a recipe names none."""
+
+
 def plan(
-    model: Annotated[str, typer.Option(help="Hub id, folder, or a config.json: weights are not needed.")],
-    method: Annotated[str, typer.Option(help="pt, ld, fr, cr, or auto at its cheapest.")] = "cr",
-    steps: Annotated[int, typer.Option(help="Optimizer steps of the whole run.")] = 30_000,
-    input_tokens: Annotated[int, typer.Option(help="Text tokens of an input, without the prompt.")] = 492,
-    prompt_tokens: Annotated[int, typer.Option(help="Virtual tokens of the soft prompt.")] = 20,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Recipe to plan; options replace parts.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or a config.json: weights are not needed.")] = None,
+    method: Annotated[str | None, typer.Option(help="pt, ld, fr, cr, or auto at its cheapest; default cr.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole run; default 30000.")] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option(help="Text tokens of an input, without the prompt; default 492.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Virtual tokens of the soft prompt; default 20.")] = None,
     target_tokens: Annotated[int | None, typer.Option(help="Target tokens; default 10, or the task's.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a batch; default 16.")] = None,
     stacks: Annotated[str | None, typer.Option(help="Stacks to cut, e.g. encoder,decoder; default all.")] = None,
     task: Annotated[str | None, typer.Option(help="Take target length and stacks from this task.")] = None,
     stages: Annotated[
@@ -46,26 +65,28 @@ def plan(
         ),
     ] = None,
     placement: Annotated[
-        str, typer.Option(help="prefix; suffix: the prompt after the text; infix: within it.")
-    ] = "prefix",
+        str | None, typer.Option(help="prefix; suffix: the prompt after the text; infix: within it; default prefix.")
+    ] = None,
     after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after an infix prompt.")] = 0,
     examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix and infix keep.")] = 1000,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
-    compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr,auto.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the weights, for memory and --measure.")] = "bfloat16",
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, for memory and --measure.")] = None,
+    sets: Sets = [],  # noqa: B006
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
+    given = {k: v for k, v in locals().items() if k in OPTIONS and v is not None}
     from ..cost import plan as plans
     from ..cost.flops import CONVENTIONS, BatchShape, CostModel
 
     if convention not in CONVENTIONS:
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
-    if dtype not in ("bfloat16", "float16", "float32"):
+    if dtype not in (None, "bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    if placement not in ("prefix", "suffix", "infix"):
-        raise ConfigError(f"--placement {placement!r} is unknown; choose prefix, suffix or infix")
-    if (placement == "infix") != (after_tokens > 0) or not 0 <= after_tokens < max(input_tokens, 1):
+    recipe = _recipe(config, given, stages, sets)
+    placement, input_tokens, method = recipe.prompt.placement, recipe.data.max_input_tokens, recipe.method
+    if (placement == "infix") != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
         raise ConfigError(
             f"--after-tokens {after_tokens} with --placement {placement}: tokens after an infix prompt, and of no "
             f"other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
@@ -73,60 +94,59 @@ def plan(
     kept = placement != "prefix"
     if kept and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
+    if method == "full":
+        raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
     quiet_libraries(transformers_only=True)
-    if model.endswith(".gguf") or ("/" not in model and not Path(model).exists()):  # the others need no PyTorch
+    name = recipe.model.path
+    if name.endswith(".gguf") or ("/" not in name and not Path(name).exists()):  # the others need no PyTorch
         from ..plm.loading import locate
 
-        model = locate(model)
-    config = plans.load_config(model)
-    full = plans.full_stage(config)
+        name = locate(name)
+    model_config = plans.load_config(name)
+    full = plans.full_stage(model_config)
     if placement == "infix" and len(full.stacks) > 1:
         raise ConfigError(
             "--placement infix is for decoder-only models: an encoder reads its text as a whole; use suffix"
         )
-    chosen = _stacks(stacks)
-    if task is not None:
-        from ..data.tasks import load_task
-
-        found = load_task(task)
-        target_tokens = found.max_target_tokens if target_tokens is None else target_tokens
-        chosen = chosen or tuple(s for s in found.stacks if s in full.stacks) or None
+    target, task_stacks = _of_task(recipe)
     shape = BatchShape(
-        batch=batch_size,
+        batch=recipe.train.batch_size,
         input_tokens=input_tokens - after_tokens,
-        prompt_tokens=prompt_tokens + after_tokens,  # they cost what the prompt does
-        target_tokens=10 if target_tokens is None else target_tokens,
+        prompt_tokens=recipe.prompt.tokens + after_tokens,  # they cost what the prompt does
+        target_tokens=target,
         placement="suffix" if kept else "prefix",
         text_examples=0 if kept else None,
     )
+    dtype = dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16")
     bytes_each = 4 if dtype == "float32" else 2
-    common: dict[str, Any] = {"convention": convention, "dtype_bytes": bytes_each}
+    common: dict[str, Any] = {
+        "convention": convention,
+        "dtype_bytes": bytes_each,
+        "accumulate": recipe.train.accumulate,
+    }
     out = people()
-    if compare:
+    if compare is not None:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
         if stages or measure or kept:
             raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
-        found_plans = plans.compare(config, methods, shape, total_steps=steps, stacks=chosen, **common)
+        chosen = recipe.stacks or [s for s in full.stacks if s in task_stacks] or None
+        found = plans.compare(model_config, methods, shape, total_steps=recipe.train.steps, stacks=chosen, **common)
         if wants_json():
-            emit({name: p.to_dict() for name, p in found_plans.items()})
+            emit({name: p.to_dict() for name, p in found.items()})
             return
-        out.print(_comparison(found_plans))
+        out.print(_comparison(found))
         return
-    if stages:
-        schedule = Schedule.from_dict(_parse_stages(stages, chosen or full.stacks, batch_size, input_tokens))
-    elif method == "auto":
-        schedule = best_case(default_ladder(full, batch_size), steps)
-    else:
-        schedule = Schedule.preset(method, full, total_steps=steps, stacks=chosen)
-    schedule.check_fits(full)
-    made = plans.make_plan(config, schedule, shape, **common)
+    schedule = recipe.schedule(full, task_stacks)
+    if isinstance(schedule, AutoSchedule):
+        schedule = best_case(schedule.ladder, recipe.train.steps)
+    made = plans.make_plan(model_config, schedule, shape, **common)
     if measure:
-        made = made.with_timing(plans.measure_stages(config, schedule, shape, dtype=dtype))
+        made = made.with_timing(plans.measure_stages(model_config, schedule, shape, dtype=dtype))
     texts: dict[str, Any] = {}
     if kept:
-        cost = CostModel.from_config(config)
+        cost = CostModel.from_config(model_config)
         shapes = {"text_cache": shape}
         if len(full.stacks) > 1:
             shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)
@@ -135,13 +155,50 @@ def plan(
     if wants_json():
         emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
         return
-    asked = replace(shape, prompt_tokens=prompt_tokens, input_tokens=input_tokens)
+    asked = replace(shape, prompt_tokens=recipe.prompt.tokens, input_tokens=input_tokens)
     out.print(_stage_table(made, full, asked))
     where = "after" if placement == "suffix" else "within"
     for name, each in texts.items():
         if name != "text_cache":
             out.print("\nwith cache.cross_attention: true")
         out.print(_text_lines(each, examples, where, bytes_each), highlight=False)
+
+
+def _recipe(config: str | None, given: dict[str, Any], stages: str | None, sets: list[str]) -> RunConfig:
+    """The recipe to plan: one that is given, or the least there is, with the options of the line in it."""
+    from ..recipe import load, override
+
+    if config is None and "model" not in given:
+        raise ConfigError("there is nothing to plan; give --model, or a recipe with --config")
+    source: Any = config or {
+        "model": {"path": given["model"]},
+        "data": {"task": NO_TASK},
+        "train": {"steps": 30_000},
+        "output": "plan",
+    }
+    if "stacks" in given:
+        given["stacks"] = [part.strip() for part in given["stacks"].split(",") if part.strip()]
+    chosen = [override(OPTIONS[name], value) for name, value in given.items()]
+    if "task" in given:  # it takes the place of a recipe's templates
+        chosen += [override(f"data.{name}", None) for name in ("input_template", "target_template", "labels")]
+    if stages is not None:
+        own = _parse_stages(stages)
+        total = sum(stage["steps"] for stage in own)
+        chosen += [override("stages", own), override("train.steps", total), "method=cr"]
+    elif "method" in given:
+        chosen.append("stages=null")  # a recipe's own are another method's
+    return load(source, [*sets, *chosen])
+
+
+def _of_task(recipe: RunConfig) -> tuple[int, tuple[str, ...]]:
+    """Target tokens and the stacks to cut, as a recipe's task has them."""
+    target = recipe.data.max_target_tokens
+    if recipe.data.task in (None, NO_TASK):
+        return (10 if recipe.data.task == NO_TASK else 64) if target is None else target, ()
+    from ..data.tasks import load_task
+
+    found = load_task(str(recipe.data.task))
+    return found.max_target_tokens if target is None else target, tuple(found.stacks)
 
 
 def _text_lines(texts: Any, examples: int, where: str, bytes_each: int) -> str:
@@ -156,17 +213,14 @@ def _text_lines(texts: Any, examples: int, where: str, bytes_each: int) -> str:
     )
 
 
-def _parse_stages(text: str, stacks: tuple[str, ...], batch_size: int, input_tokens: int) -> list[dict[str, Any]]:
+def _parse_stages(text: str) -> list[dict[str, Any]]:
     stages: list[dict[str, Any]] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+)(?:x(\d+))?)?:(\d+)", part.strip())
         if found is None:
             raise ConfigError(f"--stages {part!r} is not LAYERSxFFN[@BATCH[xTOKENS]]:STEPS, for example 8x384:100")
         numbers = dict(zip(("layers", "ffn", "batch", "length", "steps"), found.groups(), strict=True))
-        stages.append({"stacks": list(stacks), **{k: int(v) for k, v in numbers.items() if v is not None}})
-        for name, option, limit in (("batch", "--batch-size", batch_size), ("length", "--input-tokens", input_tokens)):
-            if stages[-1].get(name, 0) > limit:
-                raise ConfigError(f"--stages {part!r} has a {name} above {option} {limit}; lower it")
+        stages.append({k: int(v) for k, v in numbers.items() if v is not None})
     return stages
 
 
@@ -212,13 +266,20 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
 
 
 def _comparison(found: dict[str, Any]) -> Table:
-    from ..report.tables import human_flops, size_text
+    from ..report.tables import human_flops
 
     table = Table(title="Methods side by side, same steps and batches", title_justify="left", header_style="bold")
-    for name in ("method", "stages (layers × width : steps)", "FLOPs", "of plain", "peak memory"):
-        table.add_column(name, justify="left" if name in ("method", "stages (layers × width : steps)") else "right")
+    for name in ("method", "stages (layers × width @ batch : steps)", "FLOPs", "of plain", "peak memory"):
+        table.add_column(name, justify="left" if name[0] in "ms" else "right")
     for name, made in found.items():
-        stages = "  ".join(f"{size_text(s.stage.layers)}×{size_text(s.stage.ffn)}:{s.stage.steps}" for s in made.stages)
+        stages = "  ".join(_stage_text(s.stage) for s in made.stages)
         memory = max(s.weight_bytes + s.activation_bytes for s in made.stages)
         table.add_row(name, stages, human_flops(made.flops), _percent(made.relative_flops), _bytes(memory))
     return table
+
+
+def _stage_text(stage: Stage) -> str:
+    from ..report.tables import size_text
+
+    batch = "" if stage.batch is None else f"@{stage.batch}"
+    return f"{size_text(stage.layers)}×{size_text(stage.ffn)}{batch}:{stage.steps}"

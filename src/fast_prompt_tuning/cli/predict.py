@@ -26,10 +26,9 @@ def predict(
 
     A line that is a JSON object gives the task's fields by name.
     """
-    from ..data.encoding import encode
     from ..data.readers import render_rows
     from ..prompt.soft_prompt import load_prompt
-    from ..run.session import open_session
+    from ..run.session import encode_for, open_session
     from ..run.session import predict as answers_to
     from .run_folder import settings_of
 
@@ -50,14 +49,7 @@ def predict(
 
     def answer(batch: list[str]) -> None:
         rows = [_fields(session.task, text, session.decoder) for text in batch]
-        encoded = encode(
-            render_rows(session.task, rows, decoder=session.decoder),
-            session.tokenizer,
-            session.task,
-            decoder=session.decoder,
-            max_input_tokens=settings.data.max_input_tokens,
-            max_target_tokens=session.max_target_tokens,
-        )
+        encoded = encode_for(session, render_rows(session.task, rows, decoder=session.decoder))
         on_device = None if prompt is None else prompt.to(session.plm.device)
         found, answers, _ = answers_to(session, on_device, encoded)
         for text, prediction, said in zip(batch, found, answers, strict=True):

@@ -132,6 +132,11 @@ def init_soft_prompt(
             found = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not found:
                 raise ConfigError(f"prompt.text={text!r} has no tokens; choose a longer text")
+            if max(found) >= embed.num_embeddings:
+                raise ConfigError(
+                    f"prompt.text={text!r} has the token id {max(found)}, and the model {embed.num_embeddings} "
+                    "embeddings: its tokenizer is another model's; choose another text"
+                )
             ids = torch.tensor((found * math.ceil(size / len(found)))[:size])
         with torch.no_grad():
             values = embed(ids.to(embed.weight.device))

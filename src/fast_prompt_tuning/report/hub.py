@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import ConfigError
+from ..paths import is_path
 from ..prompt.soft_prompt import PLACES, SUFFIX_FILES, load_prompt, placement_of
 from ..run.results import RunResult, load_result
 from .tables import human_flops, human_seconds, size_text
@@ -20,7 +21,7 @@ PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def hub_id(path: str) -> str | None:
     """A model's hub id; None for a local folder, file or packaged model."""
-    return path if path.count("/") == 1 and not path.startswith(".") and not Path(path).exists() else None
+    return path if path.count("/") == 1 and not is_path(path) and not Path(path).exists() else None
 
 
 def model_card(result: RunResult) -> str:

@@ -46,7 +46,7 @@ def start(device: str | None) -> str | None:
 
     cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=cpu)
-    return str(state.device) if device in (None, "cuda") else device
+    return str(state.device) if device is None or (device == "cuda" and not cpu) else device
 
 
 def check_one_gpu(device: torch.device) -> None:
