@@ -504,7 +504,7 @@ def test_mistakes_in_a_task_file_are_named(tmp_path, old, new, message):
 def test_unknown_tasks_and_files(tmp_path):
     with pytest.raises(ConfigError, match="'squad' is unknown; did you mean 'squad2'"):
         load_task("squad")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_task(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match="key: value"):
         own(tmp_path, "- a\n- b\n")

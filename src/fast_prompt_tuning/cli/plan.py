@@ -131,7 +131,7 @@ def plan(
             raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
-        chosen = recipe.stacks or [s for s in full.stacks if s in task_stacks] or None
+        chosen = tuple(recipe.stacks or (s for s in full.stacks if s in task_stacks)) or None
         found = plans.compare(model_config, methods, shape, total_steps=recipe.train.steps, stacks=chosen, **common)
         if wants_json():
             emit({name: p.to_dict() for name, p in found.items()})
