@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,7 +38,6 @@ def family(request) -> Settings:
 @pytest.fixture
 def fpt(capsys):
     """The command line, called in this process: `fpt("train", …, code=0)` gives what it says on `(stdout, stderr)`."""
-    handler = signal.getsignal(signal.SIGTERM)
 
     def call(*arguments, code=0):
         capsys.readouterr()
@@ -50,5 +48,4 @@ def fpt(capsys):
         return out, err
 
     yield call
-    signal.signal(signal.SIGTERM, handler)
-    console.state.update(debug=False, quiet=False)
+    console.state.update(debug=False, quiet=False, json=False)

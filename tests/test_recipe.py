@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import string
 
 import pytest
@@ -131,8 +132,8 @@ def test_overrides():
         ["train.steps=7", "optim.lr=1e-3", "name=a=b", "data.files={train: x.csv}", "stacks=[decoder]", " method = pt"],
     )
     assert (found.train.steps, found.optim.lr, found.name, found.method) == (7, 1e-3, "a=b", "pt")
-    assert (found.data.files, found.stacks) == ({"train": "x.csv"}, ["decoder"])
-    assert load(MINIMAL, ["data.files.test=y.csv"]).data.files == {"test": "y.csv"}
+    assert (found.data.files, found.stacks) == ({"train": os.path.abspath("x.csv")}, ["decoder"])
+    assert load(MINIMAL, ["data.files.test=y.csv"]).data.files == {"test": os.path.abspath("y.csv")}
     assert load(MINIMAL, ["train.steps=7", "train.steps=8"]).train.steps == 8
     assert load(FULL, ["stages=null"]).stages is None
 
@@ -316,3 +317,75 @@ def test_explanations_know_every_section():
 def test_an_override_holds_any_text(text):
     found = load({**MINIMAL, "method": "pt"}, [override("name", text)]) if text else None
     assert found is None or found.name == text
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+PATHS = {
+    "model": {"path": "models/mine"},
+    "data": {"task": "task.yaml", "files": {"train": "../a.jsonl", "validation": "/abs/b.jsonl"}},
+    "prompt": {"init": "prompt", "path": "runs/one"},
+    "cache": {"folder": "texts"},
+    "scoring": {"path": "n.safetensors", "keep_layers": "greedy", "layer_path": "l.safetensors"},
+    "train": {"steps": 100},
+    "output": "out",
+}
+
+
+def paths_of(found):
+    files, scoring = found.data.files, found.scoring
+    named = (found.model.path, found.data.task, files["train"], files["validation"], found.prompt.path)
+    return [*named, found.cache.folder, scoring.path, scoring.layer_path, found.output]
+
+
+def test_paths_are_taken_from_the_recipes_folder(tmp_path, monkeypatch):
+    (tmp_path / "deep" / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "else").mkdir()
+    (tmp_path / "deep" / "r.yaml").write_text(yaml.safe_dump(PATHS))
+    names = ["models/mine", "task.yaml", "../a.jsonl", "/abs/b.jsonl", "runs/one", "texts"]
+    names += ["n.safetensors", "l.safetensors", "out"]
+    wanted = [str((tmp_path / "deep" / name).resolve()) for name in names]
+    for place, source in (
+        (tmp_path, "deep/r.yaml"),
+        (tmp_path / "deep", "r.yaml"),
+        (tmp_path / "else", "../deep/r.yaml"),
+    ):
+        monkeypatch.chdir(place)
+        found = load(source)
+        assert paths_of(found) == wanted
+    (tmp_path / "saved.yaml").write_text(found.to_yaml())
+    assert load(tmp_path / "saved.yaml") == found
+    # What is given beside the recipe is taken from the current folder.
+    given = load("../deep/r.yaml", ["output=mine", "data.files.train=t.jsonl", "scoring={path: s}", "data.task=o.yml"])
+    assert given.output == str(tmp_path / "else" / "mine")
+    assert given.data.files == {"train": str(tmp_path / "else" / "t.jsonl"), "validation": "/abs/b.jsonl"}
+    assert (given.scoring.path, given.data.task) == (str(tmp_path / "else" / "s"), str(tmp_path / "else" / "o.yml"))
+    assert load(PATHS).output == str(tmp_path / "else" / "out")
+    assert load("bbc_topics_smollm2").output == str(tmp_path / "else" / "runs" / "bbc_topics")
+
+
+def test_names_stay_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "there").mkdir(parents=True)
+    (tmp_path / "smollm2-135m").mkdir()  # a run's folder, say
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "config.json").touch()
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, wanted in {
+        "org/name": "org/name",
+        "gpt2": "gpt2",
+        "smollm2-135m": "smollm2-135m",
+        "org/there": str(tmp_path / "org" / "there"),
+        "saved": str(tmp_path / "saved"),
+        "./gpt2": str(tmp_path / "gpt2"),
+        "a/b/c": str(tmp_path / "a" / "b" / "c"),
+        "m.gguf": str(tmp_path / "m.gguf"),
+        "~/m": "/home/me/m",
+        "/m": "/m",
+    }.items():
+        assert load({**MINIMAL, "model": {"path": name}}).model.path == wanted
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "r.yaml").write_text(yaml.safe_dump({**MINIMAL, "model": {"path": "org/there"}}))
+    assert load("other/r.yaml").model.path == "org/there"  # only the recipe's folder is looked into
+    assert load({**MINIMAL, "data": {"task": "mnli"}}).data.task == "mnli"

@@ -10,7 +10,6 @@ The three lines in a script of your own::
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,11 +26,6 @@ if TYPE_CHECKING:
     from .scores.layers import LayerScores, block_influence, greedy_removal
     from .scores.neurons import NeuronScores, activation_scores
     from .train.callback import AutoCallback, EmaCallback, ProgressiveCallback
-
-try:
-    __version__ = version("fast-prompt-tuning")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
 
 _EXPORTS = {
     "AutoCallback": "train.callback",
@@ -88,6 +82,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `fpt --help` and `fpt plan` need neither PEFT nor the Trainer.
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fast-prompt-tuning")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return "0+unknown"
     if name in _EXPORTS:
         return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from . import paths
 from .errors import ConfigError, ScheduleError, quote_hint
 from .schedule.auto import AutoSchedule, default_ladder
 from .schedule.stages import METHODS, Schedule, Stage
@@ -352,10 +353,14 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         source: path of a YAML file, name of a built-in recipe (`fpt ls recipes`), or a mapping.
         overrides: `key=value` texts, keys dotted (`train.steps=100`), values YAML.
 
+    Returns:
+        The recipe with absolute paths: a file's relative ones are taken from its folder, all others from the current.
+
     Raises:
         ConfigError: unreadable, an unknown key (the nearest valid one is named), a value of the wrong kind.
     """
     data = dict(source) if isinstance(source, Mapping) else _read(source)
+    data = _placed(data, "" if isinstance(source, Mapping) else Path(source).parent)
     for override in overrides:
         _override(data, override)
     try:
@@ -364,6 +369,27 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
     except ScheduleError as error:
         raise ConfigError(str(error)) from error
+
+
+_PLACES = {
+    ("model", "path"): paths.of_model,
+    ("data", "task"): paths.of_task,
+    ("data", "files", "*"): paths.absolute,
+    ("prompt", "path"): paths.absolute,
+    ("cache", "folder"): paths.absolute,
+    ("scoring", "path"): paths.absolute,
+    ("scoring", "layer_path"): paths.absolute,
+    ("output",): paths.absolute,
+}
+"""The settings that are paths, and what makes each absolute."""
+
+
+def _placed(value: Any, folder: str | Path, keys: tuple[Any, ...] = ()) -> Any:
+    """A value of a recipe at `keys`, with absolute paths; relative ones are taken from `folder`."""
+    if isinstance(value, dict) and len(keys) < 3:  # YAML can hold a mapping that holds itself
+        return {key: _placed(inner, folder, (*keys, key)) for key, inner in value.items()}
+    place = _PLACES.get(keys) or _PLACES.get((*keys[:-1], "*"))
+    return place(value, folder) if place and value and isinstance(value, str) else value
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -400,7 +426,7 @@ def _override(data: dict[str, Any], text: str) -> None:
         inner = data.get(section)
         data[section] = dict(inner) if isinstance(inner, dict) else {}
         data = data[section]
-    data[last] = parsed
+    data[last] = _placed(parsed, "", (*sections, last))
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

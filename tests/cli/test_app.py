@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fast_prompt_tuning import Schedule
 from fast_prompt_tuning.cli import app as cli
-from fast_prompt_tuning.cli import console, demo
+from fast_prompt_tuning.cli import catalog, console, demo
 from fast_prompt_tuning.cli.demo import reporting
 from fast_prompt_tuning.cli.progress import ProgressReporter
 from fast_prompt_tuning.errors import ConfigError
@@ -448,9 +448,11 @@ def test_plan_needs_the_config_only(fpt, tmp_path):
     record = only_json(fpt(*arguments, "--json")[0])
     assert 0 < record["relative_flops"] < 1
     assert len(record["stages"]) == 4
-    out, _ = fpt(*arguments, "--compare", "pt,ld,fr,cr", "--json")
+    out, _ = fpt(*arguments, "--compare", "pt,ld,fr,cr,auto", "--json")
     found = only_json(out)
-    assert list(found) == ["pt", "ld", "fr", "cr"]
+    assert list(found) == ["pt", "ld", "fr", "cr", "auto"]
+    assert [s.get("batch") for s in found["auto"]["stages"]] == [1, None]
+    assert found["auto"] == only_json(fpt(*arguments, "--method", "auto", "--json")[0])
     assert found["pt"]["relative_flops"] == pytest.approx(1)
     assert found["cr"]["relative_flops"] < found["ld"]["relative_flops"] < 1
     assert "Methods side by side" in fpt(*arguments, "--compare", "pt,cr")[0]
@@ -474,8 +476,8 @@ def test_plan_needs_the_config_only(fpt, tmp_path):
     refused(fpt, *arguments, "--compare", ",")
     refused(fpt, *arguments, "--target-tokens", "0")
     assert "--compare has no --stages" in refused(fpt, *arguments, "--compare", "pt,cr", "--measure")
-    assert "batch above --batch-size 4" in refused(fpt, *arguments, "--stages", "5x24@8:100")
-    assert "length above --input-tokens 32" in refused(fpt, *arguments, "--stages", "5x24@4x33:100")
+    assert "batch=8 is more than train.batch_size=4" in refused(fpt, *arguments, "--stages", "5x24@8:100")
+    assert "length=33 is more than data.max_input_tokens=32" in refused(fpt, *arguments, "--stages", "5x24@4x33:100")
     refused(fpt, *arguments, "--stacks", "middle")
     refused(fpt, "plan", "--model", tmp_path / "none")
 
@@ -506,7 +508,7 @@ def test_plan_of_a_prompt_after_the_text(fpt):
     assert cross["bytes"] > 2 * encoder["bytes"]
     assert "with cache.cross_attention: true" in fpt(*t5, "--placement", "suffix")[0]
     assert "cross_attention" not in out
-    assert "choose prefix, suffix or infix" in refused(fpt, *arguments, "--placement", "behind")
+    assert "prompt.placement='behind'" in refused(fpt, *arguments, "--placement", "behind")
     assert "--measure" in refused(fpt, *arguments, "--placement", "suffix", "--measure")
     assert "examples=0" in refused(fpt, *arguments, "--placement", "suffix", "--examples", "0")
 
@@ -577,6 +579,10 @@ def bad(tmp_path):
     (tmp_path / "label.jsonl").write_text('{"text": "a", "label": "weather"}\n')
     (tmp_path / "field.jsonl").write_text('{"body": "a", "label": "sport"}\n')
     (tmp_path / "garbage.yaml").write_text("a: [")
+    shutil.copytree(toy().llama, tmp_path / "other_tokenizer")
+    table = json.loads((tmp_path / "other_tokenizer" / "tokenizer.json").read_text())
+    table["model"]["vocab"] |= {"the": 5000}
+    (tmp_path / "other_tokenizer" / "tokenizer.json").write_text(json.dumps(table))
     return tmp_path
 
 
@@ -598,6 +604,17 @@ BAD = {
     "no prompt": ("prompt={init: prompt, path: none, tokens: 3}", "not a saved soft prompt"),
     "not key=value": ("train.steps", "is not key=value"),
     "device": ("model.device=abacus", "abacus"),
+    "no such GPU": ("model.device=cuda:99", "model.device='cuda:99' cannot be used here"),
+    "no folder": ("model.path=./none", "/none' does not exist; give the place of the model with --set model.path"),
+    "no hub": ("model.path=nobody/nothing", "model='nobody/nothing' cannot be loaded: We couldn't connect"),
+    "ids": ("model.path=other_tokenizer", "its tokenizer makes the id 5000 ('the'), and the model has"),
+    "large rate": ("optim.lr=1e39", "optim.lr=1e+39 is no number that float32 can hold"),
+    "small rate": ("optim.lr=1e-50", "optim.lr=1e-50 is no number that float32 can hold"),
+    "no data": (
+        "data.files.train=none.jsonl",
+        "none.jsonl: no such file; give the right one with --set data.files",
+    ),
+    "no task file": ("data.task=none.yaml", "none.yaml' cannot be read: No such file or directory; give the right one"),
 }
 
 
@@ -703,7 +720,7 @@ def test_other_ends(fpt, monkeypatch):
         def fail(error=error):
             raise error
 
-        monkeypatch.setattr(cli, "_task_lines", fail)
+        monkeypatch.setattr(catalog, "_task_lines", fail)
         _, err = fpt("ls", "tasks", code=code)
         assert ("odd [thing]" in err) == (code == 70)
         assert "Traceback" not in err

@@ -522,7 +522,7 @@ def test_labels_of_a_list_are_told_apart():
 def test_unknown_tasks_and_files(tmp_path):
     with pytest.raises(ConfigError, match="'squad' is unknown; did you mean 'squad2'"):
         load_task("squad")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         load_task(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match="key: value"):
         own(tmp_path, "- a\n- b\n")

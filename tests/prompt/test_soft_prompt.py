@@ -257,6 +257,7 @@ def test_bad_initialisations_are_refused_and_change_nothing(tmp_path):
         ("text", {"tokenizer": words}, "needs a tokenizer and a text"),
         ("text", {"text": "a"}, "needs a tokenizer"),
         ("text", {"tokenizer": words, "text": "  "}, "prompt.text='  ' has no tokens"),
+        ("text", {"tokenizer": lambda *_, **__: {"input_ids": [999]}, "text": "a"}, "has the token id 999"),
         ("prompt", {}, "needs prompt.path"),
         ("prompt", {"path": tmp_path / "nothing"}, "is not a saved soft prompt"),
         ("prompt", {"path": tmp_path}, "is not a saved soft prompt"),

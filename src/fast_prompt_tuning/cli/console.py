@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ConfigError
 
-state: dict[str, Any] = {"debug": False, "quiet": False}
-"""The options before the command: `fpt --debug`, `fpt --quiet`."""
+state = {"debug": False, "quiet": False, "json": False}
+"""The options that every command has, as they were given."""
+
+Config = Annotated[str, typer.Option("--config", "-c", help="Recipe: a YAML file, or a name from `fpt ls recipes`.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Override one setting, e.g. --set train.steps=100. Repeatable.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and all library messages.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object and nothing else on standard output (predict: one a line)."),
+]
+
+
+def note(debug: Debug = False, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Remember the options that every command has; each may stand before the command, or anywhere behind it."""
+    for name, given in (("debug", debug), ("quiet", quiet), ("json", as_json)):
+        state[name] |= given
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` as a command that also takes the options of `note`."""
+    own, shared = (inspect.signature(f, eval_str=True).parameters for f in (function, note))
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        note(**{name: given.pop(name) for name in shared})
+        logging.basicConfig(
+            level=logging.DEBUG if state["debug"] else logging.WARNING, format="%(levelname)s %(message)s"
+        )
+        if not state["debug"]:
+            warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
+        function(**given)
+
+    run.__signature__ = inspect.Signature([*own.values(), *shared.values()])  # type: ignore[attr-defined]
+    return run
+
+
+def wants_json() -> bool:
+    """Whether results are to be one JSON object."""
+    return state["json"]
 
 
 def quiet_libraries(transformers_only: bool = False) -> None:
@@ -33,14 +76,14 @@ def quiet_libraries(transformers_only: bool = False) -> None:
         datasets.disable_progress_bars()
 
 
-def progress(as_json: bool = False) -> Console:
+def progress() -> Console:
     """Where work under way is told of: nowhere under --quiet, on standard error under --json."""
-    return Console(quiet=state["quiet"], stderr=as_json)
+    return Console(quiet=state["quiet"], stderr=wants_json())
 
 
-def people(as_json: bool = False) -> Console:
+def people() -> Console:
     """Where people read results: on standard error under --json, and nowhere under both that and --quiet."""
-    return Console(quiet=state["quiet"] and as_json, stderr=as_json)
+    return Console(quiet=state["quiet"] and wants_json(), stderr=wants_json())
 
 
 def _finite(value: Any) -> Any:

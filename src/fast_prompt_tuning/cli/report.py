@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ConfigError
 from ..files import write_atomic
-from .console import emit, people, plain
+from .console import emit, people, plain, wants_json
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or a folder that holds them; plain PT first.")
@@ -19,7 +19,6 @@ FORMATS = ("png", "svg")
 
 def compare(
     folders: Runs,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Runs side by side: quality, FLOPs, time, Improve. Next: `fpt report RUN…`, `fpt eval RUN…`."""
     from ..report.page import find_runs
@@ -27,7 +26,7 @@ def compare(
 
     results = [run.result for run in find_runs(folders)]
     tasks = by_task(results)
-    if as_json:
+    if wants_json():
         emit({"runs": table_rows(results), "averages": average_rows(results) if len(tasks) > 1 else []})
         return
     out = people()
@@ -45,7 +44,6 @@ def report(
         str | None, typer.Option("--pictures", help="Also save each picture beside the page: png, svg or png,svg.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of an earlier report.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """One HTML page about runs, with curves, costs, schedules and predictions; it needs no network. Open it."""
     from ..report.page import figures, find_runs, render
@@ -72,14 +70,8 @@ def report(
             save(figure, path)
     except OSError as error:
         raise ConfigError(f"--output {str(output)!r} cannot be written: {error.strerror or error}") from error
-    if as_json:
+    if wants_json():
         emit({"page": str(output), "pictures": [str(p) for p in drawn], "runs": table_rows([r.result for r in runs])})
         return
     for path in (output, *drawn):
         people().print(plain(str(path)), highlight=False, soft_wrap=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `fpt`."""
-    app.command()(compare)
-    app.command()(report)

@@ -10,11 +10,11 @@ from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import check_output, emit, people, plain, quiet_libraries
+from .console import Config, Sets, check_output, emit, people, plain, quiet_libraries, wants_json
 
 
 def score(
-    config: Annotated[str, typer.Option("--config", "-c", help="Recipe: a YAML file, or a built-in one's name.")],
+    config: Config,
     output: Annotated[
         Path | None, typer.Option(help="New safetensors file for the neurons' scores (scoring.path uses it).")
     ] = None,
@@ -33,8 +33,7 @@ def score(
     picture: Annotated[
         Path | None, typer.Option(help="With --fidelity: draw it into this new .png or .svg file.")
     ] = None,
-    sets: Annotated[list[str], typer.Option("--set", help="Override one setting. Repeatable.")] = [],  # noqa: B006
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    sets: Sets = [],  # noqa: B006
 ) -> None:
     """Score neurons and layers once, for several runs; see which sizes are usable. Next: `fpt train`."""
     from ..recipe import load
@@ -59,7 +58,7 @@ def score(
     selections = study.parse_selections(fidelity) if fidelity else {}
     quiet_libraries()
     session = open_session(settings, ("train",))
-    out = people(as_json)
+    out = people()
     made: dict[str, Any] = {}
     if layers is not None:
         found = score_layers_of_run(session)
@@ -79,7 +78,7 @@ def score(
         out.print(_fidelity_table(record))
         made["fidelity"] = record
         made |= {"picture": str(picture)} if picture is not None else {}
-    if as_json:
+    if wants_json():
         emit(made)  # before the picture, which may fail
     if picture is not None:
         from ..report import pictures
@@ -121,7 +120,6 @@ def _fidelity_table(record: dict[str, Any]) -> Table:
 def similarity(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or of saved prompts.")],
     picture: Annotated[Path | None, typer.Option(help="Draw the heat map into this new .png or .svg file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """How alike prompts are: cosine similarity token by token, averaged, with each run's quality beside it.
 
@@ -136,14 +134,14 @@ def similarity(
         check_output(picture)
     if picture is not None and picture.suffix not in (".png", ".svg"):
         raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
-    prompts = [load_prompt(run / "prompt" if (run / "prompt").is_dir() else run) for run in runs]
+    prompts = [load_prompt(run) for run in runs]
     matrix = similarity_matrix(prompts).tolist()
     records = [_run_record(run) for run in runs]
     names = [record["name"] for record in records]
-    if as_json:
+    if wants_json():
         tokens = [[prompt_similarity(a, b).tolist() for b in prompts] for a in prompts]
         emit({"runs": records, "similarity": matrix, "by_token": tokens})
-    out = people(as_json)
+    out = people()
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "run", "quality of the full model", *map(str, range(1, len(runs) + 1))):
         table.add_column(column, justify="left" if column == "run" else "right")
@@ -168,9 +166,3 @@ def _run_record(folder: Path) -> dict[str, Any]:
         record |= {"name": result.name, "metric": result.primary, "value": result.metrics[result.primary]}
         record |= {"method": result.method, "seed": result.config["train"]["seed"], "schedule": result.schedule}
     return record
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `fpt`."""
-    app.command()(score)
-    app.command()(similarity)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ScheduleError
 from ..plm.configs import full_stage
+from ..schedule.auto import best_case, default_ladder
 from ..schedule.stages import Schedule, Stage
 from .flops import Convention, step_flops, text_flops
 from .memory import activation_bytes, text_bytes, weight_bytes
@@ -59,11 +60,13 @@ class Plan:
         stages: cost of each stage.
         full_flops_per_step: FLOPs of a step of plain prompt tuning.
         full_seconds_per_step: the same in seconds, if measured.
+        accumulate: batches of a step.
     """
 
     stages: tuple[PlanStage, ...]
     full_flops_per_step: float
     full_seconds_per_step: float | None = None
+    accumulate: int = 1
 
     @property
     def total_steps(self) -> int:
@@ -93,7 +96,7 @@ class Plan:
         return self.seconds / (self.total_steps * self.full_seconds_per_step)
 
     def with_timing(self, timing: Timing) -> Plan:
-        """The same plan with measured seconds.
+        """The same plan with measured seconds of a batch.
 
         Raises:
             ScheduleError: the timing is of another number of stages.
@@ -102,8 +105,9 @@ class Plan:
             raise ScheduleError(
                 f"timing has {len(timing.stages)} stages, the plan {len(self.stages)}; measure it again"
             )
-        stages = tuple(replace(s, seconds_per_step=t) for s, t in zip(self.stages, timing.stages, strict=True))
-        return replace(self, stages=stages, full_seconds_per_step=timing.full)
+        n = self.accumulate
+        stages = tuple(replace(s, seconds_per_step=n * t) for s, t in zip(self.stages, timing.stages, strict=True))
+        return replace(self, stages=stages, full_seconds_per_step=n * timing.full)
 
     def to_dict(self) -> dict[str, Any]:
         """`{"relative_flops": …, "stages": […]}` in plain JSON types; `seconds` only where measured."""
@@ -128,6 +132,7 @@ def make_plan(
     schedule: Schedule,
     shape: BatchShape,
     *,
+    accumulate: int = 1,
     convention: Convention = "all",
     dtype_bytes: float = 2,
     cost: CostModel | None = None,
@@ -137,6 +142,7 @@ def make_plan(
     Args:
         shape: the padded shape of every batch. With the prompt after the text, too, costs are relative to a step of
             plain prompt tuning with the prompt in front.
+        accumulate: batches of a step.
         convention: what is counted, see `flops.CONVENTIONS`.
         dtype_bytes: bytes of a weight and of an activation.
         cost: the model's shapes, if they are at hand.
@@ -147,10 +153,11 @@ def make_plan(
         ConfigError: unknown convention.
     """
     cost = cost or CostModel.from_config(config)
-    whole = step_flops(cost, None, replace(shape, text_apart=False, text_examples=None), convention=convention)
+    plain = replace(shape, text_apart=False, text_examples=None)
+    whole = accumulate * step_flops(cost, None, plain, convention=convention)
     stages = []
     for stage in schedule.stages:
-        flops = step_flops(cost, stage, shape, convention=convention)
+        flops = accumulate * step_flops(cost, stage, shape, convention=convention)
         stages.append(
             PlanStage(
                 stage=stage,
@@ -160,7 +167,7 @@ def make_plan(
                 activation_bytes=activation_bytes(cost, stage, shape, dtype_bytes=dtype_bytes),
             )
         )
-    return Plan(stages=tuple(stages), full_flops_per_step=whole)
+    return Plan(stages=tuple(stages), full_flops_per_step=whole, accumulate=accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,24 +226,22 @@ def compare(
     *,
     total_steps: int,
     stacks: Iterable[str] | None = None,
+    accumulate: int = 1,
     convention: Convention = "all",
     dtype_bytes: float = 2,
 ) -> dict[str, Plan]:
-    """The plan of every method (`pt`, `ld`, `fr`, `cr`), by name, for the same steps and batches.
+    """The plan of every method (`pt`, `ld`, `fr`, `cr`; `auto` at its cheapest), by name, for the same batches.
 
     Raises:
         ScheduleError: unknown method or too few steps. UnknownFamilyError: the architecture is not registered.
     """
     cost, full = CostModel.from_config(config), full_stage(config)
     chosen = None if stacks is None else tuple(stacks)
-    return {
-        method: make_plan(
-            config,
-            Schedule.preset(method, full, total_steps=total_steps, stacks=chosen),
-            shape,
-            convention=convention,
-            dtype_bytes=dtype_bytes,
-            cost=cost,
-        )
-        for method in methods
-    }
+
+    def schedule(method: str) -> Schedule:
+        if method == "auto":
+            return best_case(default_ladder(full, shape.batch), total_steps)
+        return Schedule.preset(method, full, total_steps=total_steps, stacks=chosen)
+
+    common: dict[str, Any] = {"convention": convention, "dtype_bytes": dtype_bytes, "cost": cost}
+    return {method: make_plan(config, schedule(method), shape, accumulate=accumulate, **common) for method in methods}

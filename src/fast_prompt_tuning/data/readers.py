@@ -428,7 +428,8 @@ def _open(task: Task, split: str, files: Mapping[str, str] | None, sample_seed: 
             raise DataError(f"no file for split {split!r}; there are files for {', '.join(local)}")
         path = Path(local[split])
         if not path.is_file():
-            raise DataError("no such file" if not path.exists() else "not a file", file=str(path))
+            what = "not a file" if path.exists() else "no such file"
+            raise DataError(f"{what}; give the right one with --set data.files.{split}=FILE", file=str(path))
         if path.stat().st_size == 0:
             raise DataError("the file is empty", file=str(path))
         return str(path), _READERS[_format_of(path, source.format)][1](path), False

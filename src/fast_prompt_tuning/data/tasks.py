@@ -433,7 +433,10 @@ def load_task(name_or_path: str) -> Task:
     try:
         return _parse(path.read_text(encoding="utf-8"), str(path), path.parent)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read task file {name_or_path}: {error}") from None
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"task file {name_or_path!r} cannot be read: {said}; give the right one with --set data.task=FILE"
+        ) from None
 
 
 def _parse(text: str, where: str, folder: Path | None) -> Task:

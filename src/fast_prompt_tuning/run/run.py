@@ -52,7 +52,7 @@ from ..train.trainer import (
 from .advice import GradientCheck, advise
 from .card import model_card
 from .folder import check_folder, differences, log_of, prepare_folder, recipe_changes, write_log
-from .preparation import calibration_batches, checked_schedule, scored_partial, trainable
+from .preparation import calibration_batches, check_rates, checked_schedule, scored_partial, trainable
 from .results import Point, RunResult, environment, save_result
 from .session import Evaluation, Session, evaluate, open_session, write_predictions
 
@@ -109,6 +109,7 @@ def train(
     session.config = config
     parallel.check_one_gpu(session.plm.device)
     model, trained = trainable(session)
+    check_rates(config, trained[0].dtype)
     schedule, needed = checked_schedule(session, model)
     rows, held_out = session.encoded["train"], None
     if isinstance(schedule, AutoSchedule) and config.stages is None and config.train.batch_tokens is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -19,9 +20,9 @@ from ..cost.shapes import CostModel
 from ..data import metrics, tasks
 from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError
 from ..files import write_atomic
-from ..plm.loading import cache_dir, load_plm, load_tokenizer
+from ..plm.loading import cache_dir, load_plm, load_tokenizer, loadable_config
 from ..plm.objective import choose_attention
 from ..prompt.generation import GenerationOptions
 from ..prompt.places import place, placement_named
@@ -145,6 +146,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if dtype == "auto":
         past = read_log(Path(config.output) / "log.jsonl") if resume else []
         dtype = "float32" if config.method == "full" else past[-1].get("dtype", dtype) if past else dtype
+    loadable_config(config.model.path, revision=config.model.revision)  # first: where there is none, it says why
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
     device = parallel.start(config.model.device)
     plm = load_plm(config.model.path, dtype=dtype, device=device, revision=config.model.revision)
@@ -161,6 +163,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
         if limit is not None and sum(needs.values()) > limit:
             what = " + ".join(f"{name}={value}" for name, value in needs.items())
             raise ConfigError(f"{what} need {sum(needs.values())} positions, but this model has {limit}; lower one")
+    _check_ids(session, tokenizer.pad_token_id)
     choose_attention(plm, config.prompt.tokens + config.data.max_input_tokens + session.max_target_tokens)
     for split in splits:
         _load_split(session, split)
@@ -170,6 +173,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
         texts = task.choices(decoder=session.decoder)
         most = session.max_target_tokens
         session.choices = label_ids(texts, tokenizer, decoder=session.decoder, max_target_tokens=most)
+        _check_ids(session, max(i for ids in session.choices.values() for i in ids))
     return session
 
 
@@ -217,13 +221,37 @@ def _load_split(session: Session, split: str) -> None:
             split,
         )
     session.examples[split] = examples
-    session.encoded[split] = encode(
+    session.encoded[split] = encode_for(session, examples)
+
+
+def encode_for(session: Session, examples: Dataset) -> Dataset:
+    """Rendered examples as token ids that the session's PLM knows.
+
+    Raises:
+        ModelError: the tokenizer makes ids beyond the model's embeddings: it is another model's.
+    """
+    rows = encode(
         examples,
         session.tokenizer,
+        session.task,
         decoder=session.decoder,
-        max_input_tokens=data.max_input_tokens,
+        max_input_tokens=session.config.data.max_input_tokens,
         max_target_tokens=session.max_target_tokens,
     )
+    for table in rows.with_format("arrow").iter(10_000):
+        for name in ("input_ids", "labels"):
+            _check_ids(session, pc.max(pc.list_flatten(table[name])).as_py())
+    return rows
+
+
+def _check_ids(session: Session, largest: int | None) -> None:
+    known = session.plm.get_input_embeddings().weight.shape[0]
+    if largest is not None and largest >= known:
+        raise ModelError(
+            f"model.path={session.config.model.path!r}: its tokenizer makes the id {largest} "
+            f"({session.tokenizer.convert_ids_to_tokens(largest)!r}), and the model has {known} embeddings: they do "
+            "not belong together; save the tokenizer of this model beside it"
+        )
 
 
 def _check_targets(session: Session) -> None:

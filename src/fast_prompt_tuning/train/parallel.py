@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 from ..errors import ConfigError, FptError
+from .launcher import end_with_launcher
 
 T = TypeVar("T")
 
@@ -38,13 +39,14 @@ def start(device: str | None) -> str | None:
     Returns:
         This process's device: with several processes on CUDA, each has its own.
     """
+    end_with_launcher()
     if launched() == 1:
         return device
     from accelerate import PartialState  # here: it joins the processes' group, which a single one needs not
 
     cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=cpu)
-    return str(state.device) if device in (None, "cuda") else device
+    return str(state.device) if device is None or (device == "cuda" and not cpu) else device
 
 
 def check_one_gpu(device: torch.device) -> None:

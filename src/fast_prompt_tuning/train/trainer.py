@@ -539,6 +539,7 @@ class StepGuard(TrainerCallback):
         self._now = [p.clone() for p in self.good]  # with a running mean: the mean that belongs to this step's prompt
         self.save_minutes = save_minutes
         self.signal: int | None = None
+        self._own = False  # the signal reached this process, too
         self.trainer: PromptTrainer | None = None
         self._start = self._saved = time.perf_counter()
         self._before: dict[int, Any] = {}
@@ -550,13 +551,25 @@ class StepGuard(TrainerCallback):
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self.signal is not None and not self._own:  # another process has ended the run: the launcher's to this one
+            for number in self._before:  # is on its way
+                signal.signal(number, self._let_pass)
+        else:
+            self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
+    def _let_pass(self, _number: int, _frame: FrameType | None) -> None:
+        self._restore()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._own:
+            if callable(before := self._before[number]):  # the command's own, which knows the exit code
+                before(number, frame)
             raise KeyboardInterrupt
-        self.signal = number
+        self._own, self.signal = True, number
         logger.warning("stopping after this step; once more to stop at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

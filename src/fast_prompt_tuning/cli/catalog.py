@@ -1,0 +1,132 @@
+"""The commands that show what there is: `fpt ls` and `fpt show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import ConfigError
+from .console import emit, people, plain, quiet_libraries, wants_json
+
+
+def ls(
+    what: Annotated[str, typer.Argument(help="recipes, tasks, families or methods; default all.")] = "all",
+) -> None:
+    """List what is built in: recipes, tasks, model families, methods. Next: `fpt show task NAME`, `fpt plan`."""
+    from .. import recipe as config
+    from ..plm import families
+
+    kinds: dict[str, Any] = {
+        "recipes": lambda: {n: _first_comment(n) for n in config.recipe_names()},
+        "tasks": lambda: _task_lines(),
+        "families": lambda: {n: " + ".join(families._REGISTRY[n].stacks) for n in families.names()},
+        "methods": lambda: dict(METHOD_TEXTS),
+    }
+    if what != "all" and what not in kinds:
+        raise ConfigError(f"what={what!r} is unknown; choose one of {', '.join(kinds)}")
+    found = {k: v() for k, v in kinds.items() if what in ("all", k)}
+    if wants_json():
+        emit(found)
+        return
+    for kind, entries in found.items():
+        table = Table(title=kind, title_justify="left", show_header=False, box=None)
+        for name, text in entries.items():
+            table.add_row(f"[bold]{plain(name)}[/bold]", plain(text))
+        people().print(table)
+
+
+METHOD_TEXTS = {
+    "pt": "plain prompt tuning on the full model (Lester et al. 2021)",
+    "ld": "layer dropping: 25, 50, 75% of the layers for 20% of the steps each, then the full model",
+    "fr": "FFN reduction: 25, 50, 75% of the feed-forward neurons, by activation score, likewise",
+    "cr": "compound reduction: both",
+    "auto": "small batches first; grows when the full model's held-out loss says so, and never costs much more than pt",
+    "full": "fine-tuning of all weights, as a baseline",
+}
+
+
+def _first_comment(recipe: str) -> str:
+    from importlib import resources
+
+    text = (resources.files("fast_prompt_tuning") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+    return comment.split(". ")[0].rstrip(".") + "."
+
+
+def _task_lines() -> dict[str, str]:
+    from ..data import tasks
+
+    return {name: tasks.load_task(name).description for name in tasks.task_names()}
+
+
+def show(
+    what: Annotated[str, typer.Argument(help="task, or recipe.")],
+    name: Annotated[str, typer.Argument(help="Its name, or the path of a YAML file.")],
+    model: Annotated[str | None, typer.Option(help="Also count tokens with this model's tokenizer.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the task.")] = "train",
+    file: Annotated[str | None, typer.Option(help="Local file to read instead of the task's own source.")] = None,
+    limit: Annotated[int, typer.Option(help="Examples to count lengths over.")] = 500,
+) -> None:
+    """Show three rendered examples of a task and its lengths, or a recipe's text: see mistakes before training."""
+    if what == "recipe":
+        from ..recipe import load
+
+        recipe = load(name)
+        if wants_json():
+            emit(recipe.model_dump(mode="json"))
+        else:
+            sys.stdout.write(recipe.to_yaml())
+        return
+    if what != "task":
+        raise ConfigError(f"WHAT={what!r} is unknown; choose task or recipe")
+    from ..data import tasks
+    from ..data.readers import load_examples
+
+    quiet_libraries()
+    task = tasks.load_task(name)
+    tokenizer, decoder = None, task.decoder is not None
+    if model is not None:
+        from transformers import AutoConfig
+
+        from ..plm.loading import load_tokenizer, locate
+
+        tokenizer = load_tokenizer(model)
+        decoder = not AutoConfig.from_pretrained(locate(model)).is_encoder_decoder
+    rows = load_examples(task, split, decoder=decoder, files={split: file} if file else None, limit=limit)
+    count = (lambda t: len(tokenizer(t)["input_ids"])) if tokenizer else (lambda t: len(t.split()))
+    unit = "tokens" if tokenizer else "words"
+    lengths = {field: _percentiles([count(text) for text in rows[field]]) for field in ("input", "target")}
+    shown = [{key: row[key] for key in ("id", "input", "target", "references")} for row in list(rows)[:3]]
+    if wants_json():
+        emit({"task": task.name, "split": split, "examples": shown, "counted": len(rows), unit: lengths})
+        return
+    console = people()
+    for row in shown:
+        console.rule(f"{task.name} {split} {row['id']}", align="left")
+        console.print(f"[bold]input[/bold]   {plain(_shortened(row['input']))}", highlight=False)
+        console.print(f"[bold]target[/bold]  {plain(repr(row['target']))}", highlight=False)
+        gold = json.dumps(row["references"], ensure_ascii=False)
+        console.print(f"[bold]gold[/bold]    {plain(gold)}", highlight=False)
+    table = Table(title=f"lengths of {len(rows)} examples", title_justify="left", header_style="bold")
+    for column in ("", *lengths["input"]):
+        table.add_column(column, justify="right" if column else "left")
+    for field, found in lengths.items():
+        table.add_row(f"{field} ({unit})", *map(str, found.values()))
+    console.print(table)
+
+
+def _percentiles(lengths: list[int]) -> dict[str, int]:
+    ordered = sorted(lengths)
+    found = {f"{p}%": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (5, 25, 50, 75, 95)}
+    return {**found, "longest": ordered[-1]}
+
+
+def _shortened(text: str, head: int = 400, tail: int = 200) -> str:
+    """Both ends of a long text: a template's mistakes show there."""
+    if len(text) <= head + tail + 40:
+        return text
+    return f"{text[:head]} [… {len(text) - head - tail} characters …] {text[-tail:]}"

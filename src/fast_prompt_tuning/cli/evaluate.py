@@ -1,0 +1,118 @@
+"""The command that scores saved prompts: `fpt eval`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import ConfigError
+from .console import Sets, check_output, emit, people, plain, quiet_libraries, wants_json
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; the first one's task and model are used.")],
+    split: Annotated[str, typer.Option(help="Split to score.")] = "validation",
+    zero_shot: Annotated[bool, typer.Option("--zero-shot", help="Also score the model without a prompt.")] = False,
+    ensemble: Annotated[
+        str | None, typer.Option(help="Also all prompts as one: probabilities (of labels) or votes.")
+    ] = None,
+    partial: Annotated[
+        str | None, typer.Option(help="Score on a partial PLM instead, e.g. 15x768 (layers × neurons).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write one prompt's predictions as JSONL into this file.")] = None,
+    submission: Annotated[
+        Path | None, typer.Option(help="Write one prompt's answers in the benchmark's format; needs no labels.")
+    ] = None,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Score saved prompts side by side on the full model. Next: `fpt predict RUN`."""
+    from .run_folder import check_ensemble, settings_of
+
+    settings = settings_of(runs[0], sets)
+    for path in (output, submission):
+        if path is not None:
+            check_output(path)
+    if (output or submission) and len(runs) > 1:
+        raise ConfigError("--output and --submission are for one prompt; give one RUN")
+    if submission and (output or zero_shot or partial):
+        raise ConfigError(
+            "--submission writes one prompt's answers on the full model; leave out --output, --zero-shot and --partial"
+        )
+    if settings.method == "full" and (zero_shot or len(runs) > 1):
+        raise ConfigError(
+            f"{str(runs[0])!r} is a run of all weights: without a prompt, or with another's, its model would be the "
+            "tuned one; score it by itself"
+        )
+    if ensemble is not None:
+        check_ensemble(ensemble, runs, settings)
+    from ..data.tasks import check_submission
+    from ..plm.partial import PartialPLM
+    from ..prompt.soft_prompt import load_prompt, placement_of, stack_prompts
+    from ..run.preparation import partial_of
+    from ..run.session import evaluate as score
+    from ..run.session import open_session, task_of, write_predictions, write_submission
+
+    quiet_libraries()
+    prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
+    placed: dict[str, str] = {}
+    for folder in runs:
+        whole = settings.method == "full" and folder == runs[0]  # all weights were tuned: there is no prompt
+        prompts[str(folder)] = None if whole else load_prompt(folder)
+        placed[str(folder)] = placement_of(folder)
+    if ensemble:
+        if len(set(placed.values())) > 1:
+            raise ConfigError("--ensemble needs prompts that stand in one place (prefix, suffix or infix)")
+        placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
+        prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
+    if submission is not None:
+        check_submission(task_of(settings))
+    session = open_session(settings, (split,))
+    for folder in runs:
+        _say_if_of_another_model(folder, session)
+    if submission is not None:
+        write_submission(session, session.prompted(prompts[str(runs[0])]), split, submission)
+        people().print(f"{plain(str(submission))} written", highlight=False)
+        if wants_json():
+            emit({"split": split, "submission": str(submission)})
+        return
+    at = partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
+    records = {}
+    table = Table(header_style="bold")
+    for column in ("prompt", "metric", "value %", "95% interval", "examples"):
+        table.add_column(column)
+    with at:
+        for name, prompt in prompts.items():
+            prompted = session.prompted(prompt, placed.get(name))
+            found = score(session, prompted, split, voting=ensemble or "probabilities")
+            records[name] = {
+                "metrics": found.result.values,
+                "intervals": found.result.intervals,
+                "examples": found.result.n,
+                "seconds": found.seconds,
+                "flops": found.flops,
+            }
+            for metric, value in found.result.values.items():
+                low, high = found.result.intervals[metric]
+                table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
+            if output is not None and name == str(runs[0]):
+                write_predictions(output, session.examples[split], found)
+    people().print(table)
+    if wants_json():
+        emit({"split": split, "partial": partial, "results": records})
+
+
+def _say_if_of_another_model(folder: Path, session: Any) -> None:
+    from ..plm import fingerprint
+    from ..run.results import load_result
+
+    if not (folder / "result.json").is_file() or session.config.method == "full":
+        return
+    tuned_on = load_result(folder).fingerprints.get("model")
+    if wrong := fingerprint.mismatch(tuned_on, fingerprint.of_model(session.plm)):
+        logger.warning("%s was tuned on another model than %s: %s", folder, session.config.model.path, wrong)

@@ -1,0 +1,285 @@
+"""The commands about cost: `fpt plan` and `fpt reproduce`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ..errors import ConfigError
+from ..schedule.auto import AutoSchedule, best_case
+from ..schedule.stages import Stage
+from .console import Sets, emit, people, quiet_libraries, wants_json
+
+if TYPE_CHECKING:
+    from ..recipe import RunConfig
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _percent(part: float | None) -> str:
+    return "–" if part is None else f"{100 * part:.1f}%"
+
+
+OPTIONS = {
+    "model": "model.path",
+    "method": "method",
+    "steps": "train.steps",
+    "input_tokens": "data.max_input_tokens",
+    "prompt_tokens": "prompt.tokens",
+    "target_tokens": "data.max_target_tokens",
+    "batch_size": "train.batch_size",
+    "stacks": "stacks",
+    "task": "data.task",
+    "placement": "prompt.placement",
+}
+"""Options of `fpt plan` and the settings of a recipe they stand for."""
+NO_TASK = "none"
+"""In place of a task where a plan without a recipe names none."""
+
+
+def plan(
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Recipe to plan; options replace parts.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or a config.json: weights are not needed.")] = None,
+    method: Annotated[str | None, typer.Option(help="pt, ld, fr, cr, or auto at its cheapest; default cr.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole run; default 30000.")] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option(help="Text tokens of an input, without the prompt; default 492.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Virtual tokens of the soft prompt; default 20.")] = None,
+    target_tokens: Annotated[int | None, typer.Option(help="Target tokens; default 10, or the task's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of a batch; default 16.")] = None,
+    stacks: Annotated[str | None, typer.Option(help="Stacks to cut, e.g. encoder,decoder; default all.")] = None,
+    task: Annotated[str | None, typer.Option(help="Take target length and stacks from this task.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="A schedule of your own: LAYERSxFFN[@BATCH[xTOKENS]]:STEPS,…, e.g. 8x384:100,30x1536@4:50,30x1536:50"
+        ),
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="prefix; suffix: the prompt after the text; infix: within it; default prefix.")
+    ] = None,
+    after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after an infix prompt.")] = 0,
+    examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix and infix keep.")] = 1000,
+    convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
+    compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr,auto.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, for memory and --measure.")] = None,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
+    given = {k: v for k, v in locals().items() if k in OPTIONS and v is not None}
+    from ..cost import plan as plans
+    from ..cost import timing
+    from ..cost.flops import CONVENTIONS
+    from ..cost.shapes import BatchShape, CostModel
+    from ..plm import configs
+
+    if convention not in CONVENTIONS:
+        raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
+    recipe = _recipe(config, given, stages, sets)
+    placement, input_tokens, method = recipe.prompt.placement, recipe.data.max_input_tokens, recipe.method
+    if (placement == "infix") != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
+        raise ConfigError(
+            f"--after-tokens {after_tokens} with --placement {placement}: tokens after an infix prompt, and of no "
+            f"other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
+        )
+    kept = placement != "prefix"
+    if kept and measure:
+        raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
+    if method == "full":
+        raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
+    quiet_libraries(transformers_only=True)
+    name = recipe.model.path
+    if name.endswith(".gguf") or ("/" not in name and not Path(name).exists()):  # the others need no PyTorch
+        from ..plm.loading import locate
+
+        name = locate(name)
+    model_config = configs.load_config(name)
+    full = configs.full_stage(model_config)
+    if placement == "infix" and len(full.stacks) > 1:
+        raise ConfigError(
+            "--placement infix is for decoder-only models: an encoder reads its text as a whole; use suffix"
+        )
+    target, task_stacks = _of_task(recipe)
+    asked = BatchShape(
+        batch=recipe.train.batch_size,
+        input_tokens=input_tokens,
+        prompt_tokens=recipe.prompt.tokens,
+        target_tokens=target,
+    )
+    shape = asked.apart(tail=after_tokens) if kept else asked
+    dtype = dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16")
+    bytes_each = 4 if dtype == "float32" else 2
+    common: dict[str, Any] = {
+        "convention": convention,
+        "dtype_bytes": bytes_each,
+        "accumulate": recipe.train.accumulate,
+    }
+    out = people()
+    if compare is not None:
+        methods = [m.strip() for m in compare.split(",") if m.strip()]
+        if stages or measure or kept:
+            raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
+        if not methods:
+            raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
+        chosen = tuple(recipe.stacks or (s for s in full.stacks if s in task_stacks)) or None
+        found = plans.compare(model_config, methods, shape, total_steps=recipe.train.steps, stacks=chosen, **common)
+        if wants_json():
+            emit({name: p.to_dict() for name, p in found.items()})
+            return
+        out.print(_comparison(found))
+        return
+    schedule = recipe.schedule(full, task_stacks)
+    if isinstance(schedule, AutoSchedule):
+        schedule = best_case(schedule.ladder, recipe.train.steps)
+    made = plans.make_plan(model_config, schedule, shape, **common)
+    if measure:
+        made = made.with_timing(timing.measure_stages(model_config, schedule, shape, dtype=dtype))
+    texts: dict[str, Any] = {}
+    if kept:
+        cost = CostModel.from_config(model_config)
+        shapes = {"text_cache": shape}
+        if len(full.stacks) > 1:
+            shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)
+        for name, each in shapes.items():
+            texts[name] = plans.plan_texts(cost, schedule, each, examples=examples, dtype_bytes=bytes_each)
+    if wants_json():
+        emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
+        return
+    out.print(_stage_table(made, full, asked))
+    where = "after" if placement == "suffix" else "within"
+    for name, each in texts.items():
+        if name != "text_cache":
+            out.print("\nwith cache.cross_attention: true")
+        out.print(_text_lines(each, examples, where), highlight=False)
+
+
+def _recipe(config: str | None, given: dict[str, Any], stages: str | None, sets: list[str]) -> RunConfig:
+    """The recipe to plan: one that is given, or the least there is, with the options of the line in it."""
+    from ..recipe import load, override
+
+    if config is None and "model" not in given:
+        raise ConfigError("there is nothing to plan; give --model, or a recipe with --config")
+    source: Any = config or {
+        "model": {"path": given["model"]},
+        "data": {"task": NO_TASK},
+        "train": {"steps": 30_000},
+        "output": "plan",
+    }
+    if "stacks" in given:
+        given["stacks"] = [part.strip() for part in given["stacks"].split(",") if part.strip()]
+    chosen = [override(OPTIONS[name], value) for name, value in given.items()]
+    if "task" in given:  # it takes the place of a recipe's templates
+        chosen += [override(f"data.{name}", None) for name in ("input_template", "target_template", "labels")]
+    if stages is not None:
+        own = _parse_stages(stages)
+        total = sum(stage["steps"] for stage in own)
+        chosen += [override("stages", own), override("train.steps", total), "method=cr"]
+    elif "method" in given:
+        chosen.append("stages=null")  # a recipe's own are another method's
+    return load(source, [*sets, *chosen])
+
+
+def _of_task(recipe: RunConfig) -> tuple[int, tuple[str, ...]]:
+    """Target tokens and the stacks to cut, as a recipe's task has them."""
+    target = recipe.data.max_target_tokens
+    if recipe.data.task in (None, NO_TASK):
+        return (10 if recipe.data.task == NO_TASK else 64) if target is None else target, ()
+    from ..data.tasks import load_task
+
+    found = load_task(str(recipe.data.task))
+    return found.max_target_tokens if target is None else target, tuple(found.stacks)
+
+
+def _text_lines(texts: Any, examples: int, where: str) -> str:
+    from ..cost.units import human_flops
+
+    return (
+        f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
+        f"kept, {_percent(texts.cold)} without\n"
+        f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
+        f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"
+    )
+
+
+def _parse_stages(text: str) -> list[dict[str, Any]]:
+    stages: list[dict[str, Any]] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+)(?:x(\d+))?)?:(\d+)", part.strip())
+        if found is None:
+            raise ConfigError(f"--stages {part!r} is not LAYERSxFFN[@BATCH[xTOKENS]]:STEPS, for example 8x384:100")
+        numbers = dict(zip(("layers", "ffn", "batch", "length", "steps"), found.groups(), strict=True))
+        stages.append({k: int(v) for k, v in numbers.items() if v is not None})
+    return stages
+
+
+def _stage_table(made: Any, full: Any, shape: Any) -> Table:
+    from ..cost.units import flops_unit, human_flops, human_seconds, size_text
+
+    table = Table(
+        title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
+        f"targets of {shape.target_tokens}",
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    timed = made.seconds is not None
+    unit, prefix = flops_unit(max(s.flops_per_step for s in made.stages))
+    parts = [n for n in ("batch", "length") if any(getattr(s.stage, n) is not None for s in made.stages)]
+    columns = ["stage", "layers", "width", *parts, "steps", f"{prefix}FLOPs/step", "of full", "memory"]
+    for name in (*columns, *(("s/step", "time") if timed else ())):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for i, stage in enumerate(made.stages, start=1):
+        cells = [
+            f"{i} (full)" if stage.relative_flops == 1 else str(i),
+            size_text(stage.stage.layers),
+            size_text(stage.stage.ffn),
+            *(str(getattr(stage.stage, n) or "all") for n in parts),
+            str(stage.stage.steps),
+            f"{stage.flops_per_step / unit:.4g}",
+            _percent(stage.relative_flops),
+            _bytes(stage.weight_bytes + stage.activation_bytes),
+        ]
+        if timed:
+            cells += [f"{stage.seconds_per_step:.3f}", human_seconds(stage.seconds)]
+        table.add_row(*cells)
+    table.add_section()
+    peak = max(s.weight_bytes + s.activation_bytes for s in made.stages)
+    totals = ["run", "", "", *("" for _ in parts), str(made.total_steps), human_flops(made.flops)]
+    totals += [_percent(made.relative_flops), _bytes(peak)]
+    if timed:
+        totals += [_percent(made.relative_seconds), human_seconds(made.seconds)]
+    table.add_row(*totals)
+    return table
+
+
+def _comparison(found: dict[str, Any]) -> Table:
+    from ..cost.units import human_flops
+
+    table = Table(title="Methods side by side, same steps and batches", title_justify="left", header_style="bold")
+    for name in ("method", "stages (layers × width @ batch : steps)", "FLOPs", "of plain", "peak memory"):
+        table.add_column(name, justify="left" if name[0] in "ms" else "right")
+    for name, made in found.items():
+        stages = "  ".join(_stage_text(s.stage) for s in made.stages)
+        memory = max(s.weight_bytes + s.activation_bytes for s in made.stages)
+        table.add_row(name, stages, human_flops(made.flops), _percent(made.relative_flops), _bytes(memory))
+    return table
+
+
+def _stage_text(stage: Stage) -> str:
+    from ..cost.units import size_text
+
+    batch = "" if stage.batch is None else f"@{stage.batch}"
+    return f"{size_text(stage.layers)}×{size_text(stage.ffn)}{batch}:{stage.steps}"

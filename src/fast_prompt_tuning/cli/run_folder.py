@@ -1,0 +1,78 @@
+"""What the commands read of the folder of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DataError
+from ..recipe import RunConfig, load, override
+
+if TYPE_CHECKING:
+    from ..data.tasks import Task
+
+
+def settings_of(folder: Path, sets: Iterable[str] = ()) -> RunConfig:
+    """The recipe of a run; of a run of all weights, with its own model in place of the one it began with.
+
+    Raises:
+        DataError: there is none in the folder. ConfigError: as `recipe.load`.
+    """
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise DataError("there is no config.yaml: this is not the folder of a run", file=str(folder))
+    own = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
+    return load(saved, [*own, *sets])
+
+
+def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
+    """Raise where prompts cannot answer together; nothing is loaded yet but the prompts' recipes.
+
+    Args:
+        how: the value of --ensemble.
+        first: the recipe of the first run. A prompt that lies in no run has none to compare.
+
+    Raises:
+        ConfigError: unknown `how`, one run alone, or a run of another model or task than the first.
+    """
+    from ..prompt.prediction import VOTINGS
+    from ..run.session import task_of
+
+    if how not in VOTINGS:
+        raise ConfigError(f"ensemble={how!r} is unknown; choose one of {', '.join(VOTINGS)}")
+    if len(runs) < 2:
+        raise ConfigError("--ensemble needs at least two prompts; give more RUNs")
+    task = task_of(first)
+    if how == "probabilities" and not task.labels:
+        raise ConfigError(f"--ensemble probabilities needs labels, and the task {task.name!r} has none; use votes")
+    for folder in runs[1:]:
+        run = folder.parent if folder.name == "prompt" else folder
+        if not (run / "config.yaml").is_file():
+            continue
+        other = settings_of(run)
+        if not (_named(first) == _named(other) or (_weights(runs[0]) == _weights(run) is not None)):
+            raise ConfigError(
+                f"--ensemble needs prompts of one model: {str(runs[0])!r} is of {first.model.path!r}, {str(folder)!r} "
+                f"of {other.model.path!r}; leave one out"
+            )
+        if _content(task_of(other)) != _content(task):
+            raise ConfigError(
+                f"--ensemble needs prompts of one task: {str(folder)!r} is of {task_of(other).name!r}, not of "
+                f"{task.name!r} as {str(runs[0])!r} is; leave one out"
+            )
+
+
+def _named(settings: RunConfig) -> tuple[str, str | None]:
+    return settings.model.path, settings.model.revision
+
+
+def _weights(run: Path) -> str | None:
+    from ..run.results import load_result
+
+    return load_result(run).fingerprints.get("model") if (run / "result.json").is_file() else None
+
+
+def _content(task: Task) -> dict[str, Any]:
+    """What makes a task the same: not where its rows are."""
+    return task.model_dump(exclude={"source", "description"})

@@ -1,0 +1,46 @@
+"""The commands that hand a prompt on: `fpt export` and `fpt push`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .console import emit, people, plain, wants_json
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a saved prompt.")],
+    output: Annotated[Path, typer.Argument(help="New safetensors file.")],
+    kind: Annotated[str, typer.Option("--format", help="prompt-embeds is the only one.")] = "prompt-embeds",
+) -> None:
+    """Write the prompt's vectors (P, H) as one tensor `prompt_embeds`, as serving engines take them."""
+    from ..prompt.soft_prompt import PLACES, export_prompt, placement_of
+
+    if kind != "prompt-embeds":
+        raise ConfigError(f"--format {kind!r} is unknown; prompt-embeds is the only one")
+    shape = export_prompt(folder, output)
+    place = PLACES[placement_of(folder)]
+    if wants_json():
+        emit({"output": str(output), "shape": shape, "place": place})
+        return
+    made = f"{output}: prompt_embeds {shape}, embeddings to stand {place}"
+    people().print(plain(made), highlight=False, soft_wrap=True)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; default private.")] = False,
+) -> None:
+    """Upload a run's prompt and a card with its quality and cost to the Hugging Face Hub."""
+    from ..report.hub import push_prompt
+
+    address = push_prompt(folder, repo_id, private=not public)
+    if wants_json():
+        emit({"address": address})
+    else:
+        sys.stdout.write(address + "\n")

@@ -1,0 +1,90 @@
+"""The commands that tune prompts: `fpt demo` and `fpt train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..errors import ConfigError
+from .console import Config, Sets, emit, people, plain, progress, quiet_libraries, wants_json
+
+
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the results.")] = "runs/demo",
+    method: Annotated[str, typer.Option(help="What to compare with plain prompt tuning: ld, fr, cr or auto.")] = "cr",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Compare plain prompt tuning and FPT on a real model and real news, in minutes on two CPU cores."""
+    from .demo import demo as run_demo
+
+    quiet_libraries()
+    record = run_demo(progress(), people(), output=output, method=method, overwrite=overwrite, overrides=sets)
+    if wants_json():
+        emit(record)
+    if record["status"] == "interrupted":
+        raise typer.Exit(_signal_code(record["reason"]))
+
+
+def train(
+    config: Config,
+    sets: Sets = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    allow_changed: Annotated[
+        bool, typer.Option("--allow-changed", help="Resume although recipe, weights or data have changed since.")
+    ] = False,
+    on_bad_row: Annotated[str | None, typer.Option(help="error or skip: rows that cannot be used.")] = None,
+    input_template: Annotated[
+        str | None, typer.Option(help=r"Your own task: Jinja template of the input, e.g. '{{ text }}\nTopic:'.")
+    ] = None,
+    target_template: Annotated[str | None, typer.Option(help="And of the target, e.g. ' {{ label }}'.")] = None,
+) -> None:
+    """Tune a soft prompt as a recipe says. Next: `fpt eval RUN`, `fpt predict RUN`."""
+    from ..recipe import load, override
+
+    given = {"on_bad_row": on_bad_row, "input_template": input_template, "target_template": target_template}
+    lines = {k: v.replace("\\n", "\n") for k, v in given.items() if v is not None}
+    chosen = [override(f"data.{name}", text) for name, text in lines.items()]
+    if input_template or target_template:
+        chosen.append("data.task=null")
+    settings = load(config, [*sets, *chosen])  # first of all: a typing error must not wait for PyTorch
+    from ..report.tables import comparison_table, table_rows
+    from ..run import run
+    from ..run.folder import check_folder
+    from ..run.session import open_session
+    from ..train import parallel
+    from .demo import reporting
+
+    quiet_libraries()
+    if allow_changed and not resume:
+        raise ConfigError("--allow-changed is for --resume; add it, or leave this out")
+    check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    session = open_session(settings, ("train", "validation"), resume=resume)
+    speaks = parallel.rank() == 0  # the main process, for all
+    told, out = (progress(), people()) if speaks else (Console(quiet=True),) * 2
+    with reporting(told, settings.name or Path(settings.output).name, session) as (callbacks, hook):
+        result = run.train(
+            settings,
+            overwrite=overwrite,
+            resume=resume,
+            allow_changed=allow_changed,
+            session=session,
+            callbacks=callbacks,
+            on_schedule=hook,
+        )
+    out.print(comparison_table([result]))
+    out.print(f"run {plain(settings.output)}", highlight=False, soft_wrap=True)
+    if wants_json() and speaks:
+        emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
+    if result.status == "interrupted":
+        out.print("[yellow]interrupted[/yellow]: go on with the same command and --resume")
+        raise typer.Exit(_signal_code(result.reason))
+
+
+def _signal_code(reason: str | None) -> int:
+    """128 and the number of the signal that ended a run."""
+    return 128 + int((reason or "signal 2").split()[-1])
