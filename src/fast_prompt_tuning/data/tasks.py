@@ -19,10 +19,10 @@ from typing import Any, Literal
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, shown
+from ..yaml_text import load_yaml, read_yaml
 from .metrics import METRICS
 
 Format = Literal["jsonl", "csv", "tsv", "glue_tsv", "squad", "record", "bbc_package"]
@@ -408,21 +408,18 @@ def load_task(name_or_path: str) -> Task:
         ConfigError: unknown name, unreadable file, or a key or value that does not fit; names the nearest valid one.
     """
     if name_or_path in task_names():
-        return _parse(_folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path, None)
+        text = _folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        return _parse(load_yaml(text, name_or_path), name_or_path, None)
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, task_names())} (or give a .yaml)")
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path), path.parent)
+        return _parse(read_yaml(path, f"task file {name_or_path}"), str(path), path.parent)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read task file {name_or_path}: {error}") from None
 
 
-def _parse(text: str, where: str, folder: Path | None) -> Task:
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+def _parse(data: Any, where: str, folder: Path | None) -> Task:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: a task file must hold `key: value` lines, not {type(data).__name__}")
     task = _validate(data, where)
@@ -436,14 +433,14 @@ def _validate(data: Mapping[str, Any], where: str) -> Task:
     try:
         return Task.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors()[:10])) from None
 
 
 _NESTED: Mapping[str, type[BaseModel]] = MappingProxyType({"source": Source, "decoder": Templates, "replace": Replace})
 
 
 def _explain(error: Any, where: str) -> str:
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(map(str, error["loc"]))[:200]
     if error["type"] == "extra_forbidden":
         model = Task if len(error["loc"]) == 1 else _NESTED[str(error["loc"][0])]
         return f"{where}: unknown key {key!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
@@ -451,7 +448,7 @@ def _explain(error: Any, where: str) -> str:
         return f"{where}: key {key!r} is required"
     if error["type"] == "value_error":
         return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
-    return f"{where}: {key}={error['input']!r}: {error['msg']}"
+    return f"{where}: {key}={shown(error['input'])}: {error['msg']}"
 
 
 def task_from_templates(
