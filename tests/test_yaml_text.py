@@ -82,3 +82,11 @@ def test_a_long_message_keeps_its_ends():
     assert text.startswith("begin ")
     assert text.endswith(" fix it")
     assert len(text) < LONGEST_MESSAGE + 10
+
+
+def test_a_text_that_is_not_utf_8_is_named_as_such(tmp_path):
+    file = tmp_path / "it.yaml"
+    file.write_bytes("name: naïve".encode("latin-1"))
+    for read in (load, lambda p: load_task(str(p))):
+        with pytest.raises(ConfigError, match="is not UTF-8"):
+            read(file)

@@ -45,10 +45,13 @@ def read_yaml(path: Path, where: str) -> Any:
     """As `load_yaml`, of a file; no more than `LONGEST` characters of it are read.
 
     Raises:
-        ConfigError: as `load_yaml`. OSError, ValueError: it cannot be read, or is not UTF-8.
+        ConfigError: as `load_yaml`, or it is not UTF-8. OSError, ValueError: it cannot be read.
     """
     with path.open(encoding="utf-8") as file:
-        text = file.read(LONGEST + 1)
+        try:
+            text = file.read(LONGEST + 1)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where} is not UTF-8 ({error.reason}); convert it to UTF-8") from None
     return load_yaml(text, where)
 
 

@@ -388,7 +388,7 @@ def load_task(name_or_path: str) -> Task:
         raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, task_names())} (or give a .yaml)")
     try:
         return _parse(read_yaml(path, f"task file {name_or_path}"), str(path), path.parent)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot read task file {name_or_path}: {error}") from None
 
 
