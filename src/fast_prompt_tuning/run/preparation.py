@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 from ..cost.flops import FlopsLedger, forward_flops
 from ..cost.plan import full_stage, load_config
 from ..data.encoding import Collator, examples_fingerprint, train_calibration
-from ..errors import ConfigError
+from ..errors import ConfigError, ScoreError, shown
 from ..plm.loading import locate
 from ..plm.partial import PartialPLM
 from ..prompt.placement import SuffixPromptModel
@@ -181,7 +182,13 @@ def _layer_scores(
         return LayerScores.load(file)
 
     scores = parallel.on_main(made)
-    ledger.add("score", float(scores.metadata["flops"]))
+    try:
+        flops = float(scores.metadata["flops"])
+    except (KeyError, ValueError):
+        flops = math.nan
+    if not 0 <= flops < math.inf:
+        raise ScoreError(f"{str(file)!r}: flops={shown(scores.metadata.get('flops'))} is no cost; use --overwrite")
+    ledger.add("score", flops)
     return scores
 
 
