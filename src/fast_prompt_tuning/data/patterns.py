@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -36,9 +37,11 @@ def pattern_of(pattern: str) -> Any:
     if re.search(r"(?<![\\N])\{(?!\d*,?\d*\})", pattern):  # `regex` matches `(?:foo){e}` approximately, `re` does not
         raise ValueError("it has a { that begins no {n} or {n,m}; write \\{")
     try:
-        re.compile(pattern)
-        return regex.compile(pattern)
-    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as `[[`, which may come to mean something else
+            re.compile(pattern)
+            return regex.compile(pattern)
+    except (re.error, regex.error, Warning, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"it is no regular expression: {error}") from None
 
 

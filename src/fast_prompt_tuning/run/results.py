@@ -184,9 +184,9 @@ class _CheckedPrompt(_Part):
 
 
 class _CheckedConfig(_Part):
-    model: _CheckedModel | None = None
-    data: _CheckedData | None = None
-    prompt: _CheckedPrompt | None = None
+    model: _CheckedModel = _CheckedModel(path="")
+    data: _CheckedData = _CheckedData()
+    prompt: _CheckedPrompt = _CheckedPrompt(tokens=0)
 
 
 class _Checked(_Part):
