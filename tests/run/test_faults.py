@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCH))
 
 import faults  # noqa: E402
 import fuzz  # noqa: E402
+import hostile  # noqa: E402
 import scenarios  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("reliability_run", BENCH / "run.py")
@@ -27,6 +28,14 @@ spec.loader.exec_module(harness)
 @pytest.mark.filterwarnings("ignore")  # of the libraries about each other, in a script of one's own
 def test_a_fault_is_borne(tmp_path, name):
     faults.FAULTS[name](tmp_path)
+
+
+LONG = ("templates", "regular expressions", "YAML", "forged JSON")  # each case is a test of its own beside its code
+
+
+@pytest.mark.parametrize("name", [name for name in hostile.HOSTILE if not name.startswith(LONG)])
+def test_a_hostile_file_does_no_harm(tmp_path, name):
+    hostile.HOSTILE[name](tmp_path)
 
 
 def test_kills_lose_nothing(tmp_path):
@@ -55,6 +64,8 @@ def test_the_report_meets_every_target_and_the_page_is_made_from_it():
     assert set(harness.PARTS) <= set(report)
     assert report["kills"]["tried"] >= 50
     assert set(report["faults"]) == set(faults.FAULTS)
+    assert set(report["hostile"]) == set(hostile.HOSTILE)
+    assert sum(row["cases"] for row in report["coverage"].values()) >= 100_000
     assert (BENCH.parents[1] / "docs" / "reliability.md").read_text() == harness.page(report)
 
 
@@ -62,6 +73,7 @@ def test_a_missed_target_is_seen():
     bad = {
         "kills": {"tried": 3, "survived": 2},
         "faults": {"x": {"recovered": False, "error": "e"}},
+        "hostile": {"x": {"recovered": False, "error": "e"}},
         "resume": {"cr": {"4": {"bit_equal": False}}},
         "distributed": {
             "runs": {"cr": {"largest_relative_difference": float("nan")}},
@@ -69,7 +81,7 @@ def test_a_missed_target_is_seen():
         },
         "fuzz": {"recipe": {"cases": 1, "crashes": {"TypeError": ""}}},
     }
-    assert len(harness.missed(bad)) == 6
+    assert len(harness.missed(bad)) == 7
 
 
 # -- files that are no such files -------------------------------------------------------------------------------------
@@ -83,7 +95,7 @@ def targets(tmp_path_factory):
 def test_every_target_reads_its_seed(targets):
     for target in targets:
         for seed in target.seeds:
-            if target.name not in ("result", "task"):
+            if target.name != "task":
                 target.read(seed)
 
 

@@ -189,21 +189,23 @@ class _Missing(jinja2.StrictUndefined):
 
     __slots__ = ()
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # type: ignore[override]
         return False
 
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=_Missing, keep_trailing_newline=True, finalize=_shown)
-_OWN: dict[str, Callable[..., Any]] = {
+_OWN: dict[str, Any] = {
     "join": _join,
     "replace": _replace,
     "trim": _trim,
     "round": lambda value, precision=0: round(float(value), precision),
     "_add": lambda one, other: one + other,
 }
-_JINJA.filters = {n: _bounded(f) for n, f in {**{n: DEFAULT_FILTERS[n] for n in FILTERS}, **_OWN}.items()}
+_FILTERS: dict[str, Any] = {**{name: DEFAULT_FILTERS[name] for name in FILTERS}, **_OWN}
+_JINJA.filters = {name: _bounded(function) for name, function in _FILTERS.items()}
 _JINJA.filters["_each"] = _each
-_JINJA.tests = {n: _bounded(f) for n, f in DEFAULT_TESTS.items()}
+_TESTS: dict[str, Any] = dict(DEFAULT_TESTS)
+_JINJA.tests = {name: _bounded(function) for name, function in _TESTS.items()}
 _JINJA.globals = {}
 
 
@@ -220,7 +222,7 @@ class _Rewritten(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _filter(node.iter, "_each")
+        node.iter = _filter(node.iter, "_each")  # type: ignore[arg-type]
         return node
 
 
