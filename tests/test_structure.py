@@ -10,11 +10,12 @@ import pytest
 import fast_prompt_tuning
 
 SOURCE = Path(fast_prompt_tuning.__file__).parent
-FOR_ALL = {"errors", "files", "paths"}
+FOR_ALL = {"errors", "files", "paths", "yaml_text"}
 ARROWS = {  # a package imports only from itself, from these and from `FOR_ALL`
     "errors": "",
     "files": "",
     "paths": "",
+    "yaml_text": "",
     "schedule": "",
     "recipe": "schedule",
     "plm": "schedule",

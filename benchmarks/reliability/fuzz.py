@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gzip
 import importlib.util
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -26,27 +28,31 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE)]
 
-COVERAGE = "--one" in sys.argv
-if COVERAGE:  # before our own code is imported, so that it can be watched
+COVERAGE = "--guided" in sys.argv
+if COVERAGE:  # first of all, so that what is watched is imported under watch
     import atheris
 
-    with atheris.instrument_imports(include=["fast_prompt_tuning"]):
-        pass
+    with atheris.instrument_imports(include=["fast_prompt_tuning", "yaml", "jinja2"]):
+        import fast_prompt_tuning.report.page
+        import fast_prompt_tuning.run.run  # noqa: F401
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from toy import toy  # noqa: E402
+from toy import result, toy  # noqa: E402
+from transformers.trainer_callback import TrainerState  # noqa: E402
 
 from fast_prompt_tuning import recipe as config  # noqa: E402
+from fast_prompt_tuning.data import patterns, tasks, templates  # noqa: E402
 from fast_prompt_tuning.data import readers as examples  # noqa: E402
-from fast_prompt_tuning.data import tasks  # noqa: E402
 from fast_prompt_tuning.errors import FptError  # noqa: E402
 from fast_prompt_tuning.prompt import soft_prompt  # noqa: E402
+from fast_prompt_tuning.report import pictures  # noqa: E402
+from fast_prompt_tuning.report.tables import comparison_table  # noqa: E402
 from fast_prompt_tuning.run import results  # noqa: E402
 from fast_prompt_tuning.scores.layers import LayerScores  # noqa: E402
 from fast_prompt_tuning.scores.neurons import NeuronScores  # noqa: E402
-from fast_prompt_tuning.train import checkpoint  # noqa: E402
+from fast_prompt_tuning.train import checkpoint, restored, trainer  # noqa: E402
 
 SLOW = 10.0
 """Seconds after which a case counts as hanging."""
@@ -90,12 +96,21 @@ def targets(folder: Path) -> Iterator[Target]:
     own = [toy().topics.read_bytes(), toy().words.read_bytes()]
     built_in = [tasks._folder().joinpath(f"{n}.yaml").read_bytes() for n in tasks.task_names()]
     yield Target("task", own + built_in, _file(folder / "task.yaml", lambda p: _use_task(tasks.load_task(str(p)))))
+    yield from _templates()
     for name, files in SPLITS.items():
         task = tasks.load_task(str(toy().topics) if name == "topics" else name)
         for file in files:
             seed = (DATA / file).read_bytes()
             read = _file(folder / f"x{Path(file).suffix}", lambda p, task=task: _read_rows(task, p))
             yield Target(f"data: {file}", [seed], read)
+    rows = [{"text": "the ball", "label": "sport", "id": str(i)} for i in range(3)]
+    own_task = tasks.load_task(str(toy().topics))
+    for name, content in (
+        ("array.json", json.dumps(rows, indent=1).encode()),
+        ("semicolons.csv", b'text;label\n"the; ball";sport\nthe goal;sport\n'),
+        ("zipped.csv.gz", gzip.compress(b"text,label\nthe ball,sport\n", mtime=0)),
+    ):
+        yield Target(f"data: {name}", [content], _file(folder / name, lambda p: _read_rows(own_task, p)))
     neurons, layers = folder / "n.safetensors", folder / "l.safetensors"
     meta = {"model_fingerprint": "0" * 16, "kind": "mean", "model": "x"}
     NeuronScores({"decoder": torch.rand(2, 4)}, meta).save(neurons)
@@ -103,6 +118,7 @@ def targets(folder: Path) -> Iterator[Target]:
     LayerScores({"decoder": torch.rand(3)}, {**meta, "kind": "influence", "flops": "1"}).save(layers)
     yield Target("layer scores", [layers.read_bytes()], _file(folder / "t.safetensors", LayerScores.load))
     yield from _checkpoints(folder)
+    yield from _forged(folder / "forged")
     yield from _prompts(folder)
 
 
@@ -166,6 +182,78 @@ def _checkpoints(folder: Path) -> Iterator[Target]:
     yield Target("checkpoint: random generators", [kept["process_0.json"]], read_random)
 
 
+TEMPLATES = [
+    b"{{ text | trim | upper }}\n{% for i in items if i %}{{ loop.index }}. {{ i }}{% else %}-{% endfor %}",
+    b"{% if title %}{{ title ~ ': ' }}{% elif n > 2 and n is odd %}{{ text.split('.')[0] }}{% endif %}{{ text[1:-2] }}",
+    b"{{ items | map('replace', 'a', text) | unique | sort | join(', ') }} {{ meta.who or other | default('x') }}",
+    b"{{ (n + 1) | round(2) }} {{ meta | tojson | truncate(9, True) }} {% raw %}{{ }}{% endraw %}{# #}",
+]
+PATTERNS = [rb"(\.|\?|\!)\n@highlight\n", rb"(?i)\s+(?=[a-z]*)(\d{2,4})?", rb"(a+)+$", rb"^(\w|\s)*?x{3}"]
+ROW = {
+    "text": "a text. Ab 1907\n@highlight\naaaaaaaaaaaaaaaaaaaaaaaaaa!",
+    "items": ["b", "a"],
+    "n": 3,
+    "meta": {"who": "Ann"},
+}
+
+
+def _templates() -> Iterator[Target]:
+    yield Target("template", TEMPLATES, lambda b: templates.render(b.decode("utf-8", "replace"), ROW))
+
+    def replace(content: bytes) -> None:
+        pattern, _, by = content.decode("utf-8", "replace").partition("\x00")
+        try:
+            rule = tasks.Replace(field="text", pattern=pattern, by=by)
+        except ValueError:  # pydantic's, which loading a task makes one of ours
+            return
+        patterns.substitute(rule.pattern, rule.by, ROW["text"] * 20)
+
+    yield Target("pattern", [p + b"\x00\\1 " for p in PATTERNS], replace)
+
+
+def _forged(folder: Path) -> Iterator[Target]:
+    """Parts of a checkpoint under a manifest that fits: what reaches the checks behind the checksums."""
+    place = folder / "checkpoint-3"
+    place.mkdir(parents=True)
+    weight, optim = torch.nn.Parameter(torch.rand(3, 4)), config.load(toy().recipe(folder / "run")).optim
+    optimizer, rates = trainer.make_optimizer([weight], optim)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    counts = {"parts": 1, "skipped": 0, "skipped_in_a_row": 0, "_lost": 0, "logged": 3}
+    states = {"optimizer": optimizer.state_dict(), "scheduler": rates.state_dict(), "counts": counts}
+    states |= {"good": [weight.detach()], "process_0": {"random": checkpoint.random_state(), "loss": 0.5}}
+    for name, state in states.items():
+        checkpoint.save_state(place, name, state)
+    log = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_accuracy": 1.0, "train_flops": 1.0, "train_seconds": 1.0}]
+    TrainerState(global_step=3, epoch=0.5, log_history=log).save_to_json(str(place / "trainer_state.json"))
+    record = {"config": {"optim": optim.model_dump()}, "flops": {"eval": 1.0}, "train_seconds": 1, "total_seconds": 2}
+    kept = {f.name: f.read_bytes() for f in place.iterdir()}
+
+    def read(content: bytes, name: str) -> None:
+        for file in place.iterdir():
+            file.unlink()
+        for file, own in kept.items():
+            (place / file).write_bytes(own)
+        said = record
+        if name == "record":
+            try:
+                said = json.loads(content)
+            except (ValueError, RecursionError):
+                return  # no manifest can be made of it
+        else:
+            (place / name).write_bytes(content)
+        try:
+            checkpoint.seal(place, 3, said)
+        except (ValueError, TypeError, RecursionError):
+            return
+        restored.check(checkpoint.verify(place), weight, [weight], optim, full=False)
+        checkpoint.set_random_state(checkpoint.load_state(place, "process_0")["random"])
+
+    seeds = {**kept, "record": json.dumps(record).encode()}
+    for name, seed in seeds.items():
+        yield Target(f"forged: {name}", [seed], lambda content, name=name: read(content, name))
+
+
 def _prompts(folder: Path) -> Iterator[Target]:
     from peft import get_peft_model
     from settings import BY_NAME
@@ -187,16 +275,18 @@ def _prompts(folder: Path) -> Iterator[Target]:
                 soft_prompt.placement_of(place)
 
             yield Target(f"prompt: {place.name}/{name}", [kept[name]], read)
-    committed = HERE.parents[0] / "results" / "step_time.json"
-    result = {
-        "schema_version": 1,
-        "name": "x",
-        "metrics": {"accuracy": 1.0},
-        "losses": [[1, 2.0]],
-        "status": "finished",
-    }
-    seeds = [json.dumps(result).encode(), committed.read_bytes()[:4000] if committed.is_file() else b"{}"]
-    yield Target("result", seeds, _file(folder / "result.json", results.load_result))
+    grown = result("grown", "cr", kept_layers=[{"decoder": [0, 1]}] * 4, losses=[(1, 2.0)])
+    grown = grown.model_copy(
+        update={"config": {"model": {"path": "m"}, "data": {"task": "t"}, "prompt": {"tokens": 3}}}
+    )
+
+    def read_result(path: Path) -> None:
+        found = results.load_result(path)
+        comparison_table([found, result()], improve=True)
+        pictures.schedules([found])
+
+    seeds = [json.dumps(r.model_dump(mode="json")).encode() for r in (grown, result())]
+    yield Target("result", seeds, _file(folder / "result.json", read_result))
 
 
 # -- mutations --------------------------------------------------------------------------------------------------------
@@ -206,6 +296,8 @@ ODD = [
     b"]", b":", b"- ", b",", b"? ", b"|\n", b">\n", b"%", b"@", b"`", b"null", b"true", b"-1", b"0", b"-100", b"1e999",
     b"NaN", b".inf", b"9" * 40, b"9" * 5000, b"0x", b"1_000", b"12:30:45", b"2020-01-01", b"&a [*a]", b"*a", b"<<: ",
     b"!!python/object:os.system", b"!!binary x", b"{{ ", b" }}", b"{% for i in range(9**9) %}x{% endfor %}",
+    b"{{ text | join(text) }}", b"{{ 'x' * 999999999 }}", b"{% set a = text %}", b"~ text", b" | ", b"\\1", b"{9,9}",
+    b"(?=", b"!!int ''", b"!!bool x", b"!!timestamp x", b"{**a}", b"[[1]]", b"-1e400", b"1e400", b"[]", b"\x1f\x8b\x08",
     b"{{ ''.__class__.__mro__ }}", b"__class__", b"\\ud800", b"\xf0\x9f\x98\x80", b"\xe2\x80\xa8", b"../../etc/passwd",
     b"/dev/zero", b"(a+)+$", b"[" * 3000, b'{"a":' * 3000,
 ]  # fmt: skip
@@ -268,7 +360,7 @@ def fuzz(cases: int, seed: int = 0, only: str = "") -> dict[str, dict[str, objec
                 continue
             draw = random.Random(f"{seed} {target.name}")
             for valid in target.seeds[:1]:
-                target.read(valid) if target.name != "result" else None
+                target.read(valid)
             crashes = {}
             for _ in range(cases):
                 content = mutate(draw, target.seeds)
@@ -289,46 +381,60 @@ def _quiet() -> None:
 
 
 def coverage(seconds: int, folder: Path) -> dict[str, dict[str, object]] | None:
-    """The same targets, each in a process of its own under atheris; None where it is not installed."""
+    """The same targets under atheris, seconds each; None where it is not installed."""
     if importlib.util.find_spec("atheris") is None:
         return None
-    with tempfile.TemporaryDirectory() as work:
-        names = [(target.name, target.seeds) for target in targets(Path(work))]
+    command = [sys.executable, str(HERE / "fuzz.py"), "--guided", str(folder), "--seconds", str(seconds)]
+    subprocess.run(command, check=True, capture_output=True)
     found = {}
-    for i, (name, seeds) in enumerate(names):
-        corpus = folder / f"corpus-{i}"
-        shutil.rmtree(corpus, ignore_errors=True)
-        corpus.mkdir(parents=True)
-        for k, seed in enumerate(seeds):
-            (corpus / str(k)).write_bytes(seed)
-        command = [sys.executable, str(HERE / "fuzz.py"), "--one", name, "--", str(corpus)]
-        command += [
-            f"-max_total_time={seconds}",
-            "-timeout=10",
-            "-rss_limit_mb=0",
-            f"-artifact_prefix={folder}/crash-{i}-",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        lines = (done.stderr + done.stdout).splitlines()
+    for log in sorted(folder.glob("*.log")):
+        code, name, *lines = log.read_text(errors="replace").splitlines()
         cases = max((int(line.split()[0][1:]) for line in lines if line[:1] == "#" and line[1:2].isdigit()), default=0)
         features = [line for line in lines if " cov: " in line]
         covered = int(features[-1].split(" cov: ")[1].split()[0]) if features else 0
-        crashed = [] if done.returncode == 0 else lines[-12:]
-        found[name] = {"cases": cases, "covered": covered, "corpus": len(list(corpus.iterdir())), "crashes": crashed}
+        corpus = len(list(log.with_suffix("").iterdir()))
+        crashed = [] if code == "0" else lines[-12:]
+        found[name] = {"cases": cases, "covered": covered, "corpus": corpus, "crashes": crashed}
     return found
 
 
-def _one(name: str) -> None:
+def _guided(folder: Path, seconds: int) -> None:
+    """Each target in a fork of this process, whose imports are watched; what it says goes to a file."""
     _quiet()
     work = tempfile.mkdtemp()
-    target = next(t for t in targets(Path(work)) if t.name == name)
+    for i, target in enumerate(targets(Path(work))):
+        corpus, log = folder / f"{i:02}", folder / f"{i:02}.log"
+        corpus.mkdir(parents=True)
+        for k, seed in enumerate(target.seeds):
+            (corpus / str(k)).write_bytes(seed)
+        said = folder / "said"
+        pid = os.fork()
+        if pid == 0:
+            with said.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            _guide(target, corpus, seconds)
+        _, status = os.waitpid(pid, 0)
+        log.write_text(f"{status}\n{target.name}\n" + said.read_text(errors="replace"))
+    shutil.rmtree(work)
 
+
+def _guide(target: Target, corpus: Path, seconds: int) -> None:
     def test(content: bytes) -> None:
         wrong = attempt(target, content)
         if wrong is not None:
+            sys.stderr.write(base64.b64encode(content).decode()[:4000] + "\n")
             raise RuntimeError(wrong)
 
-    atheris.Setup([sys.argv[0], *sys.argv[sys.argv.index("--") + 1 :]], test)
+    def changed(content: bytes, longest: int, seed: int) -> bytes:
+        """Half of the time one of our changes, which know the formats; else one of atheris's own."""
+        draw = random.Random(seed)
+        if draw.random() < 0.5:
+            return mutate(draw, [content, *target.seeds])[:longest]
+        return bytes(atheris.Mutate(content, longest))
+
+    options = [str(corpus), f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=0", "-max_len=20000"]
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={corpus.parent}/crash-"], test, custom_mutator=changed)
     atheris.Fuzz()
 
 
@@ -340,7 +446,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="targets whose name holds this")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--seconds", type=int, default=30, help="per target, with --coverage")
+    parser.add_argument("--guided", type=Path, help=argparse.SUPPRESS)  # how --coverage calls this again
     options = parser.parse_args()
+    if options.guided:
+        _guided(options.guided, options.seconds)
+        return 0
     if options.coverage:
         found = coverage(options.seconds, Path(tempfile.mkdtemp()))
     else:
@@ -350,7 +460,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if COVERAGE:
-        _one(sys.argv[sys.argv.index("--one") + 1])
-    else:
-        sys.exit(main())
+    sys.exit(main())

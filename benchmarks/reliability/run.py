@@ -4,8 +4,8 @@
     python benchmarks/reliability/run.py --quick --check      # the part that the test suite runs
 
 The whole takes about half an hour on two cores; `--only kills,faults` makes some parts. Coverage-guided fuzzing needs
-`pip install atheris` and is left out, and said to be, without it. `--check` exits 1 where a target is missed: every
-kill survived, every fault borne, no crash, every resumption bit-equal, two processes within 1e-5 of one.
+atheris (the extra `fuzz`) and is left out without it. `--check` exits 1 where a target is missed: every
+kill survived, every fault and hostile file borne, no crash, every resumption bit-equal, two processes within 1e-5.
 """
 
 from __future__ import annotations
@@ -38,16 +38,27 @@ def faults(quick: bool, work: Path) -> dict[str, Any]:
     """Every fault of `faults.py`: borne, or what went wrong."""
     from faults import FAULTS
 
-    chosen = list(FAULTS)[:1] if quick else list(FAULTS)  # the test suite runs each as a test of its own
+    return _borne(FAULTS, quick, work)
+
+
+def hostile(quick: bool, work: Path) -> dict[str, Any]:
+    """Every file of `hostile.py`: refused or harmless, or what went wrong."""
+    from hostile import HOSTILE
+
+    return _borne(HOSTILE, quick, work)
+
+
+def _borne(cases: dict[str, Callable[[Path], None]], quick: bool, work: Path) -> dict[str, Any]:
+    chosen = list(cases)[:1] if quick else list(cases)  # the test suite runs each as a test of its own
     found = {}
     for i, name in enumerate(chosen):
         place = work / str(i)
         place.mkdir()
         try:
-            FAULTS[name](place)
-            found[name] = {"recovered": True, "promise": _promise(FAULTS[name])}
+            cases[name](place)
+            found[name] = {"recovered": True, "promise": _promise(cases[name])}
         except Exception as error:
-            found[name] = {"recovered": False, "promise": _promise(FAULTS[name]), "error": repr(error)[:500]}
+            found[name] = {"recovered": False, "promise": _promise(cases[name]), "error": repr(error)[:500]}
     return found
 
 
@@ -99,6 +110,7 @@ def coverage(quick: bool, work: Path) -> dict[str, Any]:
 PARTS: dict[str, Callable[[bool, Path], dict[str, Any]]] = {
     "kills": kills,
     "faults": faults,
+    "hostile": hostile,
     "resume": resume,
     "distributed": distributed,
     "fuzz": fuzzing,
@@ -111,7 +123,9 @@ def missed(report: dict[str, Any]) -> list[str]:
     wrong = []
     if (k := report.get("kills")) and k["survived"] < k["tried"]:
         wrong.append(f"kills survived: {k['survived']} of {k['tried']}")
-    wrong += [f"fault not borne: {n}: {f['error']}" for n, f in report.get("faults", {}).items() if not f["recovered"]]
+    for part in ("faults", "hostile"):
+        rows = report.get(part, {}).items()
+        wrong += [f"{part}: not borne: {name}: {row['error']}" for name, row in rows if not row["recovered"]]
     for kind, rows in report.get("resume", {}).items():
         wrong += [f"resumed from step {step}: {kind}" for step, row in rows.items() if not row["bit_equal"]]
     for kind, row in report.get("distributed", {}).get("runs", {}).items():
@@ -129,7 +143,7 @@ def missed(report: dict[str, Any]) -> list[str]:
 
 def page(report: dict[str, Any]) -> str:
     """The report as Markdown: `docs/reliability.md`."""
-    k, faults, spread = report["kills"], report["faults"], report["distributed"]
+    k, faults, hostile, spread = (report[part] for part in ("kills", "faults", "hostile", "distributed"))
     cases = sum(row["cases"] for row in report["fuzz"].values())
     guided = [row for row in report["coverage"].values() if isinstance(row, dict)]
     crashes = sum(len(row["crashes"]) for row in [*report["fuzz"].values(), *guided])
@@ -146,6 +160,7 @@ def page(report: dict[str, Any]) -> str:
         "| --- | --- |",
         f"| kills survived / tried | {k['survived']} / {k['tried']} |",
         f"| faults borne / injected | {sum(f['recovered'] for f in faults.values())} / {len(faults)} |",
+        f"| hostile files borne / made | {sum(f['recovered'] for f in hostile.values())} / {len(hostile)} |",
         f"| resumptions bit-equal / tried | {sum(r['bit_equal'] for r in rows)} / {len(rows)} |",
         f"| fuzz cases, random / coverage-guided | {cases} / {sum(row['cases'] for row in guided)} |",
         f"| crashes among them | {crashes} |",
@@ -177,6 +192,16 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     lines += ["", "## Faults", "", "| fault | what is promised, and checked | borne |", "| --- | --- | --- |"]
     lines += [f"| {n} | {f['promise']} | {'yes' if f['recovered'] else 'NO'} |" for n, f in faults.items()]
+    lines += [
+        "",
+        "## Hostile files",
+        "",
+        "Made to do harm. Each is refused by one of the package's own errors within 15 s and 1000 MiB, or does none.",
+        "",
+        "| file | what is promised, and checked | held |",
+        "| --- | --- | --- |",
+    ]
+    lines += [f"| {n} | {f['promise']} | {'yes' if f['recovered'] else 'NO'} |" for n, f in hostile.items()]
     lines += [
         "",
         "## Two processes against one",

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+LONGEST_MESSAGE = 2000
+"""Characters of an error's message; of a longer one the middle is left out, for the fix stands at the end."""
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 4, 160, 160
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = 12
+
 
 class FptError(ValueError):
     """Base of every error this package raises on bad input; a `ValueError`, so existing handlers catch it."""
+
+    def __init__(self, message: str = ""):
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} […] {message[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(message)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: its `repr`, cut where it is long or deep."""
+    try:
+        text = _REPR.repr(value)
+    except (ValueError, RecursionError):  # a whole number of 5000 digits has no `repr`
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def quote_hint(value: object) -> str:

@@ -15,13 +15,17 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from . import paths
-from .errors import ConfigError, ScheduleError, quote_hint
+from .errors import ConfigError, ScheduleError, quote_hint, shown
 from .schedule.auto import AutoSchedule, default_ladder
 from .schedule.stages import METHODS, Schedule, Stage
+from .yaml_text import load_yaml, read_yaml
 
 METHOD_NAMES = (*METHODS, "auto", "full")
 """The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
 weights, the baseline."""
+
+MOST_ERRORS, LONGEST_NAME = 10, 200
+"""What a message about a recipe names at most: settings, and characters of a setting's name."""
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""
@@ -366,7 +370,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("; ".join(_explain(e) for e in error.errors()[:MOST_ERRORS])) from None
     except ScheduleError as error:
         raise ConfigError(str(error)) from error
 
@@ -396,18 +400,15 @@ def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     name = str(source)
     if not path.is_file() and name in recipe_names():
-        text = (resources.files("fast_prompt_tuning") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:  # not text, or a name that cannot be one
-            near = difflib.get_close_matches(name, recipe_names(), n=1)
-            hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
-            raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
+        path = Path(str(resources.files("fast_prompt_tuning") / "recipes" / f"{name}.yaml"))
     try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"config={name!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        data = read_yaml(path, f"config={name!r}")
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # not text, or a name that cannot be one
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
+        raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
         raise ConfigError(f"config={name!r} must hold settings (key: value), found {type(data).__name__}")
     return data
@@ -416,11 +417,8 @@ def _read(source: str | Path) -> dict[str, Any]:
 def _override(data: dict[str, Any], text: str) -> None:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {text!r} is not key=value; write for example --set train.steps=100")
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"--set {shown(text)} is not key=value; write for example --set train.steps=100")
+    parsed = load_yaml(value, f"--set {shown(text)}: the value")
     *sections, last = key.strip().split(".")
     for section in sections:
         inner = data.get(section)
@@ -447,7 +445,7 @@ def _fields_at(location: tuple[Any, ...]) -> list[str]:
 
 def _explain(error: Any) -> str:
     location = tuple(error["loc"])
-    name = ".".join(str(part) for part in location)
+    name = ".".join(str(part) for part in location)[:LONGEST_NAME]
     if error["type"] == "extra_forbidden":
         valid = _fields_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
@@ -459,5 +457,5 @@ def _explain(error: Any) -> str:
     if error["type"] == "string_type":
         message += quote_hint(error["input"])
     if name and error["type"] != "value_error":
-        return f"{name}={error['input']!r}: {message}"
+        return f"{name}={shown(error['input'])}: {message}"
     return f"{name}: {message}".lstrip(": ")

@@ -286,12 +286,13 @@ def test_predict(fpt, made, tmp_path, monkeypatch):
     assert set(answers) <= {"sport", "business"}
     (tmp_path / "in.txt").write_text("\n".join(texts) + "\n\n")
     assert fpt("predict", made / "topics", "--file", tmp_path / "in.txt")[0].splitlines() == answers
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps({"text": t}) for t in texts)))
+    piped = "\r\n".join(json.dumps({"text": t}) for t in texts)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode())))
     out, _ = fpt("predict", made / "topics", "--json", "--set", "eval.batch_size=2")
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prediction"] for line in lines] == answers
     assert all(line["score"] < 0 for line in lines)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\r\n \r\n")))
     assert "no text to answer" in refused(fpt, "predict", made / "topics")
     assert "text" in refused(fpt, "predict", made / "topics", '{"body": "x"}')
     assert "cannot be read" in refused(fpt, "predict", made / "topics", "--file", tmp_path / "none.txt")
@@ -329,9 +330,9 @@ def test_predict_says_how_probable_each_label_is(fpt, made):
 
 
 def test_predict_refuses_what_is_not_text(fpt, made, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(b"the ball\n\xff\xfe\n"), encoding="utf-8")
+    stream = io.TextIOWrapper(io.BytesIO(b"the ball\n\xff\xfe\n"), encoding="latin-1")  # whatever the locale says
     monkeypatch.setattr(sys, "stdin", stream)
-    assert "standard input" in refused(fpt, "predict", made / "topics")
+    assert "standard input:2: not UTF-8" in refused(fpt, "predict", made / "topics")
 
 
 def test_export(fpt, made, tmp_path):

@@ -535,8 +535,10 @@ def test_t5_templates_are_refused_for_decoders(tmp_path):
 
 
 def test_templates_cannot_run_code():
-    attack = "{{ text.__class__.__mro__[1].__subclasses__() }}"
-    task = task_from_templates(files={}, input_template=attack, target_template="x")
+    attack = "{{ text.__class__.__mro__[1].__subclasses__"
+    with pytest.raises(ConfigError, match="this call is not allowed"):
+        task_from_templates(files={}, input_template=attack + "() }}", target_template="x")
+    task = task_from_templates(files={}, input_template=attack + " }}", target_template="x")
     with pytest.raises(DataError, match=r"unsafe|__class__"):
         render_rows(task, [{"text": "a"}], decoder=True)
 

@@ -243,7 +243,8 @@ def test_samples_show_where_runs_differ_and_what_is_right_and_wrong(tmp_path):
 
 
 def test_graded_samples_are_better_or_worse(tmp_path):
-    save_result(result(primary="rougeL", metrics={"rougeL": 50.0}, intervals={"rougeL": (40.0, 60.0)}), tmp_path)
+    scores = {"metrics": {"rougeL": 50.0}, "intervals": {"rougeL": (40.0, 60.0)}}
+    save_result(result(primary="rougeL", **scores, curve=False), tmp_path)
     write_predictions(tmp_path, ("a b c", "a b", "z"), golds=("a b c", "a c", "b"))
     found = samples(find_runs([tmp_path]))
     assert [heading for heading, _ in found] == ["Best"]  # three examples fit under one heading

@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCH))
 
 import faults  # noqa: E402
 import fuzz  # noqa: E402
+import hostile  # noqa: E402
 import scenarios  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("reliability_run", BENCH / "run.py")
@@ -58,6 +59,14 @@ def test_resuming_on_a_full_disk_names_the_folder(tmp_path, changes):
     assert run.train(config, resume=True, allow_changed=True).status == "finished"
 
 
+LONG = ("templates", "regular expressions", "YAML", "forged JSON")  # each case is a test of its own beside its code
+
+
+@pytest.mark.parametrize("name", [name for name in hostile.HOSTILE if not name.startswith(LONG)])
+def test_a_hostile_file_does_no_harm(tmp_path, name):
+    hostile.HOSTILE[name](tmp_path)
+
+
 def test_kills_lose_nothing(tmp_path):
     found = scenarios.kills(tmp_path, 4, steps=12)
     assert (found["tried"], found["survived"]) == (4, 4)
@@ -84,6 +93,8 @@ def test_the_report_meets_every_target_and_the_page_is_made_from_it():
     assert set(harness.PARTS) <= set(report)
     assert report["kills"]["tried"] >= 50
     assert set(report["faults"]) == set(faults.FAULTS)
+    assert set(report["hostile"]) == set(hostile.HOSTILE)
+    assert sum(row["cases"] for row in report["coverage"].values()) >= 100_000
     assert (BENCH.parents[1] / "docs" / "reliability.md").read_text() == harness.page(report)
 
 
@@ -91,6 +102,7 @@ def test_a_missed_target_is_seen():
     bad = {
         "kills": {"tried": 3, "survived": 2},
         "faults": {"x": {"recovered": False, "error": "e"}},
+        "hostile": {"x": {"recovered": False, "error": "e"}},
         "resume": {"cr": {"4": {"bit_equal": False}}},
         "distributed": {
             "runs": {"cr": {"largest_relative_difference": float("nan")}},
@@ -98,7 +110,7 @@ def test_a_missed_target_is_seen():
         },
         "fuzz": {"recipe": {"cases": 1, "crashes": {"TypeError": ""}}},
     }
-    assert len(harness.missed(bad)) == 6
+    assert len(harness.missed(bad)) == 7
 
 
 # -- files that are no such files -------------------------------------------------------------------------------------
@@ -112,7 +124,7 @@ def targets(tmp_path_factory):
 def test_every_target_reads_its_seed(targets):
     for target in targets:
         for seed in target.seeds:
-            if target.name not in ("result", "task"):
+            if target.name != "task":
                 target.read(seed)
 
 

@@ -426,3 +426,12 @@ def test_scores_and_schedule_go_together(family):
         partial.resize(stage)
         with torch.no_grad():
             assert torch.isfinite(model(**family.batch()).loss)
+
+
+@pytest.mark.parametrize(
+    "values", [torch.ones(2, 3, dtype=torch.int64), torch.full((2, 3), float("nan")), torch.ones(0, 3), torch.ones(3)]
+)
+def test_scores_that_are_none_are_refused(tmp_path, values):
+    save_file({"decoder": values}, tmp_path / "s.safetensors", metadata={"model_fingerprint": "0"})
+    with pytest.raises(ScoreError):
+        NeuronScores.load(tmp_path / "s.safetensors")

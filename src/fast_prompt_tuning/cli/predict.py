@@ -75,20 +75,19 @@ def predict(
 
 
 def _file_lines(file: Path) -> Iterator[str]:
+    from ..data.formats import text_lines
+
     try:
-        with file.open(encoding="utf-8-sig", newline="\n") as lines:  # other line ends are part of a text
-            for line in lines:
-                yield line.rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
+        with file.open("rb") as lines:
+            yield from text_lines(lines, str(file))
+    except OSError as error:
         raise DataError(f"cannot be read: {error}", file=str(file)) from error
 
 
 def _stdin_lines() -> Iterator[str]:
-    try:
-        for number, line in enumerate(sys.stdin):
-            yield (line if number else line.removeprefix("\ufeff")).rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text ({error.reason})", file="standard input") from error
+    from ..data.formats import text_lines
+
+    yield from text_lines(sys.stdin.buffer, "standard input")
 
 
 def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:

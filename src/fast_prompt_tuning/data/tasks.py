@@ -11,65 +11,40 @@ import importlib.resources
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import jinja2
-import jinja2.meta
-import jinja2.sandbox
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..errors import ConfigError, DataError, quote_hint
+from ..errors import ConfigError, DataError, quote_hint, shown
+from ..yaml_text import load_yaml, read_yaml
 from .metrics import METRICS
+from .patterns import LONGEST_BY, pattern_of, substitute
+from .templates import compiled, render
 
 Format = Literal["jsonl", "csv", "tsv", "glue_tsv", "squad", "record", "bbc_package"]
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
-# --- templates ---
-
-_JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a task file is data: it must not be able to run code
-    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
-)
-
-
-@lru_cache(maxsize=256)
-def _compile(template: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """The template and the names of the fields it reads."""
-    try:
-        fields = jinja2.meta.find_undeclared_variables(_JINJA.parse(template))
-        return _JINJA.from_string(template), frozenset(fields)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"template {template!r}, line {error.lineno}: {error.message}") from None
-
-
-def _render(template: str, fields: Mapping[str, Any]) -> str:
-    compiled, needed = _compile(template)
-    try:
-        return compiled.render(fields)
-    except jinja2.UndefinedError as error:
-        missing = sorted(needed - set(fields))
-        what = f"field {missing[0]!r} is missing or null" if missing else str(error.message)
-        raise DataError(f"{what}; the row has {', '.join(map(repr, fields)) or 'no fields'}") from None
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, OverflowError) as error:
-        raise DataError(f"template {template!r} fails on this row: {error}") from None
+# --- what may be cut ---
 
 
 def _render_input(template: str, fields: Mapping[str, Any], truncate: str | None) -> tuple[str, int, int]:
     """The input text and the characters [start, end) of it that may be cut from their end; (-1, -1) for none."""
-    text = _render(template, fields)
+    text = render(template, fields)
     if truncate is None or truncate not in fields:
         return text, -1, -1
     value = fields[truncate]
     if not isinstance(value, str):
         raise DataError(f"field {truncate!r}, the one to shorten, is {type(value).__name__}; it must be text")
     # Render again with a mark on both sides of the field: where the marks land is where the field lies.
-    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text and c not in value)
-    parts = _render(template, {**fields, truncate: f"{mark}{value}{mark}"}).split(mark)
+    used = set(text) | set(value)
+    mark = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in used), None)
+    if mark is None:
+        raise DataError(f"field {truncate!r} has every character that is for private use; take one of them out")
+    parts = render(template, {**fields, truncate: f"{mark}{value}{mark}"}).split(mark)
     if len(parts) == 1:
         return text, -1, -1  # a template may leave the field out of some rows
     if len(parts) != 3 or "".join(parts) != text:
@@ -119,20 +94,17 @@ class Replace(_Frozen):
     pattern: str
     by: str
 
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"pattern {value!r} is no regular expression: {error}") from None
-        return value
-
     @model_validator(mode="after")
     def _fits(self) -> Replace:
+        if len(self.by) > LONGEST_BY:
+            raise ValueError(f"by {shown(self.by)} has more than {LONGEST_BY} characters; shorten it")
+        try:
+            pattern_of(self.pattern)
+        except ValueError as error:
+            raise ValueError(f"pattern {shown(self.pattern)}: {error}") from None
         try:
             re.compile(f"{self.pattern}|").sub(self.by, "")  # matches the empty text: its template is looked at
-        except (re.error, IndexError) as error:
+        except (re.error, IndexError, OverflowError) as error:
             raise ValueError(f"by {self.by!r} does not fit the pattern {self.pattern!r}: {error}") from None
         return self
 
@@ -201,9 +173,9 @@ class Task(_Frozen):
     def _agrees(self) -> Task:
         for decoder in (False, True) if self.decoder else (False,):
             input_template, target_template = self.templates(decoder=decoder)
-            _, shown = _compile(input_template)
-            _compile(target_template)
-            if self.truncate and self.truncate not in shown:
+            _, read = compiled(input_template)
+            compiled(target_template)
+            if self.truncate and self.truncate not in read:
                 raise ConfigError(f"truncate={self.truncate!r} is not a field of input_template={input_template!r}")
         if self.labels is not None and self.label_field is None:
             raise ConfigError("labels need label_field, the field that holds the label")
@@ -240,7 +212,7 @@ class Task(_Frozen):
 
     def input_fields(self, *, decoder: bool) -> frozenset[str]:
         """Names of the fields that the input template reads."""
-        return _compile(self.templates(decoder=decoder)[0])[1]
+        return compiled(self.templates(decoder=decoder)[0])[1]
 
     def choices(self, *, decoder: bool) -> dict[str, str]:
         """Label word -> target text, in the order of `labels`; empty for a task with open answers.
@@ -249,10 +221,11 @@ class Task(_Frozen):
             ConfigError: the target template needs more than the label.
         """
         _, template = self.templates(decoder=decoder)
-        try:
-            return {word: _render(template, {"label": word}) for word in (self.labels or {}).values()}
-        except DataError as error:
-            raise ConfigError(f"target_template={template!r} must need `label` only to score labels: {error}") from None
+        if self.labels and (others := sorted(compiled(template)[1] - {"label"})):
+            raise ConfigError(
+                f"target_template={shown(template)} must need `label` only to score labels; it reads {others[0]!r}"
+            )
+        return {word: render(template, {"label": word}) for word in (self.labels or {}).values()}
 
     def postprocess(self, text: str) -> str:
         """A generated text as the metric wants it: no `<extra_id_N>`, no outer space, "" where it says no answer."""
@@ -286,7 +259,7 @@ class Task(_Frozen):
         for k, (extra, references, labelled) in enumerate(variants):
             seen = {**row, **extra}
             text, start, end = _render_input(input_template, seen, self.truncate)
-            target = _render(target_template, seen) if labelled else ""
+            target = render(target_template, seen) if labelled else ""
             if labelled and references is None:
                 references = [self.postprocess(target)]
             _check_text(text + target)
@@ -312,7 +285,7 @@ class Task(_Frozen):
                 row[field] = row.pop(found)
         for rule in self.replace:
             if isinstance(row.get(rule.field), str):
-                row[rule.field] = re.sub(rule.pattern, rule.by, row[rule.field])
+                row[rule.field] = substitute(rule.pattern, rule.by, row[rule.field])
         return row
 
     def _variants(
@@ -347,7 +320,7 @@ class Task(_Frozen):
                 raise DataError(f"answers field {self.answers!r} is empty, and the task has no no_answer text")
             chosen = list(dict.fromkeys(answers)) if self.expand and train else answers[:1]
             return [({"answer": answer}, answers, True) for answer in chosen]
-        if test and not _compile(target_template)[1] <= set(row):
+        if test and not compiled(target_template)[1] <= set(row):
             return unlabelled
         return [({}, None, True)]
 
@@ -426,24 +399,21 @@ def load_task(name_or_path: str) -> Task:
         ConfigError: unknown name, unreadable file, or a key or value that does not fit; names the nearest valid one.
     """
     if name_or_path in task_names():
-        return _parse(_folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path, None)
+        text = _folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        return _parse(load_yaml(text, name_or_path), name_or_path, None)
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, task_names())} (or give a .yaml)")
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path), path.parent)
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
+        return _parse(read_yaml(path, f"task file {name_or_path}"), str(path), path.parent)
+    except OSError as error:
         raise ConfigError(
-            f"task file {name_or_path!r} cannot be read: {said}; give the right one with --set data.task=FILE"
+            f"task file {name_or_path!r} cannot be read: {error.strerror or error}; give the right one with "
+            "--set data.task=FILE"
         ) from None
 
 
-def _parse(text: str, where: str, folder: Path | None) -> Task:
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+def _parse(data: Any, where: str, folder: Path | None) -> Task:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: a task file must hold `key: value` lines, not {type(data).__name__}")
     task = _validate(data, where)
@@ -457,14 +427,14 @@ def _validate(data: Mapping[str, Any], where: str) -> Task:
     try:
         return Task.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors()[:10])) from None
 
 
 _NESTED: Mapping[str, type[BaseModel]] = MappingProxyType({"source": Source, "decoder": Templates, "replace": Replace})
 
 
 def _explain(error: Any, where: str) -> str:
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(map(str, error["loc"]))[:200]
     if error["type"] == "extra_forbidden":
         model = Task if len(error["loc"]) == 1 else _NESTED[str(error["loc"][0])]
         return f"{where}: unknown key {key!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
@@ -473,7 +443,7 @@ def _explain(error: Any, where: str) -> str:
     if error["type"] == "value_error":
         return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
     hint = quote_hint(error["input"]) if error["type"] == "string_type" else ""
-    return f"{where}: {key}={error['input']!r}: {error['msg']}{hint}"
+    return f"{where}: {key}={shown(error['input'])}: {error['msg']}{hint}"
 
 
 def task_from_templates(
@@ -535,7 +505,7 @@ def task_from_templates(
 
 def _only_field(template: str) -> str | None:
     """The field that a template reads, if it is the only one and is shown once, as it is."""
-    fields = _compile(template)[1]
+    fields = compiled(template)[1]
     if len(fields) != 1:
         return None
     (field,) = fields

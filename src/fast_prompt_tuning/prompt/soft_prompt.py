@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, shown
 from ..files import new_file, write_atomic
 from ..plm.stacks import get_plm
 
@@ -237,14 +237,17 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = record["format"] == 1 and record["placement"] in PLACES and record["placement"] != "prefix"
+        for name in ("base_model", "model_fingerprint"):
+            if not isinstance(record[name], str):
+                raise TypeError(f"{name} is {shown(record[name])}, not a text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{str(file)!r} cannot be read ({type(error).__name__}: {error}); save the prompt again"
         ) from error
     if not known:
         raise ConfigError(
-            f"{str(file)!r} has format={record['format']!r}, placement={record['placement']!r}; this version knows "
-            "format 1 and the placements 'suffix' and 'infix'"
+            f"{str(file)!r} has format={shown(record['format'])}, placement={shown(record['placement'])}; this version "
+            "knows format 1 and the placements 'suffix' and 'infix'"
         )
     return dict(record)
 
@@ -270,7 +273,7 @@ def load_prompt(path: str | Path) -> torch.Tensor:
                 f"{str(folder)!r} lacks the vectors of its prompt ({type(error).__name__}: {error}); it needs "
                 f"{SUFFIX_FILES[2]} with prompt_embeddings"
             ) from error
-        return found
+        return _vectors(found, folder)
     file = folder / "adapter_model.safetensors"
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -281,10 +284,28 @@ def load_prompt(path: str | Path) -> torch.Tensor:
             f"{str(folder)!r} is not a saved soft prompt ({type(error).__name__}: {error}); it needs "
             "adapter_config.json and adapter_model.safetensors with prompt_embeddings"
         ) from error
-    if kind != "PROMPT_TUNING" or values.ndim != 2:
-        raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {kind!r}, not a soft prompt")
+    if kind != "PROMPT_TUNING":
+        raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {shown(kind)}, not a soft prompt")
+    values = _vectors(values, folder)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= len(values):
+        raise ConfigError(
+            f"{str(folder)!r}: num_virtual_tokens={shown(tokens)} in adapter_config.json must be a whole number of 1 "
+            f"to {len(values)}, the vectors it has; save the prompt again"
+        )
     # PEFT's default for encoder-decoders stores as many vectors again for the decoder, and uses the first half.
     return values[:tokens]
+
+
+def _vectors(values: torch.Tensor, folder: Path) -> torch.Tensor:
+    """The values of a saved prompt, refused where they are no vectors `(P, H)` of finite numbers."""
+    if values.ndim != 2 or not values.numel() or not values.is_floating_point():
+        kind = str(values.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{str(folder)!r}: prompt_embeddings is {tuple(values.shape)} of {kind}, not (tokens, width) of floats"
+        )
+    if not torch.isfinite(values).all():
+        raise ConfigError(f"{str(folder)!r}: prompt_embeddings has values that are no numbers; use another prompt")
+    return values
 
 
 PLACES = {

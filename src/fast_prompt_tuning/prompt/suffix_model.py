@@ -254,7 +254,13 @@ def load_soft_prompt(plm: Any, folder: str | Path, *, cache: TextCache | None = 
             f"{width}: it is another model's prompt"
         )
     if record is None:
-        return PeftModel.from_pretrained(plm, str(prompt_folder(folder)))
+        try:
+            return PeftModel.from_pretrained(plm, str(prompt_folder(folder)))
+        except Exception as error:  # PEFT makes what the file says, and fails as each of its fields does
+            raise ConfigError(
+                f"{str(folder)!r}: PEFT cannot load what adapter_config.json describes; save the prompt again "
+                f"({type(error).__name__}: {error})"
+            ) from error
     if wrong := fingerprint.mismatch(record["model_fingerprint"], fingerprint.of_model(plm)):
         logger.warning(
             "%s was tuned on %s, whose weights are not this model's: %s", folder, record["base_model"], wrong

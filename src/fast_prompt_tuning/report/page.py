@@ -12,12 +12,13 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from pydantic import BaseModel, Field
 
 from ..cost.units import human_flops, human_seconds, size_text
 from ..data.metrics import METRICS
 from ..errors import DataError
 from ..prompt.soft_prompt import load_prompt, placement_of, similarity_matrix
-from ..run.results import RunResult, load_result
+from ..run.results import Real, RunResult, legible, load_result
 from . import pictures
 from .tables import (
     average_rows,
@@ -154,6 +155,29 @@ def _similarities(runs: Sequence[Run]) -> list[tuple[list[str], list[list[float]
     ]
 
 
+class _Row(BaseModel):
+    selection: str
+    relative_flops: Real
+    agreement: Real
+    loss: Real
+
+
+class _Fidelity(BaseModel):
+    """What `fpt score --fidelity` prints, as far as it is drawn."""
+
+    rows: list[_Row] = Field(min_length=1)
+    full_loss: Real
+
+
+class _Answered(BaseModel):
+    """A line of `predictions.jsonl`, as far as it is shown."""
+
+    id: str | int
+    input: str
+    prediction: str
+    gold: list[str]
+
+
 def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
     """What `fpt score --fidelity … --json > RUN/fidelity.json` has left in runs' folders."""
     found = []
@@ -162,13 +186,10 @@ def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
         if not path.is_file():
             continue
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))["fidelity"]
-            for row in record["rows"]:
-                _ = row["selection"], float(row["relative_flops"]), float(row["agreement"]), float(row["loss"])
-            float(record["full_loss"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            record = _Fidelity.model_validate(legible(json.loads(path.read_text(encoding="utf-8")))["fidelity"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"not what fpt score --fidelity prints ({type(error).__name__})", file=str(path)) from error
-        found.append((run.result.name, record))
+        found.append((run.result.name, record.model_dump()))
     return found
 
 
@@ -275,12 +296,10 @@ def _predictions(run: Run) -> dict[str, dict[str, Any]]:
     if metric is None or not path.is_file():
         return {}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = metric([r["prediction"] for r in rows], [r["gold"] for r in rows])
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [_Answered.model_validate(legible(json.loads(line))) for line in lines if line.strip()]
+        found = metric([r.prediction for r in rows], [r.gold for r in rows])
         scores = found.get(run.result.primary) or next(iter(found.values()))  # a split's score is no example's
-        return {
-            f"{row['id']}": {**row, "input": str(row["input"]), "percent": score}
-            for row, score in zip(rows, scores, strict=True)
-        }
-    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+        return {str(row.id): {**row.model_dump(), "percent": score} for row, score in zip(rows, scores, strict=True)}
+    except (OSError, ValueError, RecursionError, DataError) as error:
         raise DataError(f"not a run's predictions ({type(error).__name__})", file=str(path)) from error

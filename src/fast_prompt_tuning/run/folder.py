@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -19,6 +18,7 @@ from ..files import clear_leftovers, write_atomic
 from ..prompt.soft_prompt import prompt_folder
 from ..recipe import RunConfig
 from ..train import checkpoint
+from ..yaml_text import read_yaml
 
 OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
 OUR_FOLDERS = ("prompt", "model", "checkpoints")
@@ -69,8 +69,8 @@ def recipe_changes(config: RunConfig) -> list[str]:
     """How a recipe differs from the one saved in its output folder."""
     saved = Path(config.output) / "config.yaml"
     try:
-        before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        before = read_yaml(saved, str(saved))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{str(saved)!r} cannot be read ({type(error).__name__}); use --overwrite") from error
     if isinstance(before, dict):
         before["output"] = config.output  # the same folder, however it is spelled

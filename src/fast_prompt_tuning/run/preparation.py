@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..cost.flops import forward_flops
 from ..cost.ledger import FlopsLedger
 from ..data.batches import Collator
 from ..data.splits import examples_fingerprint, train_calibration
-from ..errors import ConfigError
+from ..errors import ConfigError, ScoreError, shown
 from ..plm.configs import full_stage, load_config
 from ..plm.loading import locate
 from ..plm.partial import PartialPLM
@@ -203,7 +204,13 @@ def _layer_scores(
         return LayerScores.load(file)
 
     scores = parallel.on_main(made)
-    ledger.add("score", float(scores.metadata["flops"]))
+    try:
+        flops = float(scores.metadata["flops"])
+    except (KeyError, ValueError):
+        flops = math.nan
+    if not 0 <= flops < math.inf:
+        raise ScoreError(f"{str(file)!r}: flops={shown(scores.metadata.get('flops'))} is no cost; use --overwrite")
+    ledger.add("score", flops)
     return scores
 
 

@@ -39,7 +39,7 @@ from ..prompt.suffix_model import SuffixPromptModel
 from ..recipe import RunConfig
 from ..schedule.auto import WINDOWS, AutoSchedule, default_ladder, probe_examples
 from ..schedule.stages import Schedule, Stage
-from ..train import checkpoint, parallel
+from ..train import checkpoint, parallel, restored
 from ..train.callback import AutoCallback, EmaCallback, ProgressiveCallback
 from ..train.trainer import (
     PromptTrainer,
@@ -136,7 +136,9 @@ def train(
         # All that can be refused has been: only now is an earlier run replaced, or a folder made.
         parallel.on_main(lambda: held.enter_context(checkpoint.locked(folder)))
         found = parallel.on_main(
-            lambda: _prepare(config, identity, model, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+            lambda: _prepare(
+                config, identity, model, trained, overwrite=overwrite, resume=resume, allow_changed=allow_changed
+            )
         )
         ledger = FlopsLedger()
         partial = scored_partial(session, model, schedule, needed, folder, ledger)
@@ -264,7 +266,7 @@ def _train(
             "dtype": str(session.plm.dtype).removeprefix("torch."),
         }
 
-    best = _Best(folder / "checkpoints", session.task.primary, full_tuning, reached)
+    best = _Best(folder / "checkpoints", session.task.primary, full_tuning, reached, model)
 
     scored = _Scored()
 
@@ -360,6 +362,7 @@ def _prepare(
     config: RunConfig,
     identity: dict[str, Any],
     model: nn.Module,
+    trained: Sequence[nn.Parameter],
     *,
     overwrite: bool,
     resume: bool,
@@ -369,7 +372,8 @@ def _prepare(
 
     Raises:
         ConfigError: as `prepare_folder`; or model, data or the number of processes have changed since the checkpoint.
-        CheckpointError: the checkpoint is of another method or another prompt than `model` has.
+        CheckpointError: the checkpoint is of another method or another prompt than `model` has, or not of the form
+            that a run goes on from.
     """
     folder, places = Path(config.output), Path(config.output) / "checkpoints"
     check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
@@ -388,6 +392,7 @@ def _prepare(
         )
     if found is not None:
         _check_fits(found, model, config.method == "full")
+        restored.check(found, model, trained, config.optim, full=config.method == "full")
     prepare_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)  # writes the new recipe
     if changed:
         logger.warning("going on although changed: %s", "; ".join(changed))
@@ -419,16 +424,20 @@ class _Best:
     Args:
         folder: where the checkpoints lie; the best is `best-STEP` there.
         reached: step that the run goes on from; a later best will be found again.
+        model: what a saved best must fit.
     """
 
-    def __init__(self, folder: Path, primary: str, full_tuning: bool, reached: int):
+    def __init__(self, folder: Path, primary: str, full_tuning: bool, reached: int, model: nn.Module):
         self.folder, self.primary, self.full_tuning = folder, primary, full_tuning
         self.step, self.value = 0, float("-inf")
         self.prompt: torch.Tensor | None = None
         self.saved: Path | None = None
         found = parallel.on_main(lambda: checkpoint.latest(folder, "best", until=reached))
         if found is not None:
-            self.step, self.value, self.saved = found.step, found.record["value"], found.folder
+            _check_fits(found, model, full_tuning)
+            if full_tuning:
+                restored.check_weights(found.folder, model)
+            self.step, self.value, self.saved = found.step, restored.best_value(found), found.folder
             self.prompt = None if full_tuning else load_prompt(found.folder)
         if parallel.rank() == 0:
             checkpoint.discard_best(folder, after=reached)

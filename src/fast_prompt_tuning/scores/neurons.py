@@ -81,7 +81,11 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file written by `save`."""
+        """Read a file written by `save`.
+
+        Raises:
+            ScoreError: it cannot be read, or holds other things than finite scores of a model.
+        """
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -92,6 +96,9 @@ class Scores:
             raise ScoreError(
                 f"{str(path)!r} was not written by {cls.__name__}.save: no model fingerprint in it, or other scores"
             )
+        for name, values in scores.items():
+            if not values.is_floating_point() or not values.numel() or not torch.isfinite(values).all():
+                raise ScoreError(f"{str(path)!r}: the scores of {name!r} are no finite numbers; score the model again")
         return cls(scores, metadata)
 
 

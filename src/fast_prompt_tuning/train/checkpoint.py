@@ -131,12 +131,14 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """
     try:
         random.setstate(state["python"])
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        kind, keys, position, *rest = state["numpy"]
+        if not 0 <= position <= len(keys):  # NumPy would read beyond them
+            raise ValueError(f"position {position} of {len(keys)}")
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, *rest))
         torch.set_rng_state(state["torch"])
         for device, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(one, device)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"the state of the random generators is none ({error})") from error
 
 
@@ -190,6 +192,9 @@ def verify(folder: Path) -> Checkpoint:
         if set(files) != set(entries) - {MANIFEST}:
             odd = sorted(set(files) ^ (set(entries) - {MANIFEST}))
             raise CheckpointError(f"{where!r}: {', '.join(odd)} is missing, or was not saved with it")
+        for name in files:
+            if not name.endswith((".json", ".safetensors")):  # a `.bin` would be unpickled by whoever loads it
+                raise CheckpointError(f"{where!r}: {name} is neither JSON nor safetensors; nothing else is read")
         for name, want in files.items():
             if entries[name].stat(follow_symlinks=False).st_size != want["bytes"]:
                 raise CheckpointError(f"{where!r}: {name} is cut off")
