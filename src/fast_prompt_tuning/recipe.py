@@ -115,7 +115,6 @@ class StageConfig(_Section):
     ffn: int | dict[str, int] | None = Field(None, description="FFN neurons kept; default all")
     batch: int | None = Field(None, ge=1, description="examples of each forward pass; default train.batch_size")
     length: int | None = Field(None, ge=1, description="text tokens of an input; default data.max_input_tokens")
-    rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="times optim.lr while it lasts; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps; left out with method: auto")
     stacks: list[str] | None = None
 
@@ -124,7 +123,7 @@ class StageConfig(_Section):
         stacks = tuple(self.stacks or stacks)
         layers: Any = {s: full.layers_in(s) for s in stacks} if self.layers is None else self.layers
         ffn: Any = {s: full.ffn_in(s) for s in stacks} if self.ffn is None else self.ffn
-        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length, self.rate)
+        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length)
 
 
 class ScoringConfig(_Section):

@@ -345,38 +345,6 @@ def test_a_partial_plm_of_the_bare_model_works_too(tmp_path):
 # -- broken off -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
-def test_a_stages_rate_counts_for_its_steps_alone(tmp_path, optimizer):
-    def run(rate):
-        prompts, rates = [], []
-
-        class Watch(TrainerCallback):
-            def on_train_begin(self, args, state, control, model=None, **kwargs):
-                prompts.append(prompt_parameter(model).detach().clone())
-
-            def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-                prompts.append(prompt_parameter(model).detach().clone())
-                rates.append(optimizer.param_groups[0]["lr"])
-
-        plm, data = build("llama")
-        torch.manual_seed(0)
-        model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
-        partial = PartialPLM(model, keep_neurons="first")
-        first = dataclasses.replace(partial.full_stage, steps=2, rate=rate)
-        callback = ProgressiveCallback(partial, Schedule([first, dataclasses.replace(partial.full_stage, steps=2)]))
-        options = {"max_steps": 4, "optim": optimizer, "max_grad_norm": 0.0, "lr_scheduler_type": "linear"}
-        Trainer(model, arguments(tmp_path, **options), train_dataset=data, callbacks=[callback, Watch()]).train()
-        return prompts, rates
-
-    (usual, usual_rates), (slow, slow_rates) = run(None), run(0.25)
-    assert slow_rates == usual_rates == pytest.approx([0.0375, 0.025, 0.0125, 0.0])
-    assert torch.equal(slow[0], usual[0])
-    assert torch.allclose(slow[1] - slow[0], 0.25 * (usual[1] - usual[0]), rtol=1e-3, atol=1e-7)
-    if optimizer == "adamw_torch":  # whose steps are the rate, whatever the gradient
-        assert (slow[2] - slow[1]).abs().max() < 0.5 * (usual[2] - usual[1]).abs().max()
-        assert (slow[3] - slow[2]).abs().max() > 0.5 * (usual[3] - usual[2]).abs().max()
-
-
 class Prompts(TrainerCallback):
     """The prompt between steps (at index 0 before the first), and inside them."""
 

@@ -82,7 +82,7 @@ def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule, Need
     for stage in tried:
         bare.check(stage)
     # A stage that only trains on part of each batch goes the same way as one of part of the model.
-    partial = not all(s.is_full(full) and s.batch is s.length is s.rate is None for s in tried)
+    partial = not all(s.is_full(full) and s.batch is s.length is None for s in tried)
     widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in tried for s in stage.stacks)
     scores = partial and widths and config.scoring.keep_neurons == "activation"
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None

@@ -231,8 +231,7 @@ def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
     """The stages that `auto` climbs where a recipe names none: a quarter of each batch, then all of it.
 
     Partial PLMs are left out: on the modern decoders we measured, what they teach hardly reaches the full PLM
-    (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first. Their learning rate
-    stays: at the square root of their part of the batch (see `Stage`) runs ended as good, and were there later.
+    (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first.
     """
     small = batch_size // 4
     return (replace(full, batch=small), full) if small else (full,)

@@ -42,7 +42,6 @@ class ProgressiveCallback(TrainerCallback):
     evaluates, chooses its best checkpoint, saves, calls other callbacks, ends or fails, it is the full PLM. The stage
     follows from `state.global_step` alone: resuming from any checkpoint needs nothing else. Batches are cut to the
     stage's `batch` and `length` as the Trainer takes them from its loader (`trimming.trim`), before it counts labels.
-    A stage's `rate` multiplies the learning rates for the optimizer's step alone, whatever scheduler sets them.
 
     Args:
         partial: the `PartialPLM` of the model the Trainer trains.
@@ -59,7 +58,6 @@ class ProgressiveCallback(TrainerCallback):
         self.partial, self.schedule = partial, schedule
         self._trainer: Trainer | None = None
         self._users_own: dict[str, Any] = {}  # methods the user has set on the trainer itself
-        self._rates: list[tuple[dict[str, Any], float]] = []  # optimizer groups and their rates, during a step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,25 +110,6 @@ class ProgressiveCallback(TrainerCallback):
         trainer.training_step = training_step  # type: ignore[method-assign]
         trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        rate = self.schedule.stage_at(state.global_step).rate
-        if rate is not None:
-            self._rates = [(group, group["lr"]) for group in kwargs["optimizer"].param_groups]
-            for group, usual in self._rates:
-                group["lr"] = usual * rate
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._usual_rates()
-
-    def _usual_rates(self) -> None:
-        for group, usual in self._rates:
-            group["lr"] = usual
-        self._rates = []
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -142,8 +121,6 @@ class ProgressiveCallback(TrainerCallback):
             raise ModelError(
                 "the PartialPLM is of another model than the Trainer's; make it of the model the Trainer is given"
             )
-        if getattr(args, "deepspeed", None) and any(stage.rate is not None for stage in self.schedule.stages):
-            raise ModelError("rate of a stage cannot be used with DeepSpeed, which steps by itself; leave it out")
         for stage in self.schedule.stages:
             self.partial.check(stage)  # again: by now FSDP or DeepSpeed may have sharded what a stage wants to cut
         if args.n_gpu > 1:
@@ -153,7 +130,6 @@ class ProgressiveCallback(TrainerCallback):
             )
 
     def _release(self) -> None:
-        self._usual_rates()
         if self._trainer is not None:
             for name in _BRACKETED:
                 self._trainer.__dict__.pop(name, None)
