@@ -268,7 +268,7 @@ class RunConfig(_Section):
                         raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
         return self
 
-    def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule:
+    def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule | AutoSchedule:
         """The run's schedule for a model whose full size is `full`.
 
         Args:
@@ -279,7 +279,7 @@ class RunConfig(_Section):
         """
         stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
         stacks = stacks or full.stacks
-        schedule: Schedule
+        schedule: Schedule | AutoSchedule
         if self.method == "auto":
             own = [s.stage(full, stacks) for s in self.stages or ()]
             plain = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
@@ -290,7 +290,8 @@ class RunConfig(_Section):
         else:
             method = "pt" if self.method == "full" else self.method
             schedule = Schedule.preset(method, full, total_steps=self.train.steps, stacks=stacks)
-        schedule.check_fits(full)
+        for stage in schedule.candidates:
+            stage.check_fits(full)
         return schedule
 
     def to_yaml(self) -> str:

@@ -20,7 +20,7 @@ from toy import FILLER, toy
 from trainers import Rows, arguments
 from transformers import Trainer
 
-from fast_prompt_tuning import PartialPLM, Schedule, soft_prompt_config
+from fast_prompt_tuning import PartialPLM, soft_prompt_config
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cost.flops import step_flops
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
@@ -72,7 +72,7 @@ def falling(rate: float, start: float = 8.0) -> Any:
 def test_a_stage_that_keeps_lowering_the_loss_lasts_to_the_papers_last_growth():
     schedule = AutoSchedule(LADDER, 120)
     assert played(schedule, falling(0.9)) == [(72, "grow")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 72), (None, 48)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 72), (None, 48)]
 
 
 def test_two_windows_without_progress_end_a_stage():
@@ -80,21 +80,21 @@ def test_two_windows_without_progress_end_a_stage():
     assert schedule.window == 10
     losses = [8, 4, 3, 2.99, 3.01, 2, 2.5, 2.5, 1]  # ends at 40; the next stage goes on from 3.01, ends at 70
     assert played(schedule, losses) == [(40, "grow"), (70, "grow")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 40), (8, 30), (None, 50)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 40), (8, 30), (None, 50)]
 
 
 @pytest.mark.parametrize("second", [8.0, 9.0, 7.95, math.nan, math.inf])
 def test_a_first_window_that_teaches_nothing_is_given_up_and_given_back(second):
     schedule = AutoSchedule(LADDER, 120)
     assert played(schedule, [8.0, second]) == [(10, "abandon")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 10), (None, 120)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 10), (None, 120)]
     assert schedule.total_steps == 130
 
 
 def test_a_later_stage_can_be_given_up_too():
     schedule = AutoSchedule(LADDER, 120)
     assert played(schedule, [8, 4, 4, 4, 5]) == [(30, "grow"), (40, "abandon")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 30), (8, 10), (None, 90)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 30), (8, 10), (None, 90)]
 
 
 COSTS = (0.25, 0.5, 1.0)
@@ -103,11 +103,14 @@ COSTS = (0.25, 0.5, 1.0)
 def test_what_was_saved_is_spent_while_the_loss_falls():
     schedule = AutoSchedule(LADDER, 120, COSTS)
     assert played(schedule, falling(0.9))[:3] == [(72, "grow"), (120, "go on"), (130, "go on")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 72), (None, 48 + 54)]  # 72 steps at a quarter save 54
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [
+        (4, 72),
+        (None, 48 + 54),
+    ]  # 72 steps at a quarter save 54
     assert schedule.total_steps == schedule.most_steps
     schedule = AutoSchedule(LADDER, 120, COSTS, probe_cost=0.5)
     probes = len(played(schedule, falling(0.9))) + 9 + 2  # 9 until it grows, 2 in the last stage before its end
-    spent = 72 * 0.25 + schedule.stages[-1].steps + 0.5 * probes
+    spent = 72 * 0.25 + schedule.now.stages[-1].steps + 0.5 * probes
     assert 117 < spent <= 120
 
 
@@ -130,7 +133,7 @@ def test_nothing_is_added_where_a_first_stage_was_given_up():
 def test_short_runs_and_one_rung_are_plain():
     for schedule in (AutoSchedule(LADDER, WINDOWS - 1), AutoSchedule((FULL,), 100)):
         assert not any(schedule.wants_probe(step) for step in range(101))
-        assert [s.batch for s in schedule.stages] == [None]
+        assert [s.batch for s in schedule.now.stages] == [None]
         assert schedule.total_steps == schedule.asked
 
 
@@ -149,20 +152,17 @@ def test_whatever_the_probes_say(steps, losses, rungs, priced):
             value = next(stream)
             schedule.tell(step, value)
             log.append({"step": step, PROBE: value})
-        now = Schedule(schedule.stages)  # raises if a stage had no steps
-        assert now.total_steps == schedule.total_steps
-        assert now.stage_at(step) == schedule.stage_at(step)
-        assert now.boundaries == schedule.boundaries
+        assert schedule.now.total_steps == schedule.total_steps  # raises if a stage had no steps
         step += 1
     assert len(log) <= WINDOWS * (2 if priced else 1)
-    assert schedule.stages[-1].batch is None
+    assert schedule.now.stages[-1].batch is None
     assert schedule.total_steps <= schedule.most_steps <= steps + max(schedule.window, 0.6 * steps + 1 if priced else 0)
-    cost = sum(s.steps * (0.2 * s.batch if s.batch and priced else 1.0) for s in schedule.stages)
+    cost = sum(s.steps * (0.2 * s.batch if s.batch and priced else 1.0) for s in schedule.now.stages)
     lost = schedule.window + 0.2 if schedule.given_back else 0.2  # a first window is given up, or of a single step
     assert cost + 0.1 * priced * len(log) <= steps + lost
     again = AutoSchedule(ladder, steps, costs, schedule.probe_cost)
     again.replay([{"step": 0, "loss": 1.0}, *json.loads(json.dumps(log))])
-    assert again.to_dict() == schedule.to_dict()
+    assert again.now == schedule.now
 
 
 def test_the_default_ladder_and_what_is_refused():

@@ -23,6 +23,7 @@ from ..run import run
 from ..run.folder import check_folder
 from ..run.results import RunResult, save_result, write_atomic
 from ..run.session import Session, open_session
+from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
 from .progress import ProgressReporter
 
@@ -32,14 +33,14 @@ RECIPE = "bbc_topics_smollm2"
 @contextmanager
 def reporting(
     console: Console, title: str, session: Session
-) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule, Any], None]]]:
+) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule | AutoSchedule, Any], None]]]:
     """Callbacks and a hook for `run.train`: the hook puts a progress reporter for the run's schedule among them.
 
     However the run ends, the terminal is as it was.
     """
     callbacks: list[TrainerCallback] = []
 
-    def hook(schedule: Schedule, full: Any) -> None:
+    def hook(schedule: Schedule | AutoSchedule, full: Any) -> None:
         data = session.config.data
         shape = BatchShape(
             batch=session.config.train.batch_size,

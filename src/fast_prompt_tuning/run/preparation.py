@@ -72,13 +72,13 @@ class Needed:
     given_layers: LayerScores | None
 
 
-def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule, Needed]:
+def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule | AutoSchedule, Needed]:
     """The schedule, checked against the model, and what it needs; nothing is computed or written yet."""
     config = session.config
     bare = PartialPLM(model, keep_neurons="first")
     full = bare.full_stage
     schedule = config.schedule(full, session.task.stacks)
-    tried = schedule.ladder if isinstance(schedule, AutoSchedule) else schedule.stages
+    tried = schedule.candidates
     for stage in tried:
         bare.check(stage)
     # A stage that only trains on part of each batch goes the same way as one of part of the model.
@@ -117,7 +117,12 @@ def fewest_layers(stages: Iterable[Stage], full: Stage) -> dict[str, int]:
 
 
 def scored_partial(
-    session: Session, model: nn.Module, schedule: Schedule, needed: Needed, folder: Path, ledger: FlopsLedger
+    session: Session,
+    model: nn.Module,
+    schedule: Schedule | AutoSchedule,
+    needed: Needed,
+    folder: Path,
+    ledger: FlopsLedger,
 ) -> PartialPLM | None:
     """The partial PLM where a stage needs one; neurons are scored on training data if need be."""
     if not needed.partial:
@@ -129,7 +134,7 @@ def scored_partial(
     if needed.down_to and layers is None:
         layers = _layer_scores(session, model, needed.down_to, folder, ledger)
     partial = _cut_by(config, model, scores, layers)
-    for stage in schedule.stages:
+    for stage in schedule.candidates:
         partial.check(stage)
     return partial
 
@@ -250,7 +255,7 @@ def evaluate_partial(session: Session, folder: Path) -> Evaluation:
     """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
     partial = _partial_of_run(session, folder)
     schedule = session.config.schedule(partial.full_stage, session.task.stacks)
-    with partial.at(schedule.stages[-1]):
+    with partial.at(schedule.now.stages[-1]):
         return evaluate(session, load_prompt(folder / "prompt").to(session.plm.device))
 
 

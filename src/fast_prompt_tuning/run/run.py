@@ -84,7 +84,7 @@ def train(
     allow_changed: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     session: Session | None = None,
-    on_schedule: Callable[[Schedule, Any], None] | None = None,
+    on_schedule: Callable[[Schedule | AutoSchedule, Any], None] | None = None,
 ) -> RunResult:
     """Run a recipe to its end; see `docs/` for what lies in the folder afterwards.
 
@@ -202,7 +202,7 @@ def _priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int)
     return AutoSchedule(schedule.ladder, schedule.asked, costs, once / step)
 
 
-def _say_if_nothing_is_saved(session: Session, schedule: Schedule, ledger: FlopsLedger) -> None:
+def _say_if_nothing_is_saved(session: Session, schedule: Schedule | AutoSchedule, ledger: FlopsLedger) -> None:
     """Warn where scoring costs what the stages save: a short run does not earn it back."""
     config = session.config
     if not ledger["score"] or isinstance(schedule, AutoSchedule):
@@ -226,7 +226,7 @@ def _train(
     data: tuple[Dataset, Dataset | None],
     model: nn.Module,
     trained: list[nn.Parameter],
-    schedule: Schedule,
+    schedule: Schedule | AutoSchedule,
     partial: PartialPLM | None,
     folder: Path,
     ledger: FlopsLedger,
@@ -481,7 +481,7 @@ def _finish(
     session: Session,
     model: nn.Module,
     trainer: PromptTrainer,
-    schedule: Schedule,
+    schedule: Schedule | AutoSchedule,
     partial: PartialPLM | None,
     folder: Path,
     ledger: FlopsLedger,
@@ -520,9 +520,9 @@ def _finish(
         status=status,
         reason=reason,
         config=config.model_dump(mode="json"),
-        schedule=schedule.to_dict(),
-        boundaries=list(schedule.boundaries),
-        kept_layers=[partial.kept_layers(s) for s in schedule.stages] if partial is not None else [],
+        schedule=schedule.now.to_dict(),
+        boundaries=list(schedule.now.boundaries),
+        kept_layers=[partial.kept_layers(s) for s in schedule.now.stages] if partial is not None else [],
         steps=trainer.state.global_step,
         skipped_steps=trainer.skipped,
         primary=session.task.primary,

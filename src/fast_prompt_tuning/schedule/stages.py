@@ -193,6 +193,16 @@ class Schedule:
                 raise ScheduleError(f"stages[{i}].steps={stage.steps} must be at least 1")
 
     @property
+    def now(self) -> Schedule:
+        """Itself: an `AutoSchedule`, which may stand in its place, has one schedule now and another later."""
+        return self
+
+    @property
+    def candidates(self) -> tuple[Stage, ...]:
+        """Every stage that a run may come to."""
+        return self.stages
+
+    @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 

@@ -52,10 +52,11 @@ class ProgressiveCallback(TrainerCallback):
             training begins: the Trainer's model is another one, or runs on several GPUs in one process.
     """
 
-    def __init__(self, partial: PartialPLM, schedule: Schedule):
-        for stage in schedule.stages:
+    def __init__(self, partial: PartialPLM, schedule: Schedule | AutoSchedule):
+        for stage in schedule.candidates:
             partial.check(stage)
-        self.partial, self.schedule = partial, schedule
+        self.partial = partial
+        self.schedule: Schedule | AutoSchedule = schedule
         self._trainer: Trainer | None = None
         self._users_own: dict[str, Any] = {}  # methods the user has set on the trainer itself
 
@@ -69,12 +70,12 @@ class ProgressiveCallback(TrainerCallback):
             left._release()  # an earlier callback of ours whose run was broken off between two steps
         self._trainer = trainer
         self._users_own = {name: trainer.__dict__[name] for name in _BRACKETED if name in trainer.__dict__}
-        if state.max_steps <= self.schedule.boundaries[-1]:
+        if state.max_steps <= self.schedule.now.boundaries[-1]:
             logger.warning(
                 "training stops after %d steps, but the schedule reaches its last stage at step %d: the prompt will "
                 "never be tuned on it. Make the schedule with total_steps=%d.",
                 state.max_steps,
-                self.schedule.boundaries[-1],
+                self.schedule.now.boundaries[-1],
                 state.max_steps,
             )
         own_step = trainer.training_step
@@ -83,7 +84,7 @@ class ProgressiveCallback(TrainerCallback):
         @functools.wraps(own_step)
         def training_step(*step_args: Any, **step_kwargs: Any) -> Any:
             nonlocal previous
-            stage = self.schedule.stage_at(trainer.state.global_step)
+            stage = self.schedule.now.stage_at(trainer.state.global_step)
             if previous is None or not stage.same_size(previous):
                 _log_growth(self.partial, trainer.state.global_step, previous, stage)
                 previous = stage
@@ -101,7 +102,7 @@ class ProgressiveCallback(TrainerCallback):
 
         @functools.wraps(own_batches)
         def get_batch_samples(epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-            stage = self.schedule.stage_at(trainer.state.global_step)
+            stage = self.schedule.now.stage_at(trainer.state.global_step)
             turn = int(trainer.state.epoch or 0)
             cut = (trim(batch, stage, decoder=decoder, turn=turn) for batch in epoch_iterator)
             return own_batches(cut, *args, **kwargs)
@@ -121,7 +122,7 @@ class ProgressiveCallback(TrainerCallback):
             raise ModelError(
                 "the PartialPLM is of another model than the Trainer's; make it of the model the Trainer is given"
             )
-        for stage in self.schedule.stages:
+        for stage in self.schedule.candidates:
             self.partial.check(stage)  # again: by now FSDP or DeepSpeed may have sharded what a stage wants to cut
         if args.n_gpu > 1:
             raise ModelError(
@@ -138,7 +139,7 @@ class ProgressiveCallback(TrainerCallback):
 
 
 class AutoCallback(ProgressiveCallback):
-    """Grows the model when the full PLM's held-out loss says so (`growth.AutoSchedule`).
+    """Grows the model when the full PLM's held-out loss says so (`AutoSchedule`).
 
     Probes are measured on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
     Trainer's log and decides as it did. The Trainer's `max_steps`, or the steps of its epochs, should be at least
@@ -164,8 +165,6 @@ class AutoCallback(ProgressiveCallback):
         *,
         on_probe: Callable[[], None] = lambda: None,
     ):
-        for stage in schedule.ladder:
-            partial.check(stage)
         super().__init__(partial, schedule)
         self.probe, self.on_probe = {k: v for k, v in probe.items() if k != TAIL}, on_probe
         self._begun_with: torch.Tensor | None = None

@@ -39,6 +39,7 @@ from ..plm.partial import find_stacks, get_plm
 from ..prompt.placement import SuffixPromptModel, suffix_loss
 from ..prompt.soft_prompt import load_prompt, prompt_parameter
 from ..recipe import OptimConfig, RunConfig
+from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule
 from . import checkpoint, parallel
 
@@ -127,7 +128,7 @@ class PromptTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        schedule: Schedule,
+        schedule: Schedule | AutoSchedule,
         cost: CostModel,
         prompt_tokens: int,
         evaluate_prompt: Callable[[int], dict[str, float]],
@@ -342,11 +343,11 @@ class PromptTrainer(Trainer):
         self.state.save_to_json(str(work / TRAINER_STATE_NAME))
 
     def _progress(self) -> dict[str, Any]:
-        stage = self.schedule.stage_at(self.state.global_step)
+        stage = self.schedule.now.stage_at(self.state.global_step)
         return {
-            "stage": self.schedule.index_at(self.state.global_step),
+            "stage": self.schedule.now.index_at(self.state.global_step),
             "next_size": str(stage),
-            "schedule": self.schedule.to_dict(),
+            "schedule": self.schedule.now.to_dict(),
             "flops": {**self.ledger.to_dict(), "train": self.state.total_flos},
             **self.spent(),
         }
@@ -421,7 +422,7 @@ class PromptTrainer(Trainer):
         """FLOPs of the training step on `inputs`, at the stage it ran on (`flops.py`, convention `all`)."""
         if self.full_tuning:
             return 3 * forward_flops(self.cost, None, self._shape(inputs))  # weight gradients cost one more pass
-        stage = self.schedule.stage_at(self.state.global_step)
+        stage = self.schedule.now.stage_at(self.state.global_step)
         # The batch has been cut by now: neither `batch` nor `length` of the stage is to cut it once more.
         size, shape = replace(stage, batch=None, length=None), self._shape(inputs)
         if not isinstance(self.model, SuffixPromptModel):
@@ -465,8 +466,8 @@ class PromptTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         step = max(self.state.global_step - 1, 0)  # the step that these numbers are of
-        stage = self.schedule.stage_at(step)
-        sizes = {"stage": self.schedule.index_at(step)}
+        stage = self.schedule.now.stage_at(step)
+        sizes = {"stage": self.schedule.now.index_at(step)}
         for name in stage.stacks:
             sizes[f"{name}_layers"], sizes[f"{name}_ffn"] = stage.layers_in(name), stage.ffn_in(name)  # type: ignore[assignment]
         spent = {f"flops_{what}": self.ledger[what] for what in ("score", "probe", "eval")}
