@@ -25,13 +25,15 @@ from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cost.flops import step_flops
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
-from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run import pricing, run
 from fast_prompt_tuning.run.folder import read_log
 from fast_prompt_tuning.run.preparation import checked_schedule, trainable
 from fast_prompt_tuning.run.session import open_session
 from fast_prompt_tuning.schedule.auto import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder, probe_examples
 from fast_prompt_tuning.schedule.stages import Stage
-from fast_prompt_tuning.train.callback import AutoCallback, EmaCallback
+from fast_prompt_tuning.train.callback import AutoCallback
+from fast_prompt_tuning.train.loop import Loop
+from fast_prompt_tuning.train.running_mean import EmaCallback
 
 FULL = Stage(12, 64)
 LADDER = (dataclasses.replace(FULL, batch=4), dataclasses.replace(FULL, batch=8), FULL)
@@ -248,15 +250,20 @@ def test_resumed_anywhere_it_decides_as_it_did(lr, ema, tmp_path):
         assert found.flops["probe"] == first.flops["probe"]
 
 
-def falling_with_steps(self: AutoCallback, trainer: Trainer) -> float:
-    """In place of a probe's loss: always lower than before."""
-    self.on_probe()
-    return float(8 * 0.9**trainer.state.global_step)
+def falling_with_steps(self: Any, *probe: Any) -> float:
+    """In place of a probe's loss, as `Loop` and `AutoCallback` measure it: always lower than before."""
+    if not probe:
+        return float(8 * 0.9**self._trainer.state.global_step)
+    measured(self, *probe)
+    return float(8 * 0.9**self.state.global_step)
+
+
+measured = Loop.probe
 
 
 def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monkeypatch):
     """Every probe is lower than the one before: what the small stage has saved is spent, and nothing else."""
-    monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
+    monkeypatch.setattr(Loop, "probe", falling_with_steps)
     plain = run.train(config.load(recipe(tmp_path / "plain").model_dump(mode="json"), ["method=pt"]))
     whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=60, eval_every=48)
     first = run.train(whole)
@@ -284,7 +291,7 @@ def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monke
     ids=["token budget", "texts of its own", "within the text", "accumulated"],
 )
 def test_a_run_that_goes_on_knows_what_was_saved(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
+    monkeypatch.setattr(Loop, "probe", falling_with_steps)
     settings = recipe(tmp_path / "run", batch_size=8, steps=48).model_dump(mode="json")
     spent = {}
     for method in ("pt", "auto"):
@@ -312,20 +319,24 @@ def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(ema, tmp_path):
             if not torch.is_grad_enabled():  # a probe: say that nothing has been learned
                 assert partial.stage.is_full(full)
                 return torch.tensor(5.0)
-            partial_steps.append((self.state.global_step, partial.stage.layers))
             seen.setdefault(self.state.global_step, prompt_parameter(self.model).detach().clone())
             return super().compute_loss(model, inputs, **kwargs)
 
+    plm.model.norm.register_forward_hook(
+        lambda *_: torch.is_grad_enabled() and partial_steps.append((trainer.state.global_step, partial.stage.layers))
+    )
+    callback = AutoCallback(partial, schedule, data.batch)
     trainer = OwnLoss(
         model=model,
         args=arguments(tmp_path, max_steps=26),
         train_dataset=data,
         callbacks=[
             *([EmaCallback()] if ema == "first" else []),
-            AutoCallback(partial, schedule, data.batch),
+            callback,
             *([EmaCallback()] if ema == "last" else []),
         ],
     )
+    callback.attach(trainer)
     trainer.train()
     assert [layers for _, layers in partial_steps] == [1, 1] + [full.layers] * 24
     assert not torch.equal(seen[1], start)
@@ -357,9 +368,9 @@ def own_trainer(folder: Path, rate: float, **options: object) -> tuple[Trainer, 
     rows = BY_NAME["llama"].batch(size=16)
     options = {"per_device_train_batch_size": 4, "learning_rate": rate, **options}
     callback = AutoCallback(partial, schedule, BY_NAME["llama"].batch(seed=9, size=4))
-    return Trainer(
-        model=model, args=arguments(folder, **options), train_dataset=Rows(rows), callbacks=[callback]
-    ), schedule
+    trainer = Trainer(model=model, args=arguments(folder, **options), train_dataset=Rows(rows), callbacks=[callback])
+    callback.attach(trainer)
+    return trainer, schedule
 
 
 def test_epochs_in_place_of_steps(tmp_path):
@@ -396,7 +407,7 @@ def full_disk(*_args: Any, **_kwargs: Any) -> None:
 def test_a_full_disk_ends_no_run(lr, tmp_path, monkeypatch, caplog):
     settings = recipe(tmp_path / "whole", save_every=24, eval_every=24).model_dump(mode="json")
     whole = run.train(config.load(settings, [f"optim.lr={lr}"]))
-    monkeypatch.setattr("fast_prompt_tuning.train.callback.save_file", full_disk)
+    monkeypatch.setattr("fast_prompt_tuning.train.growth.save_file", full_disk)
     found = run.train(config.load(settings, [f"optim.lr={lr}", f"output={tmp_path / 'full'}"]))
     assert "stage_start.safetensors cannot be written" in caplog.text
     assert (found.schedule, found.metrics) == (whole.schedule, whole.metrics)
@@ -421,8 +432,8 @@ def test_a_prices_target_is_counted_once(tmp_path):
     }  # fmt: skip
     session = open_session(config.load(settings, ["stages=[{length: 4}]"]), ("train", "validation"))
     schedule, _ = checked_schedule(session, trainable(session)[0])
-    priced = run._priced(schedule, session, session.encoded["train"], 4)
-    usual = run._usual_shape(session)  # all rows are alike
+    priced = pricing.priced(schedule, session, session.encoded["train"], 4)
+    usual = pricing.usual_shape(session)  # all rows are alike
     assert (usual.input_tokens, usual.target_tokens) == (10, 12)
     small, full = (step_flops(session.cost, stage, usual) for stage in schedule.ladder)
     assert priced.costs == (pytest.approx(small / full), 1.0)

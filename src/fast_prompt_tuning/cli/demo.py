@@ -20,7 +20,7 @@ from ..report.page import find_runs, render
 from ..report.pictures import draw_quality
 from ..report.tables import comparison_table, table_rows
 from ..run import run
-from ..run.folder import check_folder
+from ..run.folder import Earlier, check_folder
 from ..run.results import RunResult, save_result, write_atomic
 from ..run.session import Session, open_session
 from ..schedule.auto import AutoSchedule
@@ -99,7 +99,7 @@ def demo(
     }
     plain = configs["plain"]
     for config in configs.values():
-        check_folder(config, overwrite=overwrite, resume=False)
+        check_folder(config, Earlier.OVERWRITE if overwrite else Earlier.REFUSE)
     subject = escape(f"{plain.model.path} on {plain.data.task}")
     console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
     console.print("loading the model and the articles …")

@@ -23,7 +23,8 @@ from ..prompt.prediction import batches_of, by_length
 from ..schedule.stages import Stage
 from ..scores.layers import LAYER_KINDS, text_labels
 from ..scores.neurons import evaluating, on_device, scored_model
-from ..train.trainer import batch_shape, make_collator
+from ..train.batches import make_collator
+from ..train.step import batch_shape
 from .preparation import score_layers, score_neurons, trainable
 from .session import Session
 

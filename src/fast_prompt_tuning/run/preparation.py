@@ -26,7 +26,8 @@ from ..schedule.stages import Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from ..scores.neurons import NeuronScores, activation_scores
 from ..train import parallel
-from ..train.trainer import batch_shape, make_collator
+from ..train.batches import make_collator
+from ..train.step import batch_shape
 from .session import Evaluation, Session, evaluate
 
 

@@ -29,16 +29,21 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, ConfigError
 from ..plm import fingerprint
+from ..prompt.soft_prompt import load_prompt, prompt_parameter
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 CANNOT_WRITE = (OSError, SafetensorError)
 """What a full or read-only disk raises; safetensors has its own error."""
 
 _NAME = re.compile(r"(checkpoint|best)-(\d{1,18})")
+
+
+class OtherFormat(CheckpointError):
+    """A whole checkpoint that another version wrote."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         work.mkdir()
         yield work
         for file in sorted(work.iterdir()):
-            _sync(file)
-        _sync(work)
+            sync(file)
+        sync(work)
         if target.is_symlink() or target.exists():
             _remove(old)
             target.rename(old)
         work.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         _remove(work)
         raise
@@ -99,7 +104,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -202,6 +208,23 @@ def save_trained(folder: Path, model: Any) -> None:
         model.save_pretrained(str(folder))
 
 
+def load_trained(folder: Path, model: Any) -> None:
+    """Give a model what `save_trained` wrote.
+
+    Raises:
+        CheckpointError: neither a prompt nor weights as safetensors are there.
+    """
+    if (folder / "adapter_config.json").is_file():
+        with torch.no_grad():
+            prompt_parameter(model).copy_(load_prompt(folder))
+        return
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{str(folder)!r} holds no weights as safetensors, which alone are read")
+    for file in files:
+        model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
+
+
 # -- writing, verifying, choosing -------------------------------------------------------------------------------------
 
 
@@ -234,10 +257,13 @@ def verify(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{where!r}: {name} is no plain file; links are not followed")
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         said = content.pop("sha256")
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{where!r} is of format {content['format']!r}; this version reads {FORMAT}")
         if said != _digest(content) or content["step"] != int(named[2]):
             raise CheckpointError(f"{where!r}: {MANIFEST} was altered")
+        if content["format"] != FORMAT:
+            raise OtherFormat(
+                f"{where!r} was written by another version (format {content['format']!r}, this one reads {FORMAT}); go "
+                "on with that version, or start anew with --overwrite"
+            )
         files = content["files"]
         if set(files) != set(entries) - {MANIFEST}:
             odd = sorted(set(files) ^ (set(entries) - {MANIFEST}))
@@ -268,11 +294,16 @@ def latest(folder: Path, kind: str = "checkpoint", until: int | None = None) -> 
 
     Args:
         until: only those of this step or before.
+
+    Raises:
+        OtherFormat: it is whole, but another version wrote it.
     """
     for step in reversed(steps_of(folder, kind)):
         if until is None or step <= until:
             try:
                 return verify(folder / f"{kind}-{step}")
+            except OtherFormat:
+                raise
             except CheckpointError as error:
                 logger.warning("damaged, so the one before it is used: %s", error)
     return None

@@ -95,6 +95,13 @@ def any_process(flag: bool) -> bool:
     return bool(largest(int(flag)))
 
 
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Put the sum over all processes into each tensor; every process must ask, with as many."""
+    if size() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
 def gather(value: T) -> list[T]:
     """`value` of every process, in order of rank; on every process."""
     if size() == 1:
