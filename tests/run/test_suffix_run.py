@@ -19,7 +19,7 @@ from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.preparation import calibration_batches, score_flops, trainable
 from fast_prompt_tuning.run.session import evaluate, open_session
-from fast_prompt_tuning.train import loop, parallel
+from fast_prompt_tuning.train import loop
 from fast_prompt_tuning.train.batches import make_collator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -213,10 +213,3 @@ def test_a_stock_trainer_is_told_why_it_cannot_checkpoint_gradients():
     model = SuffixPromptModel(BY_NAME["llama"].plm(), 3)
     with pytest.raises(ModelError, match="cannot be trained with gradient checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
-
-
-def test_several_gpus_in_one_process_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    parallel.check_one_gpu(torch.device("cpu"))
-    with pytest.raises(ConfigError, match="2 GPUs in one process"):
-        parallel.check_one_gpu(torch.device("cuda"))

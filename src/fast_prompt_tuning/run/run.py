@@ -119,7 +119,6 @@ class Run:
             FptError: the recipe does not fit the model or the data.
         """
         config, rows = session.config, session.encoded["train"]
-        parallel.check_one_gpu(session.plm.device)
         model, _ = trainable(session)
         schedule, needed = checked_schedule(session, model)
         held_out = None
@@ -221,6 +220,7 @@ class Run:
         try:
             loop.run(found)
         except TrainingStopped as error:
+            loop.book()
             if loop.good is not None:
                 loop.good.go_back()
             return "stopped", str(error)

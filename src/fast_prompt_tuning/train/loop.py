@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,14 @@ class Loop:
         self._trackers: Accelerator | None = None
         self.growth: Growth | None = None
         if isinstance(schedule, AutoSchedule) and folder is not None and probe is not None:
-            measure = lambda: self.probe(probe)  # noqa: E731
-            writes = self.state.is_world_process_zero
-            prompt = prompted.parameter
-            self.growth = Growth(schedule, prompt, folder, writes=writes, measure=measure, log=self.log)
+            self.growth = Growth(
+                schedule,
+                prompted.parameter,
+                folder,
+                writes=self.state.is_world_process_zero,
+                measure=partial_function(self.probe, probe),
+                log=self.log,
+            )
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
@@ -126,10 +131,9 @@ class Loop:
             TrainingStopped: loss or gradient stayed non-finite, or a single example does not fit into memory.
         """
         set_seed(self.train.seed)
+        self.optimizer.zero_grad()
         if found is not None:
             resuming.load(self, found)
-        elif self.good is not None:
-            self.good.set([p.detach() for p in self.good.parameters])
         if isinstance(self.schedule, AutoSchedule):
             self.schedule.replay(self.state.log_history)
         self._saved = time.perf_counter()
@@ -144,6 +148,7 @@ class Loop:
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._step()
             self._tell("on_train_end")
+        self.book()
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:
@@ -163,7 +168,6 @@ class Loop:
             if self._trackers is not None:
                 self._trackers.end_training()
                 self._trackers = None
-            self.book()
 
     def _tell(self, event: str, **more: Any) -> None:
         known = {"model": self.prompted.module, "optimizer": self.optimizer, "lr_scheduler": self.rates}
@@ -179,7 +183,7 @@ class Loop:
         stage = self._enter(step)
         decoder, device = not self.prompted.plm.config.is_encoder_decoder, self.prompted.plm.device
         batches = [trim(batch, stage, decoder=decoder, turn=epoch) for batch in self.batches.of(step)]
-        labels = sum(parallel.gather(sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)))
+        labels = parallel.total(sum(int((batch["labels"] != IGNORED).sum()) for batch in batches))
         begun = time.perf_counter()
         if self.good is not None:
             self.good.begin_step()
@@ -356,7 +360,7 @@ class Loop:
             self._trackers.log({paths[name]: value for name, value in told.items()}, step=self.state.global_step)
 
     def book(self) -> None:
-        """Put what all processes have spent on steps into the ledger."""
+        """Put what all processes have spent on steps into the ledger; every process must ask."""
         self.ledger.add("train", sum(parallel.gather(self._flops)))
         self._flops = 0.0
 
