@@ -3,9 +3,9 @@
 For each model, in interleaved rounds over the same examples in the same dtype:
 
   (a) peer     stock `PromptTuningConfig` + `transformers.Trainer` + `DataCollatorForSeq2Seq`
-  (b) plain    our Trainer on the full model: loss at labels, batches by length
+  (b) plain    our loop on the full model: loss at labels, batches by length
   (c) stage i  the same at the sizes of the paper's CR
-  (d) bare     forward and backward of the model on the batches of (b), no Trainer, no optimizer
+  (d) bare     forward and backward of the model on the batches of (b), no loop, no optimizer
   (e) peak     the fastest large matrix product in the same dtype
 
 The dtype is the one that `model.dtype: auto` measures to be faster here. `loop` is the part of (b) outside forward
@@ -45,9 +45,17 @@ import datasets
 import torch
 import transformers
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from transformers import DataCollatorForSeq2Seq, Gemma3TextConfig, GPT2Config, LlamaConfig, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from fast_prompt_tuning import ProgressiveCallback, Schedule
+from fast_prompt_tuning import Schedule
 from fast_prompt_tuning.cost.flops import step_flops
 from fast_prompt_tuning.cost.shapes import CostModel
 from fast_prompt_tuning.cost.timing import random_plm
@@ -56,9 +64,13 @@ from fast_prompt_tuning.paper.costs import paper_config
 from fast_prompt_tuning.plm.loading import choose_dtype, load_plm, load_tokenizer
 from fast_prompt_tuning.plm.objective import choose_attention, label_loss
 from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.prompt.front import batch_shape
+from fast_prompt_tuning.prompt.places import prompted_of
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
 from fast_prompt_tuning.recipe import load as load_recipe
-from fast_prompt_tuning.train.trainer import PromptTrainer, batch_shape, make_optimizer, training_arguments
+from fast_prompt_tuning.train.batches import Batches
+from fast_prompt_tuning.train.loop import Loop
+from fast_prompt_tuning.train.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "step_time.json"
@@ -190,7 +202,7 @@ class Clock(TrainerCallback):
 
 
 def settings(steps: int, batch: int, folder: str) -> Any:
-    """One recipe for both Trainers, so that they share every argument."""
+    """One recipe for the loop and the Trainer, so that they share every argument."""
     return load_recipe(
         {
             "model": {"path": "-"},
@@ -202,39 +214,65 @@ def settings(steps: int, batch: int, folder: str) -> Any:
     )
 
 
-def run_trainer(
-    model: Any, rows: Any, collator: Any, batch: int, make: Callable[..., Trainer], extra: list[Any]
+def run_loop(
+    model: Any, rows: Any, collator: Any, batch: int, schedule: Schedule, partial: PartialPLM | None = None
 ) -> tuple[float, float]:
-    """Seconds of one pass over `rows` in a Trainer, and those of them in forward and backward passes."""
+    """Seconds of one pass over `rows` in the loop of `fpt train`, and those of them in forward and backward passes."""
     inside = 0.0
     clock = Clock()
-    steps = -(-len(rows) // batch)
+    cost = CostModel.from_model(model)
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(steps, batch, folder)
-        arguments = training_arguments(config, folder, torch.device("cpu"))
-        arguments.eval_strategy, arguments.save_strategy = "no", "no"
-        trainer = make(
+        config = settings(-(-len(rows) // batch), batch, folder)
+        batches = Batches(rows, collator, config.train)
+        loop = Loop(
+            prompted_of(model), batches, config, schedule=schedule, cost=cost, partial=partial, callbacks=[clock]
+        )
+        own_gradient = loop.gradient
+
+        def gradient(*given: Any) -> Any:
+            nonlocal inside
+            start = time.perf_counter()
+            try:
+                return own_gradient(*given)
+            finally:
+                inside += time.perf_counter() - start
+
+        loop.gradient = gradient  # type: ignore[method-assign]
+        loop.run()
+    return clock.seconds, inside
+
+
+def run_peer(model: Any, rows: Any, collator: Any, batch: int) -> float:
+    """Seconds of one pass over `rows` in a stock Trainer with the settings of `run_loop`."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(-(-len(rows) // batch), batch, folder)
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=config.train.steps,
+            per_device_train_batch_size=batch,
+            max_grad_norm=config.optim.max_grad_norm,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_steps=config.train.log_every,
+            logging_first_step=True,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=rows,
             data_collator=collator,
             optimizers=make_optimizer([prompt_parameter(model)], config.optim),
-            callbacks=[clock, *extra],
+            callbacks=[clock],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        own_step = trainer.training_step
-
-        def training_step(*given: Any, **named: Any) -> Any:
-            nonlocal inside
-            start = time.perf_counter()
-            try:
-                return own_step(*given, **named)
-            finally:
-                inside += time.perf_counter() - start
-
-        trainer.training_step = training_step  # type: ignore[method-assign]
         trainer.train()
-    return clock.seconds, inside
+    return clock.seconds
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 2048) -> float:
@@ -280,16 +318,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     def ours(stage: Any) -> float:
         schedule = Schedule.constant(stage, -(-count // batch))
-        extra = [] if stage.is_full(cost.full_stage) else [ProgressiveCallback(partial, schedule)]
-
-        def make(**kwargs: Any) -> Trainer:
-            return PromptTrainer(
-                schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **kwargs
-            )
-
+        cut = not stage.is_full(cost.full_stage)
         partial.growth = 0.0
-        seconds, inside = run_trainer(model, rows, collate, batch, make, extra)
-        if extra:
+        seconds, inside = run_loop(model, rows, collate, batch, schedule, partial if cut else None)
+        if cut:
             growths[str(stage)].append(partial.growth)
         else:
             outside.append(1 - inside / seconds)
@@ -312,7 +344,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
     def peer() -> float:
         plm.set_attn_implementation(default_attention)  # what from_pretrained gives
-        seconds, _ = run_trainer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch, Trainer, [])
+        seconds = run_peer(model, rows, DataCollatorForSeq2Seq(tokenizer), batch)
         choose_attention(plm, PROMPT + longest + 2)
         return seconds
 

@@ -29,7 +29,7 @@ import datasets
 import torch
 import transformers
 from peft import get_peft_model
-from step_time import PROMPT, build, machine, run_trainer, spread
+from step_time import PROMPT, build, machine, run_loop, spread
 from transformers import LlamaConfig
 
 from fast_prompt_tuning import Schedule, SuffixPromptModel, TextCache, soft_prompt_config
@@ -37,7 +37,6 @@ from fast_prompt_tuning.cost.shapes import CostModel
 from fast_prompt_tuning.data.batches import Collator
 from fast_prompt_tuning.plm.loading import choose_dtype
 from fast_prompt_tuning.plm.objective import choose_attention
-from fast_prompt_tuning.train.trainer import PromptTrainer
 
 COMMITTED = Path(__file__).parent / "results" / "suffix_step_time.json"
 TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
@@ -74,12 +73,7 @@ def measure(name: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
         models["cross"] = SuffixPromptModel(plm, PROMPT, cache=TextCache(plm, budget_mib=16384, cross_attention=True))
 
     def seconds(model: Any) -> float:
-        def make(**given: Any) -> PromptTrainer:
-            return PromptTrainer(
-                schedule=schedule, cost=cost, prompt_tokens=PROMPT, evaluate_prompt=lambda _: {}, **given
-            )
-
-        return run_trainer(model, data, collate, args.batch, make, [])[0] / args.steps
+        return run_loop(model, data, collate, args.batch, schedule)[0] / args.steps
 
     samples: dict[str, list[float]] = {v: [] for v in models}
     for done in range(args.rounds + 1):

@@ -102,9 +102,9 @@ MODELS = {"smollm2": lambda: "smollm2-135m", "gemma": base_model}
 """SmolLM2-135M-Instruct, and the base model Gemma 3 270M."""
 
 
-def small_batch(task: Task, **more: Any) -> list[dict[str, Any]]:
+def small_batch(task: Task) -> list[dict[str, Any]]:
     early = round(0.6 * task.steps)
-    return [{"batch": task.batch // 4, "steps": early, **more}, {"steps": task.steps - early}]
+    return [{"batch": task.batch // 4, "steps": early}, {"steps": task.steps - early}]
 
 
 def most_layers(model: str, task: Task) -> list[dict[str, Any]]:
@@ -128,18 +128,16 @@ METHODS: dict[str, Any] = {
     "ld-greedy": lambda model, task: {"method": "ld", "scoring": GREEDY},
     "ld-mild": lambda model, task: {"stages": most_layers(model, task), "scoring": GREEDY},
     "batch": lambda model, task: {"stages": small_batch(task)},
-    "batch-rate": lambda model, task: {"stages": small_batch(task, rate=0.5)},
     "small": lambda model, task: {"stages": [{"batch": task.batch // 4, "steps": task.steps}]},
     "auto": lambda model, task: {"method": "auto"},
-    "auto-half-rate": lambda model, task: {"method": "auto", "stages": [{"batch": task.batch // 4, "rate": 0.5}]},
     "suffix": lambda model, task: {"method": "pt", "prompt": {"placement": "suffix"}},
     "suffix-batch": lambda model, task: {"stages": small_batch(task), "prompt": {"placement": "suffix"}},
     "suffix-cr": lambda model, task: {"method": "cr", "prompt": {"placement": "suffix"}},
     "infix": lambda model, task: {"method": "pt", "prompt": {"placement": "infix"}},
 }
 
-GONE = ("suffix-int8",)
-"""Methods that were measured and are no more: their cells stay, and stand behind the others in the tables."""
+CUT = {"batch-rate": "batch", "auto-half-rate": "auto", "suffix-int8": "suffix"}
+"""Methods of the committed results that can no longer be run → the one whose row theirs follows."""
 
 GROWING = ("ld", "fr", "cr", "ld-greedy", "ld-mild", "batch", "batch-rate", "auto", "auto-half-rate")
 """Methods of the grid that grow with the prompt in front of the text."""
@@ -518,6 +516,11 @@ def split_rows(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
     return [r for r in rows if r not in lengths], lengths
 
 
+def place(method: str) -> tuple[int, str]:
+    """Where a method stands in a table."""
+    return list(METHODS).index(CUT.get(method, method)), method
+
+
 def length_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: what each placement of the prompt ends with and costs; costs relative to the prompt in front."""
     lines = [
@@ -525,8 +528,7 @@ def length_table(rows: list[dict[str, Any]]) -> str:
         "FLOPs to in front's final | CPU seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    order = [*METHODS, *GONE]
-    for r in sorted(rows, key=lambda r: (r["model"], list(TASKS).index(r["task"]), order.index(r["method"]))):
+    for r in sorted(rows, key=lambda r: (r["model"], list(TASKS).index(r["task"]), place(r["method"]))):
         spread = "–" if r["spread"] is None else f"{r['spread']:.1f}"
         seconds = "never" if r["flops_to_plain"] is None else share(r["seconds_to_plain"], "–")
         lines.append(
@@ -543,8 +545,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| model | task | method | seeds | final | spread | FLOPs | FLOPs to plain's final | CPU seconds | Improve |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    order = [*METHODS, *GONE]
-    for r in sorted(rows, key=lambda r: (r["model"], r["task"], order.index(r["method"]))):
+    for r in sorted(rows, key=lambda r: (r["model"], r["task"], place(r["method"]))):
         spread = "–" if r["spread"] is None else f"{r['spread']:.1f}"
         improve = "–" if r["method"] == "pt" else f"{r['improve']:+.1f}"
         lines.append(

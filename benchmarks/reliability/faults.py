@@ -27,10 +27,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fast_prompt_tuning import PartialPLM, ProgressiveCallback, Schedule, soft_prompt_config
 from fast_prompt_tuning.cli import app as cli
 from fast_prompt_tuning.errors import ConfigError, FptError, TrainingStopped
+from fast_prompt_tuning.prompt import front
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt, prompt_parameter
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.results import load_result
-from fast_prompt_tuning.train import checkpoint, trainer
+from fast_prompt_tuning.train import checkpoint, loop
 
 FAULTS: dict[str, Callable[[Path], None]] = {}
 """What happens to the run → the function that makes it happen."""
@@ -132,7 +133,7 @@ class _no_room:
 @fault("read-only output")
 def read_only_output(folder: Path) -> None:
     """Refused before any step, naming the folder. `/proc` takes no files, from the administrator either."""
-    with mock.patch.object(trainer.PromptTrainer, "train", side_effect=RuntimeError("a step was made")):
+    with mock.patch.object(loop.Loop, "run", side_effect=RuntimeError("a step was made")):
         for place in (Path("/proc/run"), Path("/proc/self/run")):
             try:
                 run.train(recipe(place, method="pt"))
@@ -205,7 +206,7 @@ def sigterm(folder: Path) -> None:
 @contextlib.contextmanager
 def _memory_for(examples: int, error: Callable[[], Exception]) -> Iterator[None]:
     """Training forwards of more than so many examples fail as the allocator does."""
-    inner = trainer.label_loss
+    inner = front.label_loss
 
     def limited(model: Any, batch: Any, **options: Any) -> Any:
         loss = inner(model, batch, **options)  # some work is done before memory ends
@@ -213,7 +214,7 @@ def _memory_for(examples: int, error: Callable[[], Exception]) -> Iterator[None]
             raise error()
         return loss
 
-    with mock.patch.object(trainer, "label_loss", limited):
+    with mock.patch.object(front, "label_loss", limited):
         yield
 
 
@@ -262,7 +263,7 @@ def out_of_memory_with_one_example(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _bad(where: str, calls: range) -> Iterator[None]:
-    inner, made = trainer.label_loss, []
+    inner, made = front.label_loss, []
 
     def bad(*args: Any, **options: Any) -> Any:
         loss = inner(*args, **options)
@@ -274,7 +275,7 @@ def _bad(where: str, calls: range) -> Iterator[None]:
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    with mock.patch.object(trainer, "label_loss", bad):
+    with mock.patch.object(front, "label_loss", bad):
         yield
 
 
@@ -350,8 +351,8 @@ def linked_checkpoint(folder: Path) -> None:
     """Not followed."""
 
     def link(place: Path) -> None:
-        outside = shutil.move(place / "trainer_state.json", folder / "elsewhere.json")
-        (place / "trainer_state.json").symlink_to(outside)
+        outside = shutil.move(place / "loop.json", folder / "elsewhere.json")
+        (place / "loop.json").symlink_to(outside)
 
     _damaged(folder, link)
 

@@ -40,7 +40,6 @@ import datasets  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from toy import result, toy  # noqa: E402
-from transformers.trainer_callback import TrainerState  # noqa: E402
 
 from fast_prompt_tuning import recipe as config  # noqa: E402
 from fast_prompt_tuning.data import patterns, tasks, templates  # noqa: E402
@@ -52,7 +51,7 @@ from fast_prompt_tuning.report.tables import comparison_table  # noqa: E402
 from fast_prompt_tuning.run import results  # noqa: E402
 from fast_prompt_tuning.scores.layers import LayerScores  # noqa: E402
 from fast_prompt_tuning.scores.neurons import NeuronScores  # noqa: E402
-from fast_prompt_tuning.train import checkpoint, restored, trainer  # noqa: E402
+from fast_prompt_tuning.train import checkpoint, optimizer, restored  # noqa: E402
 
 SLOW = 10.0
 """Seconds after which a case counts as hanging."""
@@ -216,16 +215,15 @@ def _forged(folder: Path) -> Iterator[Target]:
     place = folder / "checkpoint-3"
     place.mkdir(parents=True)
     weight, optim = torch.nn.Parameter(torch.rand(3, 4)), config.load(toy().recipe(folder / "run")).optim
-    optimizer, rates = trainer.make_optimizer([weight], optim)
+    adam, rates = optimizer.make_optimizer([weight], optim)
     weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    counts = {"parts": 1, "skipped": 0, "skipped_in_a_row": 0, "_lost": 0, "logged": 3}
-    states = {"optimizer": optimizer.state_dict(), "scheduler": rates.state_dict(), "counts": counts}
-    states |= {"good": [weight.detach()], "process_0": {"random": checkpoint.random_state(), "loss": 0.5}}
+    adam.step()
+    log = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_accuracy": 1.0, "train_flops": 1.0, "train_seconds": 1.0}]
+    loop = {"log": log, "losses": [0.5], "parts": 1, "skipped": 0, "skipped_in_a_row": 0}
+    states = {"optimizer": adam.state_dict(), "scheduler": rates.state_dict(), "loop": loop}
+    states |= {"good": [weight.detach()], "process_0": checkpoint.random_state()}
     for name, state in states.items():
         checkpoint.save_state(place, name, state)
-    log = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_accuracy": 1.0, "train_flops": 1.0, "train_seconds": 1.0}]
-    TrainerState(global_step=3, epoch=0.5, log_history=log).save_to_json(str(place / "trainer_state.json"))
     record = {"config": {"optim": optim.model_dump()}, "flops": {"eval": 1.0}, "train_seconds": 1, "total_seconds": 2}
     kept = {f.name: f.read_bytes() for f in place.iterdir()}
 
@@ -246,8 +244,8 @@ def _forged(folder: Path) -> Iterator[Target]:
             checkpoint.seal(place, 3, said)
         except (ValueError, TypeError, RecursionError):
             return
-        restored.check(checkpoint.verify(place), weight, [weight], optim, full=False)
-        checkpoint.set_random_state(checkpoint.load_state(place, "process_0")["random"])
+        restored.check(checkpoint.verify(place), SimpleNamespace(trained=[weight], whole=False), optim)
+        checkpoint.set_random_state(checkpoint.load_state(place, "process_0"))
 
     seeds = {**kept, "record": json.dumps(record).encode()}
     for name, seed in seeds.items():

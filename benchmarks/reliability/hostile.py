@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -242,10 +243,10 @@ def forged_checkpoint(folder: Path) -> None:
         if name != checkpoint.MANIFEST:
             (place / name).write_text(json.dumps(value))
         seal_again(place, value if name == checkpoint.MANIFEST else ...)
-        restored.check(checkpoint.verify(place), trained[0], trained, config.optim, full=False)
-        checkpoint.set_random_state(checkpoint.load_state(place, "process_0")["random"])
+        restored.check(checkpoint.verify(place), SimpleNamespace(trained=trained, whole=False), config.optim)
+        checkpoint.set_random_state(checkpoint.load_state(place, "process_0"))
 
-    read = {name: json.loads(kept[name]) for name in ("trainer_state.json", "counts.json", "process_0.json")}
+    read = {name: json.loads(kept[name]) for name in ("loop.json", "process_0.json")}
     read |= {name: json.loads(kept[name]) for name in ("optimizer.json", "scheduler.json", "good.json")}
     read[checkpoint.MANIFEST] = {**record, "config": {"optim": record["config"]["optim"]}}
     for name, content in read.items():

@@ -27,7 +27,7 @@ from fast_prompt_tuning.recipe import load  # noqa: E402
 from fast_prompt_tuning.run import run  # noqa: E402
 from fast_prompt_tuning.run.results import load_result  # noqa: E402
 from fast_prompt_tuning.scores.neurons import NeuronScores  # noqa: E402
-from fast_prompt_tuning.train import checkpoint, trainer  # noqa: E402
+from fast_prompt_tuning.train import checkpoint, loop  # noqa: E402
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3}
 
@@ -196,23 +196,22 @@ def _later(point: int) -> Any:
 
 
 class _watched:
-    """Step → (batches, layers run, losses) of everything the Trainer computes a training loss of."""
+    """Step → (batches, stage, loss) of everything the loop computes a gradient of."""
 
     def __enter__(self) -> dict[int, Any]:
         seen: dict[int, Any] = {}
-        self.inner = inner = trainer.PromptTrainer.training_step
+        self.inner = inner = loop.Loop.gradient
 
-        def training_step(own: Any, model: Any, inputs: Any, *args: Any) -> Any:
-            loss = inner(own, model, inputs, *args)
-            layers = own.model.get_base_model().config.num_hidden_layers
-            seen[own.state.global_step] = (inputs["input_ids"].tolist(), layers, loss.item())
-            return loss
+        def gradient(own: Any, batches: Any, labels: int, stage: Any) -> Any:
+            loss, work = inner(own, batches, labels, stage)
+            seen[own.state.global_step] = ([b["input_ids"].tolist() for b in batches], str(stage), loss.item())
+            return loss, work
 
-        trainer.PromptTrainer.training_step = training_step  # type: ignore[method-assign]
+        loop.Loop.gradient = gradient  # type: ignore[method-assign]
         return seen
 
     def __exit__(self, *_: Any) -> None:
-        trainer.PromptTrainer.training_step = self.inner  # type: ignore[method-assign]
+        loop.Loop.gradient = self.inner  # type: ignore[method-assign]
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

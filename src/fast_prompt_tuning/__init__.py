@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from .schedule.stages import Schedule, Stage
     from .scores.layers import LayerScores, block_influence, greedy_removal
     from .scores.neurons import NeuronScores, activation_scores
-    from .train.callback import AutoCallback, EmaCallback, ProgressiveCallback
+    from .train.callback import AutoCallback, ProgressiveCallback
+    from .train.running_mean import EmaCallback
 
 _EXPORTS = {
     "AutoCallback": "train.callback",
     "AutoSchedule": "schedule.auto",
     "DiskTextCache": "prompt.text_cache",
-    "EmaCallback": "train.callback",
+    "EmaCallback": "train.running_mean",
     "FptError": "errors",
     "LayerScores": "scores.layers",
     "NeuronScores": "scores.neurons",

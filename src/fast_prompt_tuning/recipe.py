@@ -135,7 +135,6 @@ class StageConfig(_Section):
     ffn: int | dict[str, int] | None = Field(None, description="FFN neurons kept; default all")
     batch: int | None = Field(None, ge=1, description="examples of each forward pass; default train.batch_size")
     length: int | None = Field(None, ge=1, description="text tokens of an input; default data.max_input_tokens")
-    rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="times optim.lr while it lasts; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps; left out with method: auto")
     stacks: list[str] | None = None
 
@@ -144,7 +143,7 @@ class StageConfig(_Section):
         stacks = tuple(self.stacks or stacks)
         layers: Any = {s: full.layers_in(s) for s in stacks} if self.layers is None else self.layers
         ffn: Any = {s: full.ffn_in(s) for s in stacks} if self.ffn is None else self.ffn
-        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length, self.rate)
+        return Stage(layers, ffn, self.steps or 0, stacks, self.batch, self.length)
 
 
 class ScoringConfig(_Section):
@@ -301,7 +300,7 @@ class RunConfig(_Section):
                         raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
         return self
 
-    def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule:
+    def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule | AutoSchedule:
         """The run's schedule for a model whose full size is `full`.
 
         Args:
@@ -312,7 +311,7 @@ class RunConfig(_Section):
         """
         stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
         stacks = stacks or full.stacks
-        schedule: Schedule
+        schedule: Schedule | AutoSchedule
         if self.method == "auto":
             own = [s.stage(full, stacks) for s in self.stages or ()]
             plain = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
@@ -323,7 +322,8 @@ class RunConfig(_Section):
         else:
             method = "pt" if self.method == "full" else self.method
             schedule = Schedule.preset(method, full, total_steps=self.train.steps, stacks=stacks)
-        schedule.check_fits(full)
+        for stage in schedule.candidates:
+            stage.check_fits(full)
         return schedule
 
     @property

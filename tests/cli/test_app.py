@@ -682,10 +682,10 @@ def test_usage(fpt):
 
 
 def test_a_loss_that_is_not_finite(fpt, tmp_path, monkeypatch):
-    from fast_prompt_tuning.train import trainer
+    from fast_prompt_tuning.prompt import front
 
     bad = torch.tensor(float("nan"), requires_grad=True)
-    monkeypatch.setattr(trainer, "label_loss", lambda *_, **__: bad * 1)
+    monkeypatch.setattr(front, "label_loss", lambda *_, **__: bad * 1)
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
     _, err = fpt("train", "--config", recipe, code=1)
     (line,) = [line for line in err.splitlines() if line.startswith("error:")]
@@ -696,9 +696,9 @@ def test_a_loss_that_is_not_finite(fpt, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal(fpt, tmp_path, monkeypatch, number):
-    from fast_prompt_tuning.train import trainer
+    from fast_prompt_tuning.prompt import front
 
-    inner, calls = trainer.label_loss, []
+    inner, calls = front.label_loss, []
 
     def loss(*args, **kwargs):
         calls.append(1)
@@ -706,7 +706,7 @@ def test_a_signal(fpt, tmp_path, monkeypatch, number):
             os.kill(os.getpid(), number)
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "label_loss", loss)
+    monkeypatch.setattr(front, "label_loss", loss)
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
     out, _ = fpt("train", "--config", recipe, code=128 + number)
     assert "--resume" in out
@@ -784,9 +784,9 @@ def test_demo(fpt, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_demo(fpt, tmp_path, monkeypatch):
-    from fast_prompt_tuning.train import trainer
+    from fast_prompt_tuning.prompt import front
 
-    inner, calls = trainer.label_loss, []
+    inner, calls = front.label_loss, []
 
     def loss(*args, **kwargs):
         calls.append(1)
@@ -794,7 +794,7 @@ def test_an_interrupted_demo(fpt, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "label_loss", loss)
+    monkeypatch.setattr(front, "label_loss", loss)
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "unused", train__steps=5)
     monkeypatch.setattr(demo, "RECIPE", str(recipe))
     out, _ = fpt("demo", "--output", tmp_path / "demo", code=130)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from toy import toy
 
-from fast_prompt_tuning.train import launcher, trainer
-from fast_prompt_tuning.train.trainer import StepGuard
+from fast_prompt_tuning.prompt import front
+from fast_prompt_tuning.train import launcher
+from fast_prompt_tuning.train.guard import Signals
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 
@@ -125,8 +126,8 @@ def test_a_signal_that_comes_late_ends_nothing_twice():
     ended = []
     before = signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
     try:
-        with StepGuard([]) as guard:
-            guard.signal = signal.SIGTERM  # as another process has it
+        with Signals() as signals:
+            signals.number = signal.SIGTERM  # as another process has it
         os.kill(os.getpid(), signal.SIGTERM)
         assert not ended
         os.kill(os.getpid(), signal.SIGTERM)
@@ -141,7 +142,7 @@ def test_a_second_signal_ends_at_once(fpt, tmp_path, monkeypatch, number):
         for _ in range(2):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(trainer, "label_loss", loss)
+    monkeypatch.setattr(front, "label_loss", loss)
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
     _, err = fpt("train", "--config", recipe, code=128 + number)
     assert "Traceback" not in err

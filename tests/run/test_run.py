@@ -24,18 +24,20 @@ from fast_prompt_tuning.data import metrics
 from fast_prompt_tuning.data.tasks import load_task
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
 from fast_prompt_tuning.plm import loading as models
+from fast_prompt_tuning.prompt import front
 from fast_prompt_tuning.prompt.prediction import Prediction
 from fast_prompt_tuning.prompt.prompted import PromptedPLM
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt, prompt_parameter
 from fast_prompt_tuning.recipe import load
-from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run import finish, run
+from fast_prompt_tuning.run.best import Best
 from fast_prompt_tuning.run.folder import read_log
 from fast_prompt_tuning.run.preparation import partial_of, score_neurons
 from fast_prompt_tuning.run.results import RunResult, load_result
 from fast_prompt_tuning.run.session import evaluate, open_session
 from fast_prompt_tuning.scores.layers import LayerScores
 from fast_prompt_tuning.scores.neurons import NeuronScores
-from fast_prompt_tuning.train import trainer
+from fast_prompt_tuning.train import loop
 
 ADAFACTOR = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__weight_decay": 1e-5}
 
@@ -164,15 +166,15 @@ def test_scores_of_layers_are_made_only_where_layers_are_left_out(tmp_path):
 def test_growing_costs_less_and_batches_are_the_same(tmp_path, monkeypatch):
     seen = {}
     results = {}
-    inner = trainer.PromptTrainer.compute_loss
+    inner = front.Front.loss
     for method in ("pt", "cr"):
         batches = seen[method] = []
 
-        def record(self, model, inputs, *args, batches=batches, **kwargs):
+        def record(self, inputs, *args, batches=batches):
             batches.append({k: v.clone() for k, v in inputs.items()})
-            return inner(self, model, inputs, *args, **kwargs)
+            return inner(self, inputs, *args)
 
-        monkeypatch.setattr(trainer.PromptTrainer, "compute_loss", record)
+        monkeypatch.setattr(front.Front, "loss", record)
         # 12 steps over 40 examples by 4: into the second epoch
         results[method] = run.train(recipe(tmp_path / method, method=method, train__steps=12))
     assert len(seen["pt"]) == len(seen["cr"]) == 12
@@ -229,8 +231,8 @@ def test_full_fine_tuning(tmp_path):
 def test_full_fine_tuning_resumes_and_ends_with_its_best_weights(tmp_path, name, monkeypatch):
     changes = {"method": "full", "optim__lr": 0.01, "model__path": str(toy().model(name)), "train__eval_every": 2}
     values = iter([10.0, 90.0, 50.0, 40.0, 30.0] * 3)  # the best is at step 4
-    offer = run._Best.offer
-    monkeypatch.setattr(run._Best, "offer", lambda self, step, value, model: offer(self, step, next(values), model))
+    offer = Best.offer
+    monkeypatch.setattr(Best, "offer", lambda self, step, value, model: offer(self, step, next(values), model))
     whole = run.train(recipe(tmp_path / "whole", **changes))
     assert whole.best_step == 4
     values = iter([10.0, 90.0, 50.0])
@@ -272,11 +274,10 @@ def test_inits(tmp_path):
 @pytest.mark.parametrize(("keep", "best", "evaluations"), [("last", 5, 2), ("best", 5, 2), ("best", 10, 2)])
 def test_the_prompt_that_is_kept_is_not_scored_again(tmp_path, monkeypatch, keep, best, evaluations):
     asked = []
-    monkeypatch.setattr(run, "evaluate", lambda *args: asked.append(evaluate(*args)) or asked[-1])
-    offer = run._Best.offer
-    monkeypatch.setattr(
-        run._Best, "offer", lambda self, step, value, model: offer(self, step, -abs(step - best), model)
-    )
+    for module in (run, finish):
+        monkeypatch.setattr(module, "evaluate", lambda *args: asked.append(evaluate(*args)) or asked[-1])
+    offer = Best.offer
+    monkeypatch.setattr(Best, "offer", lambda self, step, value, model: offer(self, step, -abs(step - best), model))
     config = recipe(tmp_path / "run", train__keep=keep, method="pt")
     result = run.train(config)
     assert len(asked) == evaluations
@@ -295,8 +296,8 @@ def test_keep_best_or_last(tmp_path, monkeypatch):
         def on_evaluate(self, args, state, control, model, **kwargs):
             prompts[state.global_step] = prompt_parameter(model).detach().clone()
 
-    offer = run._Best.offer
-    monkeypatch.setattr(run._Best, "offer", lambda self, step, value, model: offer(self, step, -step, model))
+    offer = Best.offer
+    monkeypatch.setattr(Best, "offer", lambda self, step, value, model: offer(self, step, -step, model))
     for keep, step in (("best", 5), ("last", 10)):
         result = run.train(recipe(tmp_path / keep, train__keep=keep), callbacks=[Watch()])
         assert result.best_step == step
@@ -562,7 +563,7 @@ class Prompts(TrainerCallback):
 def test_a_run_of_steps_that_are_not_finite(tmp_path, monkeypatch, where, step):
     bad_loss(monkeypatch, where, range(step, 99))
     prompts = Prompts()
-    last = step + trainer.MAX_SKIPPED - 1
+    last = step + loop.MAX_SKIPPED - 1
     with pytest.raises(TrainingStopped, match=rf"{where} is not finite at step {last}, for 5 steps in a row"):
         run.train(recipe(tmp_path / "run"), callbacks=[prompts])
     kept = load_prompt(tmp_path / "run" / "prompt")
@@ -597,7 +598,7 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path, monkeypatch, where, acc
 
 def bad_loss(monkeypatch, where, calls):
     """Make the loss, or its gradient, not finite in the given calls."""
-    inner, count = trainer.label_loss, itertools.count()
+    inner, count = front.label_loss, itertools.count()
 
     def bad(*args, **kwargs):
         loss = inner(*args, **kwargs)
@@ -608,7 +609,7 @@ def bad_loss(monkeypatch, where, calls):
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    monkeypatch.setattr(trainer, "label_loss", bad)
+    monkeypatch.setattr(front, "label_loss", bad)
 
 
 @pytest.mark.parametrize("step", [0, 4])
@@ -633,7 +634,7 @@ def test_with_a_running_mean_bad_steps_leave_the_mean_before_them(tmp_path, monk
 def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path, monkeypatch, ema):
     """Step 4's update spoils the prompt, which the checkpoint of that step cannot know."""
     settings = {"method": "pt", "train__steps": 12, "train__save_every": 1, "optim__ema_decay": ema}
-    inner, sizes = trainer.label_loss, []
+    inner, sizes = front.label_loss, []
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -652,7 +653,7 @@ def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path,
         bad = model.training and float(prompt_parameter(model).detach().norm()) > limit
         return inner(model, batch, **kwargs) * (math.nan if bad else 1.0)
 
-    monkeypatch.setattr(trainer, "label_loss", spoiled)
+    monkeypatch.setattr(front, "label_loss", spoiled)
     with pytest.raises(TrainingStopped):
         run.train(recipe(tmp_path / "never", **settings))
     with pytest.raises(KeyboardInterrupt):

@@ -19,8 +19,8 @@ from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.preparation import calibration_batches, score_flops, trainable
 from fast_prompt_tuning.run.session import evaluate, open_session
-from fast_prompt_tuning.train import parallel
-from fast_prompt_tuning.train.trainer import PromptTrainer, make_collator
+from fast_prompt_tuning.train import loop
+from fast_prompt_tuning.train.batches import make_collator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -189,7 +189,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, message
 def test_a_step_in_parts_counts_the_texts_of_all_of_them(tmp_path, monkeypatch, placement):
     spent = []
     for parts in (1, 2, 4):
-        monkeypatch.setattr(PromptTrainer, "begin_step", lambda self, n=parts: setattr(self, "parts", n))
+        monkeypatch.setattr(loop.Loop, "parts", parts, raising=False)
         changes = {"method": "pt", "train__batch_size": 8, "data__task": str(toy().words)}
         found = run.train(suffix_run(tmp_path / str(parts), placement=placement, **changes))
         spent.append(found.flops["train"])
@@ -209,10 +209,3 @@ def test_a_stock_trainer_is_told_why_it_cannot_checkpoint_gradients():
     model = SuffixPromptModel(BY_NAME["llama"].plm(), 3)
     with pytest.raises(ModelError, match="cannot be trained with gradient checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=None)
-
-
-def test_several_gpus_in_one_process_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    parallel.check_one_gpu(torch.device("cpu"))
-    with pytest.raises(ConfigError, match="2 GPUs in one process"):
-        parallel.check_one_gpu(torch.device("cuda"))

@@ -20,18 +20,20 @@ from toy import FILLER, toy
 from trainers import Rows, arguments
 from transformers import Trainer
 
-from fast_prompt_tuning import PartialPLM, Schedule, soft_prompt_config
+from fast_prompt_tuning import PartialPLM, soft_prompt_config
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cost.flops import step_flops
 from fast_prompt_tuning.errors import ConfigError, DataError, ScheduleError
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
-from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run import pricing, run
 from fast_prompt_tuning.run.folder import read_log
 from fast_prompt_tuning.run.preparation import checked_schedule, trainable
 from fast_prompt_tuning.run.session import open_session
 from fast_prompt_tuning.schedule.auto import PROBE, WINDOWS, AutoSchedule, best_case, default_ladder, probe_examples
 from fast_prompt_tuning.schedule.stages import Stage
-from fast_prompt_tuning.train.callback import AutoCallback, EmaCallback
+from fast_prompt_tuning.train.callback import AutoCallback
+from fast_prompt_tuning.train.loop import Loop
+from fast_prompt_tuning.train.running_mean import EmaCallback
 
 FULL = Stage(12, 64)
 LADDER = (dataclasses.replace(FULL, batch=4), dataclasses.replace(FULL, batch=8), FULL)
@@ -72,7 +74,7 @@ def falling(rate: float, start: float = 8.0) -> Any:
 def test_a_stage_that_keeps_lowering_the_loss_lasts_to_the_papers_last_growth():
     schedule = AutoSchedule(LADDER, 120)
     assert played(schedule, falling(0.9)) == [(72, "grow")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 72), (None, 48)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 72), (None, 48)]
 
 
 def test_two_windows_without_progress_end_a_stage():
@@ -80,21 +82,21 @@ def test_two_windows_without_progress_end_a_stage():
     assert schedule.window == 10
     losses = [8, 4, 3, 2.99, 3.01, 2, 2.5, 2.5, 1]  # ends at 40; the next stage goes on from 3.01, ends at 70
     assert played(schedule, losses) == [(40, "grow"), (70, "grow")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 40), (8, 30), (None, 50)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 40), (8, 30), (None, 50)]
 
 
 @pytest.mark.parametrize("second", [8.0, 9.0, 7.95, math.nan, math.inf])
 def test_a_first_window_that_teaches_nothing_is_given_up_and_given_back(second):
     schedule = AutoSchedule(LADDER, 120)
     assert played(schedule, [8.0, second]) == [(10, "abandon")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 10), (None, 120)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 10), (None, 120)]
     assert schedule.total_steps == 130
 
 
 def test_a_later_stage_can_be_given_up_too():
     schedule = AutoSchedule(LADDER, 120)
     assert played(schedule, [8, 4, 4, 4, 5]) == [(30, "grow"), (40, "abandon")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 30), (8, 10), (None, 90)]
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [(4, 30), (8, 10), (None, 90)]
 
 
 COSTS = (0.25, 0.5, 1.0)
@@ -103,11 +105,14 @@ COSTS = (0.25, 0.5, 1.0)
 def test_what_was_saved_is_spent_while_the_loss_falls():
     schedule = AutoSchedule(LADDER, 120, COSTS)
     assert played(schedule, falling(0.9))[:3] == [(72, "grow"), (120, "go on"), (130, "go on")]
-    assert [(s.batch, s.steps) for s in schedule.stages] == [(4, 72), (None, 48 + 54)]  # 72 steps at a quarter save 54
+    assert [(s.batch, s.steps) for s in schedule.now.stages] == [
+        (4, 72),
+        (None, 48 + 54),
+    ]  # 72 steps at a quarter save 54
     assert schedule.total_steps == schedule.most_steps
     schedule = AutoSchedule(LADDER, 120, COSTS, probe_cost=0.5)
     probes = len(played(schedule, falling(0.9))) + 9 + 2  # 9 until it grows, 2 in the last stage before its end
-    spent = 72 * 0.25 + schedule.stages[-1].steps + 0.5 * probes
+    spent = 72 * 0.25 + schedule.now.stages[-1].steps + 0.5 * probes
     assert 117 < spent <= 120
 
 
@@ -130,7 +135,7 @@ def test_nothing_is_added_where_a_first_stage_was_given_up():
 def test_short_runs_and_one_rung_are_plain():
     for schedule in (AutoSchedule(LADDER, WINDOWS - 1), AutoSchedule((FULL,), 100)):
         assert not any(schedule.wants_probe(step) for step in range(101))
-        assert [s.batch for s in schedule.stages] == [None]
+        assert [s.batch for s in schedule.now.stages] == [None]
         assert schedule.total_steps == schedule.asked
 
 
@@ -149,20 +154,17 @@ def test_whatever_the_probes_say(steps, losses, rungs, priced):
             value = next(stream)
             schedule.tell(step, value)
             log.append({"step": step, PROBE: value})
-        now = Schedule(schedule.stages)  # raises if a stage had no steps
-        assert now.total_steps == schedule.total_steps
-        assert now.stage_at(step) == schedule.stage_at(step)
-        assert now.boundaries == schedule.boundaries
+        assert schedule.now.total_steps == schedule.total_steps  # raises if a stage had no steps
         step += 1
     assert len(log) <= WINDOWS * (2 if priced else 1)
-    assert schedule.stages[-1].batch is None
+    assert schedule.now.stages[-1].batch is None
     assert schedule.total_steps <= schedule.most_steps <= steps + max(schedule.window, 0.6 * steps + 1 if priced else 0)
-    cost = sum(s.steps * (0.2 * s.batch if s.batch and priced else 1.0) for s in schedule.stages)
+    cost = sum(s.steps * (0.2 * s.batch if s.batch and priced else 1.0) for s in schedule.now.stages)
     lost = schedule.window + 0.2 if schedule.given_back else 0.2  # a first window is given up, or of a single step
     assert cost + 0.1 * priced * len(log) <= steps + lost
     again = AutoSchedule(ladder, steps, costs, schedule.probe_cost)
     again.replay([{"step": 0, "loss": 1.0}, *json.loads(json.dumps(log))])
-    assert again.to_dict() == schedule.to_dict()
+    assert again.now == schedule.now
 
 
 def test_the_default_ladder_and_what_is_refused():
@@ -248,15 +250,20 @@ def test_resumed_anywhere_it_decides_as_it_did(lr, ema, tmp_path):
         assert found.flops["probe"] == first.flops["probe"]
 
 
-def falling_with_steps(self: AutoCallback, trainer: Trainer) -> float:
-    """In place of a probe's loss: always lower than before."""
-    self.on_probe()
-    return float(8 * 0.9**trainer.state.global_step)
+def falling_with_steps(self: Any, *probe: Any) -> float:
+    """In place of a probe's loss, as `Loop` and `AutoCallback` measure it: always lower than before."""
+    if not probe:
+        return float(8 * 0.9**self._trainer.state.global_step)
+    measured(self, *probe)
+    return float(8 * 0.9**self.state.global_step)
+
+
+measured = Loop.probe
 
 
 def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monkeypatch):
     """Every probe is lower than the one before: what the small stage has saved is spent, and nothing else."""
-    monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
+    monkeypatch.setattr(Loop, "probe", falling_with_steps)
     plain = run.train(config.load(recipe(tmp_path / "plain").model_dump(mode="json"), ["method=pt"]))
     whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=60, eval_every=48)
     first = run.train(whole)
@@ -284,7 +291,7 @@ def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monke
     ids=["token budget", "texts of its own", "within the text", "accumulated"],
 )
 def test_a_run_that_goes_on_knows_what_was_saved(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(AutoCallback, "_measure", falling_with_steps)
+    monkeypatch.setattr(Loop, "probe", falling_with_steps)
     settings = recipe(tmp_path / "run", batch_size=8, steps=48).model_dump(mode="json")
     spent = {}
     for method in ("pt", "auto"):
@@ -312,20 +319,24 @@ def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(ema, tmp_path):
             if not torch.is_grad_enabled():  # a probe: say that nothing has been learned
                 assert partial.stage.is_full(full)
                 return torch.tensor(5.0)
-            partial_steps.append((self.state.global_step, partial.stage.layers))
             seen.setdefault(self.state.global_step, prompt_parameter(self.model).detach().clone())
             return super().compute_loss(model, inputs, **kwargs)
 
+    plm.model.norm.register_forward_hook(
+        lambda *_: torch.is_grad_enabled() and partial_steps.append((trainer.state.global_step, partial.stage.layers))
+    )
+    callback = AutoCallback(partial, schedule, data.batch)
     trainer = OwnLoss(
         model=model,
         args=arguments(tmp_path, max_steps=26),
         train_dataset=data,
         callbacks=[
             *([EmaCallback()] if ema == "first" else []),
-            AutoCallback(partial, schedule, data.batch),
+            callback,
             *([EmaCallback()] if ema == "last" else []),
         ],
     )
+    callback.attach(trainer)
     trainer.train()
     assert [layers for _, layers in partial_steps] == [1, 1] + [full.layers] * 24
     assert not torch.equal(seen[1], start)
@@ -357,9 +368,9 @@ def own_trainer(folder: Path, rate: float, **options: object) -> tuple[Trainer, 
     rows = BY_NAME["llama"].batch(size=16)
     options = {"per_device_train_batch_size": 4, "learning_rate": rate, **options}
     callback = AutoCallback(partial, schedule, BY_NAME["llama"].batch(seed=9, size=4))
-    return Trainer(
-        model=model, args=arguments(folder, **options), train_dataset=Rows(rows), callbacks=[callback]
-    ), schedule
+    trainer = Trainer(model=model, args=arguments(folder, **options), train_dataset=Rows(rows), callbacks=[callback])
+    callback.attach(trainer)
+    return trainer, schedule
 
 
 def test_epochs_in_place_of_steps(tmp_path):
@@ -396,7 +407,7 @@ def full_disk(*_args: Any, **_kwargs: Any) -> None:
 def test_a_full_disk_ends_no_run(lr, tmp_path, monkeypatch, caplog):
     settings = recipe(tmp_path / "whole", save_every=24, eval_every=24).model_dump(mode="json")
     whole = run.train(config.load(settings, [f"optim.lr={lr}"]))
-    monkeypatch.setattr("fast_prompt_tuning.train.callback.save_file", full_disk)
+    monkeypatch.setattr("fast_prompt_tuning.train.growth.save_file", full_disk)
     found = run.train(config.load(settings, [f"optim.lr={lr}", f"output={tmp_path / 'full'}"]))
     assert "stage_start.safetensors cannot be written" in caplog.text
     assert (found.schedule, found.metrics) == (whole.schedule, whole.metrics)
@@ -421,8 +432,8 @@ def test_a_prices_target_is_counted_once(tmp_path):
     }  # fmt: skip
     session = open_session(config.load(settings, ["stages=[{length: 4}]"]), ("train", "validation"))
     schedule, _ = checked_schedule(session, trainable(session)[0])
-    priced = run._priced(schedule, session, session.encoded["train"], 4)
-    usual = run._usual_shape(session)  # all rows are alike
+    priced = pricing.priced(schedule, session, session.encoded["train"], 4)
+    usual = pricing.usual_shape(session)  # all rows are alike
     assert (usual.input_tokens, usual.target_tokens) == (10, 12)
     small, full = (step_flops(session.cost, stage, usual) for stage in schedule.ladder)
     assert priced.costs == (pytest.approx(small / full), 1.0)

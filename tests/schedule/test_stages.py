@@ -109,7 +109,6 @@ stages = st.one_of(
         st.just(BOTH),
         st.none() | st.integers(1, 64),
         st.none() | st.integers(1, 512),
-        st.none() | st.floats(0.01, 10),
     ),
 )
 schedules = st.builds(Schedule, st.lists(stages, min_size=1, max_size=6))
@@ -231,10 +230,7 @@ def test_printing():
         (lambda: Stage(6, 10, stacks=()), r"stacks=\[\] must be a non-empty choice"),
         (lambda: Stage(6, 10, stacks=("middle",)), r"stacks=\['middle'\].*\['encoder', 'decoder'\]"),
         (lambda: Stage(6, 10, stacks="encoder"), "stacks="),
-        *(
-            (lambda rate=rate: Stage(6, 10, rate=rate), f"rate={rate!r} must be a number above 0, or left out")
-            for rate in (0, -0.5, float("inf"), float("nan"), True, "0.5")
-        ),
+        (lambda: Stage.from_dict({"layers": 6, "ffn": 3, "rate": 0.5}), "nothing else"),
         (lambda: Stage.from_dict({"layers": 6}), "needs layers and ffn"),
         (lambda: Stage.from_dict({"layers": 6, "ffn": 3, "width": 1}), "nothing else"),
         (lambda: Schedule([]), r"stages=\[\] is empty; a schedule needs at least one stage"),

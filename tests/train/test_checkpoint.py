@@ -19,7 +19,7 @@ from fast_prompt_tuning.errors import CheckpointError, ConfigError
 from fast_prompt_tuning.files import new_folder
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt
 from fast_prompt_tuning.run import run
-from fast_prompt_tuning.train import checkpoint, trainer
+from fast_prompt_tuning.train import checkpoint, loop
 
 # -- states -----------------------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, caplog):
         (lambda f: (f / "manifest.json").write_text("[" * 99999), "manifest.json cannot be read"),
         (lambda f: edit(f / "manifest.json", step=4), "manifest.json was altered"),
         (lambda f: edit(f / "manifest.json", record={"said": "z"}), "manifest.json was altered"),
-        (lambda f: edit(f / "manifest.json", format=2), "format 2"),
+        (lambda f: edit(f / "manifest.json", format=1), "manifest.json was altered"),
         (lambda f: f.rename(f.with_name("checkpoint-9")), None),
         (lambda f: link(f / "state.json"), "links are not followed"),
         (lambda f: link(f), "no checkpoint's folder"),
@@ -111,6 +111,16 @@ def test_what_is_no_checkpoint(tmp_path, damage, said, caplog):
     damage(target)
     assert checkpoint.latest(tmp_path) is None
     assert (said or "manifest.json was altered") in caplog.text
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    config = recipe(tmp_path / "run", method="pt", train__steps=4, train__save_every=1)
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "FORMAT", 1)
+        interrupted(config, at=3)
+    with pytest.raises(CheckpointError, match=r"another version \(format 1, this one reads 2\).*anew with --overwrite"):
+        run.train(config, resume=True)
+    assert run.train(config, overwrite=True).status == "finished"
 
 
 def edit(file, **changes):
@@ -266,18 +276,17 @@ def test_resumed_from_any_step_it_is_the_same_run(tmp_path, name, method, monkey
 
 
 def watch_steps(monkeypatch):
-    """Step → (the batches, the layers run, the loss): what each step of the Trainer was made of."""
+    """Step → (the batches, the stage, the loss, the work): what each step of the loop was made of."""
     seen = {}
-    inner = trainer.PromptTrainer.compute_loss
+    inner = loop.Loop.gradient
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        loss = inner(self, model, inputs, *args, **kwargs)
-        sizes = str(self.model.get_base_model().config.num_hidden_layers)
-        batch = inputs["input_ids"].tolist()
-        seen[self.state.global_step] = (batch, sizes, loss.item())
-        return loss
+    def gradient(self, batches, labels, stage):
+        loss, work = inner(self, batches, labels, stage)
+        ids = [batch["input_ids"].tolist() for batch in batches]
+        seen[self.state.global_step] = (ids, str(stage), loss.item(), work)
+        return loss, work
 
-    monkeypatch.setattr(trainer.PromptTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(loop.Loop, "gradient", gradient)
     return seen
 
 
@@ -317,7 +326,7 @@ def test_a_checkpoint_holds_no_pickle_and_what_the_run_was(tmp_path):
 
 def test_minutes_between_checkpoints(tmp_path, monkeypatch):
     clock = iter(range(0, 10**6, 20))
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
     saves = []
     inner = checkpoint.seal
     monkeypatch.setattr(checkpoint, "seal", lambda f, step, r: (saves.append((f.name, step)), inner(f, step, r))[1])

@@ -14,7 +14,7 @@ from toy import At, Broken, raises, recipe
 
 from fast_prompt_tuning.errors import CheckpointError, ConfigError, FptError
 from fast_prompt_tuning.run import run
-from fast_prompt_tuning.train import checkpoint, trainer
+from fast_prompt_tuning.train import checkpoint, loop
 
 SETTINGS = {"method": "pt", "train__steps": 8, "train__save_every": 2, "train__eval_every": 2}
 
@@ -75,6 +75,10 @@ def state(key, value):
     return change
 
 
+def logged(**line):
+    return state("log", [{"dict": [list(pair) for pair in line.items()]}])
+
+
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 DEEP: list = []
 for _ in range(300):
@@ -94,43 +98,32 @@ FORGED = [
     ("manifest.json", put("config", "optim", value=3)),
     ("manifest.json", put("config", "optim", "optimizer", value=["adam"])),
     ("manifest.json", put("fingerprints", value=5)),
-    ("trainer_state.json", lambda s: []),
-    ("trainer_state.json", lambda s: DEEP),
-    ("trainer_state.json", put("global_step", value="4")),
-    ("trainer_state.json", put("global_step", value=3)),
-    ("trainer_state.json", put("global_step", value=4.5)),
-    ("trainer_state.json", put("total_flos", value="much")),
-    ("trainer_state.json", put("total_flos", value=NAN)),
-    ("trainer_state.json", put("epoch", value=[])),
-    ("trainer_state.json", put("log_history", value={"step": 1})),
-    ("trainer_state.json", put("log_history", value=[5])),
-    ("trainer_state.json", put("log_history", value=[{"loss": 1.0}])),
-    ("trainer_state.json", put("log_history", value=[{"step": 1, "loss": "low"}])),
-    ("trainer_state.json", put("log_history", value=[{"step": 1, "probe_loss": None}])),
-    ("trainer_state.json", put("log_history", value=[{"step": 1, "eval_accuracy": 1.0}])),
-    (
-        "trainer_state.json",
-        put("log_history", value=[{"step": 1, "eval_accuracy": "1", "train_flops": 1, "train_seconds": 1}]),
-    ),
-    ("trainer_state.json", put("log_history", value=[{"step": -1, "loss": 1.0}])),
-    ("trainer_state.json", put("log_history", value=[{"step": HUGE, "loss": 1.0}])),
-    ("trainer_state.json", put("stateful_callbacks", value=[1])),
-    ("trainer_state.json", put("surprise", value=1)),
-    ("trainer_state.json", drop("global_step")),
-    ("counts.json", lambda c: 5),
-    ("counts.json", lambda c: {"tuple": []}),
-    ("counts.json", lambda c: {"tensor": "9"}),
-    ("counts.json", state("parts", 0)),
-    ("counts.json", state("parts", 1.5)),
-    ("counts.json", state("skipped", "1")),
-    ("counts.json", state("logged", HUGE)),
-    ("counts.json", state("_lost", None)),
+    ("loop.json", lambda c: []),
+    ("loop.json", lambda c: DEEP),
+    ("loop.json", lambda c: 5),
+    ("loop.json", lambda c: {"tuple": []}),
+    ("loop.json", lambda c: {"tensor": "9"}),
+    ("loop.json", state("log", {"dict": [["step", 1]]})),
+    ("loop.json", state("log", [5])),
+    ("loop.json", logged(loss=1.0)),
+    ("loop.json", logged(step=1, loss="low")),
+    ("loop.json", logged(step=1, probe_loss=None)),
+    ("loop.json", logged(step=1, eval_accuracy=1.0)),
+    ("loop.json", logged(step=1, eval_accuracy="1", train_flops=1, train_seconds=1)),
+    ("loop.json", logged(step=-1, loss=1.0)),
+    ("loop.json", logged(step=HUGE, loss=1.0)),
+    ("loop.json", state("losses", 1.0)),
+    ("loop.json", state("losses", [NAN])),
+    ("loop.json", state("losses", ["low"])),
+    ("loop.json", state("parts", 0)),
+    ("loop.json", state("parts", 1.5)),
+    ("loop.json", state("parts", HUGE)),
+    ("loop.json", state("skipped", "1")),
+    ("loop.json", state("skipped_in_a_row", None)),
+    ("loop.json", lambda c: c["dict"].pop()),
+    ("process_0.json", lambda c: []),
     ("process_0.json", lambda c: {"dict": []}),
-    ("process_0.json", state("loss", NAN)),
-    ("process_0.json", state("loss", "x")),
-    ("process_0.json", state("random", 3)),
-    ("process_0.json", state("random", {"dict": []})),
-    ("process_0.json", state("random", {"dict": [["python", 1], ["numpy", 2]]})),
+    ("process_0.json", lambda c: {"dict": [["python", 1], ["numpy", 2]]}),
     ("scheduler.json", lambda c: []),
     ("scheduler.json", state("base_lrs", [])),
     ("scheduler.json", state("last_epoch", "x")),
@@ -149,7 +142,7 @@ FORGED = [
 
 def resumed(folder, settings):
     """Resume, and raise where a step was made."""
-    with mock.patch.object(trainer.PromptTrainer, "training_step", side_effect=RuntimeError("a step was made")):
+    with mock.patch.object(loop.Loop, "gradient", side_effect=RuntimeError("a step was made")):
         run.train(recipe(folder, **settings), resume=True)
 
 

@@ -18,7 +18,7 @@ def test_tensorboard_reads_the_whole_run(name, tmp_path, monkeypatch):
     recipe = toy().recipe(tmp_path / "run", model__path=str(toy().model(name)), train__report_to=["tensorboard"])
     run.train(load(recipe))
     result = load_result(tmp_path / "run")
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = EventAccumulator(str(tmp_path / "events" / "fast-prompt-tuning")).Reload()
 
     def read(tag: str) -> dict[int, float]:
         return {e.step: e.value for e in events.Scalars(tag)}

@@ -22,9 +22,10 @@ from ..report.page import find_runs, render
 from ..report.pictures import draw_quality
 from ..report.tables import comparison_table, table_rows
 from ..run import run
-from ..run.folder import check_folder
+from ..run.folder import Earlier, check_folder
 from ..run.results import RunResult, save_result
 from ..run.session import Session, open_session
+from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
 from .progress import ProgressReporter
 
@@ -34,14 +35,14 @@ RECIPE = "bbc_topics_smollm2"
 @contextmanager
 def reporting(
     console: Console, title: str, session: Session
-) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule, Any], None]]]:
+) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule | AutoSchedule, Any], None]]]:
     """Callbacks and a hook for `run.train`: the hook puts a progress reporter for the run's schedule among them.
 
     However the run ends, the terminal is as it was.
     """
     callbacks: list[TrainerCallback] = []
 
-    def hook(schedule: Schedule, full: Any) -> None:
+    def hook(schedule: Schedule | AutoSchedule, full: Any) -> None:
         data = session.config.data
         shape = BatchShape(
             batch=session.config.train.batch_size,
@@ -100,7 +101,7 @@ def demo(
     }
     plain = configs["plain"]
     for config in configs.values():
-        check_folder(config, overwrite=overwrite, resume=False)
+        check_folder(config, Earlier.OVERWRITE if overwrite else Earlier.REFUSE)
     subject = escape(f"{plain.model.path} on {plain.data.task}")
     console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
     console.print("loading the model and the articles …")

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
 from ..cost.units import human_seconds
+from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
 
 
@@ -24,7 +25,12 @@ class ProgressReporter(TrainerCallback):
     """
 
     def __init__(
-        self, console: Console, title: str, schedule: Schedule, full: Stage, relative: Callable[[Stage], float]
+        self,
+        console: Console,
+        title: str,
+        schedule: Schedule | AutoSchedule,
+        full: Stage,
+        relative: Callable[[Stage], float],
     ):
         self.console, self.title, self.schedule, self.full = console, title, schedule, full
         self.relative = relative
@@ -35,11 +41,11 @@ class ProgressReporter(TrainerCallback):
         self._stage: int | None = None
 
     def _work_left(self, step: int) -> float:
-        ends = [*self.schedule.boundaries[1:], self.schedule.total_steps]
-        starts = self.schedule.boundaries
+        ends = [*self.schedule.now.boundaries[1:], self.schedule.total_steps]
+        starts = self.schedule.now.boundaries
         return sum(
             max(0, end - max(start, step)) * self.relative(stage)
-            for start, end, stage in zip(starts, ends, self.schedule.stages, strict=True)
+            for start, end, stage in zip(starts, ends, self.schedule.now.stages, strict=True)
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,9 +61,9 @@ class ProgressReporter(TrainerCallback):
             self.bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stage = self.schedule.index_at(state.global_step)
+        stage = self.schedule.now.index_at(state.global_step)
         if stage != self._stage:
-            now = self.schedule.stages[stage]
+            now = self.schedule.now.stages[stage]
             whole = now.is_full(self.full) and now.batch is None and now.length is None
             part = "the full model" if whole else f"{now} of {self.full}"
             verb = "tuning on" if self._stage is None else "growing to"
@@ -67,7 +73,7 @@ class ProgressReporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seconds += time.perf_counter() - self._start
-        self._work += self.relative(self.schedule.stage_at(state.global_step - 1))
+        self._work += self.relative(self.schedule.now.stage_at(state.global_step - 1))
         if self.bar is not None:
             numbers = "  ".join(filter(None, (self._numbers(state), self.metric)))
             self.bar.update(self.task, completed=state.global_step, total=self._end(state), numbers=numbers)
@@ -76,11 +82,11 @@ class ProgressReporter(TrainerCallback):
         return min(self.schedule.total_steps, state.max_steps)
 
     def _numbers(self, state: Any) -> str:
-        last = self.schedule.index_at(max(state.global_step - 1, 0))
+        last = self.schedule.now.index_at(max(state.global_step - 1, 0))
         per_work = self._seconds / self._work if self._work else 0.0
         left = per_work * self._work_left(state.global_step)
-        rate = 1 / (per_work * self.relative(self.schedule.stages[last])) if per_work else 0.0
-        parts = [f"stage {last + 1}/{len(self.schedule.stages)}"]
+        rate = 1 / (per_work * self.relative(self.schedule.now.stages[last])) if per_work else 0.0
+        parts = [f"stage {last + 1}/{len(self.schedule.now.stages)}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         parts += [f"{rate:.2f} step/s", f"{human_seconds(left)} left"]

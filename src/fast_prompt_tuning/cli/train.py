@@ -54,7 +54,7 @@ def train(
     settings = load(config, [*sets, *chosen])  # first of all: a typing error must not wait for PyTorch
     from ..report.tables import comparison_table, table_rows
     from ..run import run
-    from ..run.folder import check_folder
+    from ..run.folder import Earlier, check_folder
     from ..run.session import open_session
     from ..train import parallel
     from .demo import reporting
@@ -62,7 +62,7 @@ def train(
     quiet_libraries()
     if allow_changed and not resume:
         raise ConfigError("--allow-changed is for --resume; add it, or leave this out")
-    check_folder(settings, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    check_folder(settings, Earlier.of(overwrite=overwrite, resume=resume, allow_changed=allow_changed))
     session = open_session(settings, ("train", "validation"), resume=resume)
     speaks = parallel.rank() == 0  # the main process, for all
     told, out = (progress(), people()) if speaks else (Console(quiet=True),) * 2

@@ -22,6 +22,7 @@ Where the count and a measured one may differ:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 from ..errors import ConfigError
@@ -212,6 +213,8 @@ def work_flops(cost: CostModel, work: Work, stage: Stage | None = None, *, whole
     Args:
         whole_last_layer: as `forward_flops`.
     """
+    # What ran had been cut by then: neither `batch` nor `length` of the stage is to cut it once more.
+    stage = stage and replace(stage, batch=None, length=None)
     total = sum(text_flops(cost, stage, t.examples, t.tokens, kept_cross=t.kept_cross) for t in work.texts)
     for ran in work.prompts:
         if ran.kind == "generation":

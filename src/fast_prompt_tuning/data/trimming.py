@@ -23,7 +23,9 @@ it; `trim` and the prompted PLM take it out."""
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0) -> Mapping[str, Any]:
+def trim(
+    batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0, keep_tail: bool = False
+) -> Mapping[str, Any]:
     """The batch as `stage` trains on it, without padding that no row needs any more.
 
     Examples are taken at even distances, since a batch may be sorted by length, and others in every turn: a loader that
@@ -37,16 +39,17 @@ def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0
         stage: `batch` and `length` count, its sizes do not.
         decoder: for a decoder-only model.
         turn: the epoch; each takes the rows behind those of the one before.
+        keep_tail: for a prompted PLM, which takes `n_tail` out itself.
 
     Returns:
-        The same entries, less `n_tail`; the very same tensors where there is nothing to cut, and the batch itself where
-        the stage cuts nothing and there is no `n_tail`.
+        The same entries, less `n_tail` unless it is kept; the very same tensors where there is nothing to cut, and the
+        batch itself where the stage cuts nothing and `n_tail` is kept or not there.
 
     Raises:
         ModelError: there is something to cut and no `input_ids`.
     """
     cuts = stage.batch is not None or stage.length is not None
-    if not cuts and TAIL not in batch:
+    if not cuts and (keep_tail or TAIL not in batch):
         return batch
     found = {name: value for name, value in batch.items() if name != TAIL}
     if not cuts:
@@ -64,9 +67,9 @@ def trim(batch: Mapping[str, Any], stage: Stage, *, decoder: bool, turn: int = 0
         tail = tail[picked.to(tail.device)] if tail is not None else None
         if not decoder:
             found = _without_empty_targets(found)
-    elif stage.length is None:
-        return found
-    return _cut(found, stage.length, tail, decoder)
+    if stage.length is not None or len(found["input_ids"]) < rows:
+        found = _cut(found, stage.length, tail, decoder)
+    return {**found, TAIL: tail} if keep_tail and tail is not None else found
 
 
 def _has_rows(value: Any, rows: int) -> bool:

@@ -40,7 +40,7 @@ class Front(PromptedPLM):
         return shape
 
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
-        """As `PromptedPLM.loss`; without a `model` or a prompt the PLM's own loss."""
+        """As `PromptedPLM.loss`; without a `module` or a prompt the PLM's own loss."""
         inputs = {name: value for name, value in batch.items() if name != TAIL}
         value = label_loss(self.calibrated, inputs, num_items=num_items)
         shape = batch_shape(inputs, self.prompt_tokens, decoder=not self.plm.config.is_encoder_decoder)

@@ -49,7 +49,7 @@ def place(
 def tune(
     plm: Any, num_virtual_tokens: int = 20, placement: str = "prefix", cache: TextCache | None = None
 ) -> PromptedPLM:
-    """A PLM with a new prompt that is trained: `parameter` of `model`, a stock PEFT model where it is in front.
+    """A PLM with a new prompt that is trained: `parameter` of `module`, a stock PEFT model where it is in front.
 
     Raises:
         ConfigError: a prompt length the model has no room for; and as `place`.
@@ -67,4 +67,4 @@ def prompted_of(model: Any) -> PromptedPLM:
     if isinstance(model, SuffixPromptModel):
         return model.prompted
     prompt = prompt_parameter(model) if prompt_length(model) else None
-    return Front(get_plm(model), prompt, model=model)
+    return Front(get_plm(model), prompt, module=model)

@@ -52,13 +52,14 @@ class PromptedPLM(ABC):
         plm: the bare PLM, encoder-decoder or decoder-only.
         prompt: soft prompt `(P, H)`, None for none, or several `(K, P, H)`: of K prompts, input i has prompt i mod K.
         cache: where the states of texts are kept between passes, of a placement that `keeps_texts`.
-        model: the module that is trained and saved, if there is one: its prompt is `prompt`.
+        module: what is trained and saved, if there is one: a PEFT model, a `SuffixPromptModel`, or a bare PLM of which
+            all weights are trained.
     """
 
     plm: Any
     prompt: torch.Tensor | None
     cache: TextCache | None = None
-    model: Any = None
+    module: Any = None
 
     placement: ClassVar[str]
     keeps_texts: ClassVar[bool] = False
@@ -69,12 +70,27 @@ class PromptedPLM(ABC):
     @property
     def parameter(self) -> nn.Parameter:
         """The soft prompt that is trained."""
-        return prompt_parameter(self.model)
+        return prompt_parameter(self.module)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The soft prompt, or all weights."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is no soft prompt: all weights are trained."""
+        return self.prompt is None
+
+    @property
+    def form(self) -> tuple[str, int, int]:
+        """Where the soft prompt stands, and its P and H: `soft_prompt.form_of` of the folder it is saved in."""
+        return self.placement, self.parameter.shape[0], self.parameter.shape[1]
 
     @property
     def calibrated(self) -> nn.Module:
         """The module that neurons and layers are scored on: its forward takes a batch and sees what the text sees."""
-        return self.plm if self.model is None else self.model  # type: ignore[no-any-return]
+        return self.plm if self.module is None else self.module  # type: ignore[no-any-return]
 
     @classmethod
     @abstractmethod
@@ -186,8 +202,8 @@ class PromptedPLM(ABC):
         return [found[i] for i in range(len(inputs))], work
 
     def save(self, folder: str | Path) -> None:
-        """Save the prompt of `model`."""
-        self.model.save_pretrained(str(folder))
+        """Save what is trained."""
+        self.module.save_pretrained(str(folder))
 
     @property
     def prompt_tokens(self) -> int:

@@ -252,6 +252,11 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
     return dict(record)
 
 
+def form_of(path: str | Path) -> tuple[str, int, int]:
+    """Where the prompt saved in a folder stands, and its P and H."""
+    return placement_of(path), *load_prompt(path).shape  # type: ignore[return-value]
+
+
 def placement_of(path: str | Path) -> str:
     """`prefix`, `suffix` or `infix`: where the prompt saved in a folder stands."""
     record = suffix_record(path)

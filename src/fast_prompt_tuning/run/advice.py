@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..recipe import CacheConfig, RunConfig
+from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule
 from .session import Session
 
@@ -58,12 +59,12 @@ class GradientCheck(TrainerCallback):
     A prompt has none where each labelled token is further from it than layers times sliding window reach.
     """
 
-    def __init__(self, trained: Sequence[nn.Parameter], schedule: Schedule):
+    def __init__(self, trained: Sequence[nn.Parameter], schedule: Schedule | AutoSchedule):
         self.trained, self.schedule = trained, schedule
         self._checked: set[int] = set()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stage = self.schedule.index_at(state.global_step)
+        stage = self.schedule.now.index_at(state.global_step)
         gradients = [p.grad for p in self.trained if p.grad is not None]
         if stage in self._checked or not gradients:  # a step that is left out has none
             return

@@ -28,7 +28,7 @@ from ..prompt.prediction import batches_of, by_length
 from ..schedule.stages import Stage
 from ..scores.layers import LAYER_KINDS, text_labels
 from ..scores.neurons import on_device
-from ..train.trainer import make_collator
+from ..train.batches import make_collator
 from .preparation import score_layers, score_neurons, trainable
 from .session import Session
 
@@ -148,7 +148,7 @@ def report(
     Returns:
         Plain JSON types: `full_loss`, `examples`, `rows` (`Fidelity`), and the FLOPs each scoring took (`score_flops`).
     """
-    model = trainable(session).model
+    model = trainable(session).module
     full = PartialPLM(model).full_stage
     stacks: tuple[str, ...] = tuple(session.config.stacks or (s for s in full.stacks if s in session.task.stacks))
     stacks = stacks or full.stacks

@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import ConfigError, ScheduleError
+from ..errors import CheckpointError, ConfigError, ScheduleError
 from ..files import clear_leftovers, write_atomic
-from ..prompt.soft_prompt import prompt_folder
+from ..plm import fingerprint
+from ..prompt.prompted import PromptedPLM
+from ..prompt.soft_prompt import form_of, prompt_folder
 from ..recipe import RunConfig
-from ..train import checkpoint
+from ..train import checkpoint, restored
 from ..yaml_text import read_yaml
+
+logger = logging.getLogger(__name__)
 
 OURS = ("config.yaml", "result.json", "log.jsonl", "predictions.jsonl", "scores.safetensors", "layers.safetensors")
 OUR_FOLDERS = ("prompt", "model", "checkpoints")
 _NAMES = re.compile("|".join(map(re.escape, (*OURS, *OUR_FOLDERS))))
 
 
-def check_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> None:
-    """Raise where the run's folder cannot be used; nothing is written, so it can be asked before weights are loaded.
+class Earlier(Enum):
+    """What becomes of an earlier run in the output folder."""
 
-    Args:
-        allow_changed: go on with a recipe that has changed since the run began.
+    REFUSE = "refuse"
+    OVERWRITE = "overwrite"
+    RESUME = "resume"
+    RESUME_CHANGED = "resume, although recipe, weights or data have changed since"
+
+    @classmethod
+    def of(cls, *, overwrite: bool, resume: bool, allow_changed: bool) -> Earlier:
+        """As the command line's options say.
+
+        Raises:
+            ConfigError: options that exclude each other.
+        """
+        if overwrite and resume:
+            raise ConfigError("--overwrite and --resume exclude each other; choose one")
+        if resume:
+            return cls.RESUME_CHANGED if allow_changed else cls.RESUME
+        return cls.OVERWRITE if overwrite else cls.REFUSE
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the earlier run is resumed."""
+        return self in (Earlier.RESUME, Earlier.RESUME_CHANGED)
+
+
+def check_folder(config: RunConfig, earlier: Earlier) -> None:
+    """Raise where the run's folder cannot be used; nothing is written, so it can be asked before weights are loaded.
 
     Raises:
         ConfigError: it holds a run already, holds other files, or there is nothing to resume, or another recipe's.
     """
     folder = Path(config.output)
     saved = folder / "config.yaml"
-    if overwrite and resume:
-        raise ConfigError("--overwrite and --resume exclude each other; choose one")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output={str(folder)!r} is a file; choose a folder")
     for name in OUR_FOLDERS:
@@ -46,17 +73,17 @@ def check_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_chan
                 f"output={str(folder)!r} has a link called {name!r}, behind which nothing is removed or written; put a "
                 "folder in its place, or choose another output"
             )
-    if resume:
+    if earlier.goes_on:
         if not saved.is_file():
             raise ConfigError(f"output={str(folder)!r} holds no run to resume; leave out --resume")
         changed = recipe_changes(config)
-        if changed and not allow_changed:
+        if changed and earlier is Earlier.RESUME:
             raise ConfigError(
                 f"the recipe has changed since the run began: {'; '.join(changed)}; set it back, or add --allow-changed"
             )
     elif saved.exists() and not _is_ours(saved):
         raise ConfigError(f"output={str(folder)!r} has a config.yaml that is not a run's; choose another folder")
-    elif saved.exists() and not overwrite:
+    elif saved.exists() and earlier is Earlier.REFUSE:
         raise ConfigError(f"output={str(folder)!r} holds a run already; add --resume, --overwrite, or choose another")
     elif not saved.exists() and folder.is_dir() and any(not _WORK.match(f.name) for f in folder.iterdir()):
         raise ConfigError(f"output={str(folder)!r} is not empty and holds no run of ours; choose another folder")
@@ -93,21 +120,77 @@ def _is_ours(saved: Path) -> bool:
         return file.readline() == RUN_MARK.encode()
 
 
-def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_changed: bool = False) -> Path:
-    """Make the run's folder, refused where something would be lost; see `check_folder`.
+def open_folder(
+    config: RunConfig, identity: Mapping[str, Any], prompted: PromptedPLM, earlier: Earlier
+) -> checkpoint.Checkpoint | None:
+    """Make the folder ready to be written, and find the checkpoint to go on from.
+
+    Args:
+        identity: hashes that a checkpoint belongs to.
+        prompted: what is trained.
 
     Raises:
-        ConfigError: as `check_folder`, or it cannot be written.
+        ConfigError: as `check_folder`; it cannot be written; or model, data or the number of processes have changed
+            since the checkpoint.
+        CheckpointError: the checkpoint is of another method or another prompt, or not of the form that a run goes on
+            from.
     """
-    check_folder(config, overwrite=overwrite, resume=resume, allow_changed=allow_changed)
+    folder, places = Path(config.output), Path(config.output) / "checkpoints"
+    check_folder(config, earlier)
+    changed = recipe_changes(config) if earlier.goes_on else []
+    if earlier.goes_on:
+        checkpoint.clear_unfinished(places)
+    found = checkpoint.latest(places) if earlier.goes_on else None
+    if found is not None:
+        before = {key: found.record.get(key) for key in identity}
+        note = fingerprint.by_earlier_version((before["fingerprints"] or {}).get("model"))
+        changed += [c + note * c.startswith("fingerprints.model") for c in differences(before, identity)]
+    if changed and earlier is Earlier.RESUME:
+        raise ConfigError(
+            f"changed since the checkpoint of step {found.step if found else 0}: {'; '.join(changed)}; set it back, or "
+            "add --allow-changed to go on all the same"
+        )
+    if found is not None:
+        check_fits(found, prompted)
+        restored.check(found, prompted, config.optim)
+    _prepare(config, earlier)  # writes the new recipe
+    if changed:
+        logger.warning("going on although changed: %s", "; ".join(changed))
+        if any(c.startswith(("scoring", "fingerprints.model")) for c in changed):
+            for name in ("scores.safetensors", "layers.safetensors"):  # of another model, or made another way
+                (folder / name).unlink(missing_ok=True)
+        if any(c.startswith(("fingerprints.model", "fingerprints.validation")) for c in changed):
+            checkpoint.discard_best(places)  # measured on something else
+    if earlier.goes_on and found is None:
+        logger.warning("no checkpoint in %s that could be used: starting from step 0", folder)
+    return found
+
+
+def check_fits(found: checkpoint.Checkpoint, prompted: PromptedPLM) -> None:
+    """Raise unless the checkpoint holds what this run trains (its recipe may have been changed on request).
+
+    Raises:
+        CheckpointError: it is of another method, or of another prompt.
+    """
+    where = str(found.folder)
+    if prompted.whole != (not (found.folder / "adapter_config.json").is_file()):
+        raise CheckpointError(f"{where!r} is of another method; use --overwrite")
+    if not prompted.whole:
+        have = form_of(found.folder)
+        if have != (want := prompted.form):
+            raise CheckpointError(f"{where!r} holds a prompt {have}, this run needs {want}: placement, tokens, width")
+
+
+def _prepare(config: RunConfig, earlier: Earlier) -> None:
+    """Make the folder, with the recipe in it."""
     folder = Path(config.output)
-    if resume:
+    if earlier.goes_on:
         with written(folder):
             clear_leftovers(folder.resolve(), _NAMES)
             checkpoint.clear_unfinished(folder / "checkpoints")
             if recipe_changes(config):
                 write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
-        return folder
+        return
     doomed = [(folder / name).resolve() for name in (*OURS, *OUR_FOLDERS)]
     for name, used in (
         ("model.path", config.model.path),
@@ -128,7 +211,6 @@ def prepare_folder(config: RunConfig, *, overwrite: bool, resume: bool, allow_ch
                 (folder / name).unlink(missing_ok=True)
         clear_leftovers(folder.resolve(), _NAMES)
         write_atomic(folder / "config.yaml", RUN_MARK + config.to_yaml())
-    return folder
 
 
 @contextmanager
@@ -149,14 +231,6 @@ def differences(before: Any, after: Any, at: str = "") -> list[str]:
         keys = sorted(set(before) | set(after))
         return [d for k in keys for d in differences(before.get(k), after.get(k), f"{at}.{k}".lstrip("."))]
     return [] if before == after else [f"{at} was {before!r}, is {after!r}"]
-
-
-def log_of(found: checkpoint.Checkpoint | None) -> list[dict[str, Any]]:
-    """What was logged up to a checkpoint."""
-    if found is None:
-        return []
-    state = json.loads((found.folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return list(state["log_history"])
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from ..schedule.stages import Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from ..scores.neurons import NeuronScores, activation_scores
 from ..train import parallel
-from ..train.trainer import make_collator
+from ..train.batches import make_collator
 from .session import Evaluation, Session, evaluate
 
 
@@ -50,7 +50,7 @@ def trainable(session: Session) -> PromptedPLM:
     cache = session.texts if chosen.keeps_texts else None
     prompted = tune(session.plm, config.prompt.tokens, chosen.placement, cache)
     init_soft_prompt(
-        prompted.model,
+        prompted.module,
         config.prompt.init,
         seed=config.train.seed,
         tokenizer=session.tokenizer,
@@ -60,20 +60,18 @@ def trainable(session: Session) -> PromptedPLM:
     return prompted
 
 
-def check_rates(config: RunConfig, dtype: torch.dtype) -> None:
-    """Raise where the optimizer could not multiply values of `dtype` by a learning rate of the recipe.
+def check_rate(config: RunConfig, dtype: torch.dtype) -> None:
+    """Raise where the optimizer could not multiply values of `dtype` by the learning rate of the recipe.
 
     Raises:
         ConfigError: it is too large or too small for the dtype of what is trained.
     """
     limits = torch.finfo(dtype)
-    for factor in (1.0, *(stage.rate for stage in config.stages or () if stage.rate is not None)):
-        if not limits.tiny <= config.optim.lr * factor <= limits.max:
-            times = f" times a stage's rate={factor}" if factor != 1 else ""
-            raise ConfigError(
-                f"optim.lr={config.optim.lr}{times} is no number that {str(dtype).removeprefix('torch.')} can hold, in "
-                f"which this run trains: {limits.tiny:.1e} to {limits.max:.1e}; the usual rates are 0.001 to 1"
-            )
+    if not limits.tiny <= config.optim.lr <= limits.max:
+        raise ConfigError(
+            f"optim.lr={config.optim.lr} is no number that {str(dtype).removeprefix('torch.')} can hold, in which this "
+            f"run trains: {limits.tiny:.1e} to {limits.max:.1e}; the usual rates are 0.001 to 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,17 +88,17 @@ class Needed:
     given_layers: LayerScores | None
 
 
-def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule, Needed]:
+def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule | AutoSchedule, Needed]:
     """The schedule, checked against the model, and what it needs; nothing is computed or written yet."""
     config = session.config
     bare = PartialPLM(model, keep_neurons="first")
     full = bare.full_stage
     schedule = config.schedule(full, session.task.stacks)
-    tried = schedule.ladder if isinstance(schedule, AutoSchedule) else schedule.stages
+    tried = schedule.candidates
     for stage in tried:
         bare.check(stage)
     # A stage that only trains on part of each batch goes the same way as one of part of the model.
-    partial = not all(s.is_full(full) and s.batch is s.length is s.rate is None for s in tried)
+    partial = not all(s.is_full(full) and s.batch is s.length is None for s in tried)
     widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in tried for s in stage.stacks)
     scores = partial and widths and config.scoring.keep_neurons == "activation"
     given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
@@ -140,7 +138,12 @@ def fewest_layers(stages: Iterable[Stage], full: Stage) -> dict[str, int]:
 
 
 def scored_partial(
-    session: Session, model: nn.Module, schedule: Schedule, needed: Needed, folder: Path, ledger: FlopsLedger
+    session: Session,
+    model: nn.Module,
+    schedule: Schedule | AutoSchedule,
+    needed: Needed,
+    folder: Path,
+    ledger: FlopsLedger,
 ) -> PartialPLM | None:
     """The partial PLM where a stage needs one; neurons are scored on training data if need be."""
     if not needed.partial:
@@ -152,7 +155,7 @@ def scored_partial(
     if needed.down_to and layers is None:
         layers = _layer_scores(session, model, needed.down_to, folder, ledger)
     partial = _cut_by(config, model, scores, layers)
-    for stage in schedule.stages:
+    for stage in schedule.candidates:
         partial.check(stage)
     return partial
 
@@ -227,13 +230,13 @@ def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[st
 
 def score_neurons(session: Session, model: nn.Module | None = None) -> NeuronScores:
     """Activation scores on a session's training data, with its prompt as it is initialised where it is in front."""
-    model = trainable(session).model if model is None else model
+    model = trainable(session).module if model is None else model
     return _score(session, model, calibration_batches(session, session.config.scoring.examples))
 
 
 def score_layers_of_run(session: Session) -> LayerScores | None:
     """The layer scores that a session's recipe needs, made likewise; None where it needs none."""
-    model = trainable(session).model
+    model = trainable(session).module
     _, needed = checked_schedule(session, model)
     return score_layers(session, model, session.config.scoring.keep_layers, needed.down_to) if needed.down_to else None
 
@@ -280,7 +283,7 @@ def evaluate_partial(session: Session, folder: Path) -> Evaluation:
     """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
     partial = _partial_of_run(session, folder)
     schedule = session.config.schedule(partial.full_stage, session.task.stacks)
-    with partial.at(schedule.stages[-1]):
+    with partial.at(schedule.now.stages[-1]):
         return evaluate(session, session.prompted(load_prompt(folder / "prompt")))
 
 

@@ -1,4 +1,4 @@
-"""When to grow, decided by what the full PLM has learned: the schedule of `method: auto`. Pure, no torch.
+"""When to grow, decided by what the full PLM has learned: the controller of `method: auto`. Pure, no torch.
 
 The stages before the last are tried in order, each in windows of equal length. Before the first and after every
 window the *full* PLM's loss on held-out training examples is measured: a probe. A stage
@@ -49,8 +49,10 @@ class Entered:
     start: int
 
 
-class AutoSchedule(Schedule):
-    """A schedule that grows as it is told of probes. Until it grows again, its last stage lasts to the end.
+class AutoSchedule:
+    """Makes a schedule longer as it is told of probes; `now` is the schedule as it stands.
+
+    Until it grows again, the last stage of `now` lasts to the end.
 
     Args:
         ladder: stages from small to large, their `steps` ignored; the last is where plain prompt tuning would be.
@@ -91,33 +93,24 @@ class AutoSchedule(Schedule):
         self.probes: list[tuple[int, float]] = []
         self.given_back = self.added = 0
 
-    # -- what a schedule says -----------------------------------------------------------------------------------------
-
     @property
-    def stages(self) -> tuple[Stage, ...]:  # type: ignore[override]
+    def now(self) -> Schedule:
         """Stages begun so far; the last one's steps reach to the end."""
         starts = [e.start for e in self.entered] + [self.total_steps]
-        return tuple(
+        return Schedule(
             replace(self.ladder[e.rung], steps=end - e.start)
             for e, end in zip(self.entered, starts[1:], strict=True)
         )  # fmt: skip
 
     @property
-    def total_steps(self) -> int:
-        return self.asked + self.given_back + self.added
+    def candidates(self) -> tuple[Stage, ...]:
+        """Every stage that it may come to."""
+        return self.ladder
 
     @property
-    def boundaries(self) -> tuple[int, ...]:
-        return tuple(e.start for e in self.entered)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
-
-    def check_fits(self, full: Stage) -> None:
-        for stage in self.ladder:
-            stage.check_fits(full)
+    def total_steps(self) -> int:
+        """Steps that the run has, as far as the probes say."""
+        return self.asked + self.given_back + self.added
 
     # -- how it grows -------------------------------------------------------------------------------------------------
 
@@ -138,7 +131,7 @@ class AutoSchedule(Schedule):
 
     def _room(self) -> int:
         """Steps of the last stage that what was saved before it pays for, and the probes of all stages."""
-        starts = self.boundaries
+        starts = [e.start for e in self.entered]
         saved = sum(
             (end - e.start) * (1 - self.costs[e.rung]) for e, end in zip(self.entered, starts[1:], strict=False)
         )
@@ -231,8 +224,7 @@ def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
     """The stages that `auto` climbs where a recipe names none: a quarter of each batch, then all of it.
 
     Partial PLMs are left out: on the modern decoders we measured, what they teach hardly reaches the full PLM
-    (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first. Their learning rate
-    stays: at the square root of their part of the batch (see `Stage`) runs ended as good, and were there later.
+    (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first.
     """
     small = batch_size // 4
     return (replace(full, batch=small), full) if small else (full,)
@@ -244,4 +236,4 @@ def best_case(ladder: Sequence[Stage], total_steps: int) -> Schedule:
     if schedule.tries:
         early = schedule.latest
         return Schedule((replace(ladder[0], steps=early), replace(ladder[-1], steps=total_steps - early)))
-    return Schedule(schedule.stages)
+    return schedule.now

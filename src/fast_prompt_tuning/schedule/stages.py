@@ -7,7 +7,6 @@ Source of the presets: Huang et al. 2022, "FPT: Improving Prompt Tuning Efficien
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -46,7 +45,7 @@ def _per_stack(name: str, value: Size, stacks: tuple[str, ...]) -> dict[str, int
     return sizes
 
 
-_OPTIONAL = ("batch", "length", "rate")  # what a stage may say beside its size
+_OPTIONAL = ("batch", "length")  # what a stage may say beside its size
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,6 @@ class Stage:
         stacks: the stacks that are cut; a stack of the model that is not named here stays whole.
         batch: examples of each forward pass (and process) that the step trains on; None: all it is given.
         length: tokens an input is cut to, the soft prompt not counted; None: whole inputs.
-        rate: what the learning rate is multiplied by while the stage lasts; None: 1. A small batch's gradient is
-            noisy, and bears less: about the square root of its part of the batch, with optimizers that divide a
-            gradient by its size, as Adam does (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive
-            Gradient Algorithms").
 
     Raises:
         ScheduleError: sizes below one, unknown stacks, negative steps.
@@ -76,7 +71,6 @@ class Stage:
     stacks: tuple[str, ...] = ("decoder",)
     batch: int | None = None
     length: int | None = None
-    rate: float | None = None
     _layers: Mapping[str, int] = field(init=False, repr=False, compare=False)
     _ffn: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
@@ -90,9 +84,6 @@ class Stage:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
-        number = isinstance(self.rate, (int, float)) and not isinstance(self.rate, bool)
-        if self.rate is not None and not (number and 0 < self.rate < math.inf):
-            raise ScheduleError(f"rate={self.rate!r} must be a number above 0, or left out")
         layers, ffn = _per_stack("layers", self.layers, stacks), _per_stack("ffn", self.ffn, stacks)
         set_ = object.__setattr__
         set_(self, "stacks", stacks)
@@ -109,7 +100,7 @@ class Stage:
     @property
     def _others(self) -> tuple[Any, ...]:
         """What is not a size, in the order of the arguments."""
-        return self.steps, self.stacks, self.batch, self.length, self.rate
+        return self.steps, self.stacks, self.batch, self.length
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Stage, (dict(self._layers), dict(self._ffn), *self._others)
@@ -124,7 +115,7 @@ class Stage:
 
     def same_size(self, other: Stage) -> bool:
         """Whether both stages keep the same layers and widths, whatever their steps and batches."""
-        same: dict[str, Any] = {"steps": 0, "batch": None, "length": None, "rate": None}
+        same: dict[str, Any] = {"steps": 0, "batch": None, "length": None}
         return replace(self, **same) == replace(other, **same)
 
     def check_fits(self, full: Stage) -> None:
@@ -175,7 +166,6 @@ class Stage:
         parts = [f"{text(self.layers)} layers × {text(self.ffn)} neurons"]
         parts += [f"{self.batch} examples"] if self.batch is not None else []
         parts += [f"{self.length} tokens"] if self.length is not None else []
-        parts += [f"{self.rate:g} × learning rate"] if self.rate is not None else []
         return ", ".join(parts)
 
 
@@ -201,6 +191,16 @@ class Schedule:
         for i, stage in enumerate(self.stages):
             if stage.steps < 1:
                 raise ScheduleError(f"stages[{i}].steps={stage.steps} must be at least 1")
+
+    @property
+    def now(self) -> Schedule:
+        """Itself: an `AutoSchedule`, which may stand in its place, has one schedule now and another later."""
+        return self
+
+    @property
+    def candidates(self) -> tuple[Stage, ...]:
+        """Every stage that a run may come to."""
+        return self.stages
 
     @property
     def total_steps(self) -> int:

@@ -1,16 +1,15 @@
-"""Progressive training in a `transformers` Trainer: the thin part that decides when the model grows."""
+"""Progressive training in a `transformers` Trainer of the user's own: callbacks that decide when the model grows."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     DefaultFlowCallback,
     Trainer,
@@ -21,29 +20,27 @@ from transformers import (
 )
 
 from ..data.trimming import TAIL, trim
-from ..errors import ConfigError, ModelError, ScheduleError
-from ..files import new_file
+from ..errors import ModelError, ScheduleError
 from ..plm.partial import PartialPLM
 from ..plm.stacks import get_plm
 from ..prompt.soft_prompt import prompt_parameter
-from ..schedule.auto import PROBE, AutoSchedule
-from ..schedule.stages import Schedule
-from .checkpoint import CANNOT_WRITE, STAGE_START
+from ..schedule.auto import AutoSchedule
+from ..schedule.stages import Schedule, Stage
+from .growth import Growth, log_growth
 
 logger = logging.getLogger(__name__)
-
-_BRACKETED = ("training_step", "get_batch_samples")
-_TRAINED, _TRAINED_STEP = "trained_prompt", "trained_prompt_step"  # in the optimizer's state, of `EmaCallback`
 
 
 class ProgressiveCallback(TrainerCallback):
     """Runs every training step of a Trainer or Seq2SeqTrainer on the schedule's partial PLM, and part of its batch.
 
-    The model is partial only *inside* a training step (forward and backward). Between steps, so whenever the Trainer
+    The model is partial only *inside* the forward passes of a training step. Between steps, so whenever the Trainer
     evaluates, chooses its best checkpoint, saves, calls other callbacks, ends or fails, it is the full PLM. The stage
-    follows from `state.global_step` alone: resuming from any checkpoint needs nothing else. Batches are cut to the
-    stage's `batch` and `length` as the Trainer takes them from its loader (`trimming.trim`), before it counts labels.
-    A stage's `rate` multiplies the learning rates for the optimizer's step alone, whatever scheduler sets them.
+    follows from `state.global_step` alone: resuming from any checkpoint needs nothing else. While it trains, the
+    model's class is a child of its own that has another `__call__` (as in `torch.nn.utils.parametrize`). With gradient
+    checkpointing, whose backward pass runs layers again, the model stays partial until that has ended.
+
+    A schedule whose stages cut batches or inputs needs one line more, `callback.attach(trainer)`.
 
     Args:
         partial: the `PartialPLM` of the model the Trainer trains.
@@ -51,36 +48,71 @@ class ProgressiveCallback(TrainerCallback):
 
     Raises:
         ScheduleError, ScoreError, ModelError: the schedule does not fit the model; raised here, before any step. When
-            training begins: the Trainer's model is another one, or runs on several GPUs in one process.
+            training begins: the Trainer's model is another one or compiled, it runs on several GPUs in one process, or
+            it was not attached and had to be.
     """
 
-    def __init__(self, partial: PartialPLM, schedule: Schedule):
-        for stage in schedule.stages:
+    def __init__(self, partial: PartialPLM, schedule: Schedule | AutoSchedule):
+        for stage in schedule.candidates:
             partial.check(stage)
-        self.partial, self.schedule = partial, schedule
+        self.partial = partial
+        self.schedule: Schedule | AutoSchedule = schedule
         self._trainer: Trainer | None = None
-        self._users_own: dict[str, Any] = {}  # methods the user has set on the trainer itself
-        self._rates: list[tuple[dict[str, Any], float]] = []  # optimizer groups and their rates, during a step
+        self._model: nn.Module | None = None  # whose calls are bracketed
+        self._stage: Stage | None = None  # within a step
+        self._previous: Stage | None = None
+        self._checkpoints = False
+        self._kept: ExitStack | None = None  # makes the model full again, once its layers will not be run again
+
+    @property
+    def _cuts(self) -> bool:
+        return any(stage.batch is not None or stage.length is not None for stage in self.schedule.candidates)
+
+    def attach(self, trainer: Trainer) -> None:
+        """Cut the batches that `trainer` takes to the stage's `batch` and `length`, before it counts their labels.
+
+        Called once, after the Trainer is made. Its `get_batch_samples` is wrapped: which batches it deals stays as it
+        is, so that a run resumed anywhere sees those it would have seen.
+        """
+        if self._trainer is trainer:
+            return
+        self._trainer = trainer
+        own_batches = trainer.get_batch_samples
+        decoder = not self.partial.plm.config.is_encoder_decoder
+
+        def get_batch_samples(epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+            stage, turn = self.schedule.now.stage_at(trainer.state.global_step), int(trainer.state.epoch or 0)
+            cut = (trim(batch, stage, decoder=decoder, turn=turn) for batch in epoch_iterator)
+            return own_batches(cut, *args, **kwargs)
+
+        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Leave the model to itself; for a training that was broken off and is not to be taken up again."""
+        self._leave()
+        self._stage = self._previous = None
+        if self._model is not None:
+            self._model.__class__ = type(self._model).__mro__[1]
+            self._model = None
+        self.partial.restore()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._release()
-        trainer = _calling_trainer()
-        self._check(trainer, args)
-        if (left := getattr(trainer.training_step, "fpt_callback", None)) is not None:
-            left._release()  # an earlier callback of ours whose run was broken off between two steps
-        self._trainer = trainer
-        self._users_own = {name: trainer.__dict__[name] for name in _BRACKETED if name in trainer.__dict__}
-        if state.max_steps <= self.schedule.boundaries[-1]:
+        self.detach()
+        model = kwargs["model"]
+        self._check(model, args, state)
+        if (left := getattr(type(model), "fpt_callback", None)) is not None:
+            left.detach()  # an earlier callback of ours whose run was broken off
+        if state.max_steps <= self.schedule.now.boundaries[-1]:
             logger.warning(
                 "training stops after %d steps, but the schedule reaches its last stage at step %d: the prompt will "
                 "never be tuned on it. Make the schedule with total_steps=%d.",
                 state.max_steps,
-                self.schedule.boundaries[-1],
+                self.schedule.now.boundaries[-1],
                 state.max_steps,
             )
-        last = (self.schedule.ladder if isinstance(self.schedule, AutoSchedule) else self.schedule.stages)[-1]
+        last = self.schedule.candidates[-1]
         if not last.is_full(self.partial.full_stage):
             logger.warning(
                 "the last stage is %s, not the full model (%s): the prompt will be used on a model that it was not "
@@ -88,92 +120,98 @@ class ProgressiveCallback(TrainerCallback):
                 last,
                 self.partial.full_stage,
             )
-        own_step = trainer.training_step
-        previous = None
+        self._checkpoints = any(
+            getattr(m, "gradient_checkpointing", False) or hasattr(m, "_checkpoint_wrapped_module")
+            for m in model.modules()
+        )
+        self._model = model
+        model.__class__ = _bracketed(type(model), self)
 
-        @functools.wraps(own_step)
-        def training_step(*step_args: Any, **step_kwargs: Any) -> Any:
-            nonlocal previous
-            stage = self.schedule.stage_at(trainer.state.global_step)
-            if previous is None or not stage.same_size(previous):
-                _log_growth(self.partial, trainer.state.global_step, previous, stage)
-                previous = stage
-                self.partial.restore()  # frees the narrowed copies of the stage before
-            try:
-                with self.partial.at(stage):
-                    return own_step(*step_args, **step_kwargs)
-            except BaseException:
-                self.partial.restore()
-                self._release()
-                raise
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave()
+        self._stage = stage = self.schedule.now.stage_at(state.global_step)
+        if self._previous is None or not stage.same_size(self._previous):
+            log_growth(self.partial, state.global_step, self._previous, stage)
+            self._previous = stage
+            self.partial.restore()  # frees the narrowed copies of the stage before
 
-        own_batches = trainer.get_batch_samples
-        decoder = not self.partial.plm.config.is_encoder_decoder
-
-        @functools.wraps(own_batches)
-        def get_batch_samples(epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-            stage = self.schedule.stage_at(trainer.state.global_step)
-            turn = int(trainer.state.epoch or 0)
-            cut = (trim(batch, stage, decoder=decoder, turn=turn) for batch in epoch_iterator)
-            return own_batches(cut, *args, **kwargs)
-
-        training_step.fpt_callback = self  # type: ignore[attr-defined]
-        trainer.training_step = training_step  # type: ignore[method-assign]
-        trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._leave()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        rate = self.schedule.stage_at(state.global_step).rate
-        if rate is not None:
-            self._rates = [(group, group["lr"]) for group in kwargs["optimizer"].param_groups]
-            for group, usual in self._rates:
-                group["lr"] = usual * rate
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._usual_rates()
-
-    def _usual_rates(self) -> None:
-        for group, usual in self._rates:
-            group["lr"] = usual
-        self._rates = []
+        self._leave()
+        self._stage = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.partial.restore()
-        self._release()
+        self.detach()
 
-    def _check(self, trainer: Trainer, args: TrainingArguments) -> None:
-        if get_plm(trainer.model) is not self.partial.plm:
+    @contextmanager
+    def forward_pass(self, model: nn.Module) -> Iterator[None]:
+        """Around every call of the model: the size of the stage within a step, the full size elsewhere."""
+        if not (model.training and torch.is_grad_enabled()):
+            self._leave()
+        elif self._stage is not None and self._kept is None:
+            with ExitStack() as stack:
+                stack.enter_context(self.partial.at(self._stage))
+                yield
+                if self._checkpoints:
+                    self._kept = stack.pop_all()
+            return
+        yield
+
+    def _leave(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def _check(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        if get_plm(model) is not self.partial.plm:
             raise ModelError(
                 "the PartialPLM is of another model than the Trainer's; make it of the model the Trainer is given"
             )
-        if getattr(args, "deepspeed", None) and any(stage.rate is not None for stage in self.schedule.stages):
-            raise ModelError("rate of a stage cannot be used with DeepSpeed, which steps by itself; leave it out")
-        for stage in self.schedule.stages:
+        for stage in self.schedule.candidates:
             self.partial.check(stage)  # again: by now FSDP or DeepSpeed may have sharded what a stage wants to cut
         if args.n_gpu > 1:
             raise ModelError(
                 f"{args.n_gpu} GPUs in one process: torch.nn.DataParallel cannot run a partial PLM; start one process "
                 "per GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
             )
+        if args.torch_compile:
+            raise ModelError(
+                "torch_compile=True compiles the model at one size, and a stage needs another; leave it out, or run "
+                "fpt train with train.compile"
+            )
+        if self._cuts and (self._trainer is None or self._trainer.state is not state):
+            raise ScheduleError(
+                "stages with batch or length cut what the Trainer's loader gives; write callback.attach(trainer) after "
+                "the Trainer is made, or leave batch and length out"
+            )
 
-    def _release(self) -> None:
-        self._usual_rates()
-        if self._trainer is not None:
-            for name in _BRACKETED:
-                self._trainer.__dict__.pop(name, None)
-            self._trainer.__dict__.update(self._users_own)
-            self._trainer, self._users_own = None, {}
+
+def _bracketed(own: type, callback: ProgressiveCallback) -> type:
+    """The class `own` with calls that run within the callback's `forward_pass`."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with callback.forward_pass(self):
+            return own.__call__(self, *args, **kwargs)  # type: ignore[operator]
+
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (own,), {**names, "__call__": call, "fpt_callback": callback})
 
 
 class AutoCallback(ProgressiveCallback):
-    """Grows the model when the full PLM's held-out loss says so (`growth.AutoSchedule`).
+    """Grows the model when the full PLM's held-out loss says so (`AutoSchedule`).
 
-    Probes are measured on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
+    Made with `callback.attach(trainer)` after the Trainer, whose `compute_loss` it measures with. Probes are measured
+    on the full PLM, between steps, and logged: a run resumed from a checkpoint reads them from the
     Trainer's log and decides as it did. The Trainer's `max_steps`, or the steps of its epochs, should be at least
     `schedule.most_steps`, so that an abandoned stage can be made up for, and steps come on top that a small start has
     saved; with a constant learning rate, since one that falls would fall over steps that may never come.
@@ -181,7 +219,6 @@ class AutoCallback(ProgressiveCallback):
     Args:
         partial, schedule: as `ProgressiveCallback`.
         probe: a batch of training examples that training does not see, as the Trainer's `compute_loss` takes it.
-        on_probe: called after every probe, to count its cost.
 
     Raises:
         ScheduleError, ScoreError, ModelError: as `ProgressiveCallback`.
@@ -189,41 +226,43 @@ class AutoCallback(ProgressiveCallback):
 
     schedule: AutoSchedule
 
-    def __init__(
-        self,
-        partial: PartialPLM,
-        schedule: AutoSchedule,
-        probe: Mapping[str, Any],
-        *,
-        on_probe: Callable[[], None] = lambda: None,
-    ):
-        for stage in schedule.ladder:
-            partial.check(stage)
+    def __init__(self, partial: PartialPLM, schedule: AutoSchedule, probe: Mapping[str, Any]):
         super().__init__(partial, schedule)
-        self.probe, self.on_probe = {k: v for k, v in probe.items() if k != TAIL}, on_probe
-        self._begun_with: torch.Tensor | None = None
+        self.probe = {k: v for k, v in probe.items() if k != TAIL}
+        self._growth: Growth | None = None
         self._most_steps = 0  # the Trainer's own, of `max_steps` or of its epochs
+
+    @property
+    def _cuts(self) -> bool:
+        return True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.schedule.replay(state.log_history)
         super().on_train_begin(args, state, control, **kwargs)
-        self._most_steps, self._begun_with = state.max_steps, None
+        trainer: Any = self._trainer
+        self._most_steps = state.max_steps
         self._set_end(state)
-        start = _stage_start(args)
-        if state.global_step and self.schedule.may_go_back and not start.is_file():
-            logger.warning(
-                "%s is missing (was the checkpoint moved?): should this stage be given up, the prompt goes back to "
-                "what it is now, at step %d, not to the stage's first",
-                start,
-                state.global_step,
-            )
-            self._remember(self._trainer, start)
-        self._consider(state)
+
+        def log(numbers: dict[str, float]) -> None:
+            due = trainer.control.should_log
+            trainer.log(numbers)  # into `state.log_history`, so into every checkpoint
+            trainer.control.should_log = due  # a log of the Trainer's own at this step is still to come
+
+        self._growth = Growth(
+            self.schedule,
+            prompt_parameter(kwargs["model"]),
+            Path(str(args.output_dir)),
+            writes=state.is_world_process_zero,
+            measure=self._measure,
+            log=log,
+        )
+        self._growth.begin(state.global_step)
+        self._consider(state, kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._consider(state)
+        self._consider(state, kwargs["optimizer"])
         self._set_end(state)
         if state.global_step >= state.max_steps:  # the Trainer's own callback has compared with another end
             DefaultFlowCallback().on_step_end(args, state, control)
@@ -234,159 +273,18 @@ class AutoCallback(ProgressiveCallback):
         later = self.schedule.may_go_on and state.global_step < end
         state.max_steps = min(end + later, self._most_steps)
 
-    def _consider(self, state: TrainerState) -> None:
-        trainer: Any = self._trainer
-        step = state.global_step
-        if trainer is None or step >= self._most_steps or not self.schedule.wants_probe(step):
-            return
-        loss = self._measure(trainer)
-        due = trainer.control.should_log
-        trainer.log({PROBE: loss})  # into `state.log_history`, so into every checkpoint
-        trainer.control.should_log = due  # a log of the Trainer's own at this step is still to come
-        stage, decision = self.schedule.rung, self.schedule.tell(step, loss)
-        start = _stage_start(trainer.args)
-        if decision == "abandon":
-            logger.info("step %d: the full model has learned nothing on stage %d: growing to the last", step, stage + 1)
-            self._go_back(trainer, start)
-        elif decision == "go on":
-            logger.info("step %d: the full model's loss still falls: on to step %d", step, self.schedule.total_steps)
-        elif decision == "grow":
-            logger.info("step %d: the full model's loss is %.4f: the next stage", step, loss)
-        if decision == "grow" or step == 0:
-            self._remember(trainer, start)
+    def _consider(self, state: TrainerState, optimizer: Any) -> None:
+        if self._growth is not None and state.global_step < self._most_steps:
+            self._growth.consider(state.global_step, optimizer.state)
 
-    def _measure(self, trainer: Any) -> float:
+    def _measure(self) -> float:
         """The loss of the full PLM on the probe."""
+        trainer: Any = self._trainer
         model = trainer.model
         was = model.training
         model.eval()
         try:
             with torch.no_grad():
-                inputs = trainer._prepare_inputs(dict(self.probe))
-                loss = float(trainer.compute_loss(model, inputs))
+                return float(trainer.compute_loss(model, {k: v.to(trainer.args.device) for k, v in self.probe.items()}))
         finally:
             model.train(was)
-        self.on_probe()
-        return loss
-
-    def _remember(self, trainer: Any, path: Path) -> None:
-        """Keep the prompt as it is where a stage begins, for a resumed run too."""
-        self._begun_with = prompt_parameter(self.partial.model).detach().cpu().clone()
-        if trainer.is_world_process_zero():
-            try:
-                with new_file(path) as work:
-                    save_file({"prompt": self._begun_with}, work)
-            except CANNOT_WRITE as error:
-                logger.warning("%s cannot be written (%s); training goes on", path, error)
-
-    def _go_back(self, trainer: Any, path: Path) -> None:
-        prompt = prompt_parameter(self.partial.model)
-        if self._begun_with is None:  # resumed since the stage began
-            self._begun_with = load_file(path)["prompt"]
-        with torch.no_grad():
-            prompt.copy_(self._begun_with)
-        trainer.optimizer.state.pop(prompt, None)  # moments of gradients that led nowhere
-
-
-class EmaCallback(TrainerCallback):
-    """Evaluates and saves the running mean of the prompt instead of its last value (Polyak and Juditsky 1992).
-
-    Inside a step the model has the prompt that is trained; between steps, so whenever the Trainer evaluates, saves,
-    probes or ends, it has the mean: after step t, `mean ← d · mean + (1 − d) · prompt` with `d = min(decay, (1 + t) /
-    (10 + t))`, which forgets the first prompts sooner. Training itself is what it would be without. The trained prompt
-    lies in the optimizer's state, so that a checkpoint holds both and a resumed run goes on exactly. An exception
-    inside a step leaves the trained prompt.
-
-    Args:
-        decay: what a step leaves of the mean, at least 0 and below 1; 0.9 averages ten steps, fewer in the first 80.
-
-    Raises:
-        ConfigError: another `decay`. ModelError: when training begins, a model without a soft prompt, or DeepSpeed,
-            which steps by itself.
-    """
-
-    def __init__(self, decay: float = 0.9):
-        if not 0 <= decay < 1:
-            raise ConfigError(f"decay={decay!r} must be at least 0 and below 1; 0.9 averages some ten steps")
-        self.decay = decay
-        self._mean: torch.Tensor | None = None  # inside a step
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        prompt_parameter(kwargs["model"])
-        if getattr(args, "deepspeed", None):
-            raise ModelError("EmaCallback cannot be used with DeepSpeed, which steps by itself; leave it out")
-        self._mean = None
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        prompt = prompt_parameter(kwargs["model"])
-        self._mean = prompt.detach().clone()
-        kept = kwargs["optimizer"].state.get(prompt, {})
-        # Of another step it is stale: no step yet, a stage given up, or a run that went on without a mean.
-        if kept.get(_TRAINED_STEP) == state.global_step:
-            with torch.no_grad():
-                prompt.copy_(kept[_TRAINED])
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Here, not at the step's end, where callbacks that save or probe may come first.
-        prompt, step = prompt_parameter(kwargs["model"]), state.global_step + 1
-        kept = kwargs["optimizer"].state[prompt]
-        if self._mean is None or (not kept and torch.equal(prompt, self._mean)):
-            return  # no update yet, and an optimizer takes a state that is not empty for its own
-        kept[_TRAINED], kept[_TRAINED_STEP] = prompt.detach().clone(), step
-        with torch.no_grad():
-            prompt.copy_(torch.lerp(kept[_TRAINED], self._mean, min(self.decay, (1 + step) / (10 + step))))
-        self._mean = None
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._leave_step(kwargs["model"])
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._leave_step(kwargs["model"])
-
-    def _leave_step(self, model: Any) -> None:
-        """Give the model its mean back after a step that was broken off, as a callback may within accumulation."""
-        if self._mean is not None:
-            with torch.no_grad():
-                prompt_parameter(model).copy_(self._mean)
-            self._mean = None
-
-
-def _stage_start(args: TrainingArguments) -> Path:
-    """Where the prompt is kept that a stage which is given up goes back to."""
-    return Path(str(args.output_dir)) / STAGE_START
-
-
-def _log_growth(partial: PartialPLM, step: int, before: Any, after: Any) -> None:
-    kept = {name: layers for name, layers in partial.kept_layers(after).items() if name in after.stacks}
-    if before is None:
-        logger.info("step %d: tuning on %s (layers %s) of %s", step, after, kept, partial.full_stage)
-    else:
-        logger.info("step %d: growing %s to %s (layers %s)", step, before, after, kept)
-
-
-def _calling_trainer() -> Trainer:
-    """The Trainer whose `train` is on the call stack: callbacks are not handed it.
-
-    Only the Trainer's own `training_step` can bracket exactly the part of a step that runs on the partial PLM, and
-    exceptions in it; no callback event does (docs/decisions.md).
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    raise ScheduleError(
-        "ProgressiveCallback works inside a transformers Trainer; in a loop of your own call "
-        "partial.resize(schedule.stage_at(step)) before every step and partial.restore() after the last"
-    )

@@ -29,11 +29,12 @@ from safetensors.torch import load_file, save_file
 from ..errors import CheckpointError, ConfigError
 from ..files import clear_leftovers, remove
 from ..plm import fingerprint
+from ..prompt.soft_prompt import load_prompt, prompt_parameter
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 CANNOT_WRITE = (OSError, SafetensorError)
 """What a full or read-only disk raises; safetensors has its own error."""
@@ -44,6 +45,10 @@ STAGE_START = "stage_start.safetensors"
 """The prompt that a stage which is given up goes back to lies beside the checkpoints."""
 
 _OURS = re.compile(f"{_NAME.pattern}|{re.escape(STAGE_START)}")
+
+
+class OtherFormat(CheckpointError):
+    """A whole checkpoint that another version wrote."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,23 @@ def save_trained(folder: Path, model: Any) -> None:
         model.save_pretrained(str(folder))
 
 
+def load_trained(folder: Path, model: Any) -> None:
+    """Give a model what `save_trained` wrote.
+
+    Raises:
+        CheckpointError: neither a prompt nor weights as safetensors are there.
+    """
+    if (folder / "adapter_config.json").is_file():
+        with torch.no_grad():
+            prompt_parameter(model).copy_(load_prompt(folder))
+        return
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{str(folder)!r} holds no weights as safetensors, which alone are read")
+    for file in files:
+        model.load_state_dict(load_file(file), strict=False)  # tied weights are saved once
+
+
 # -- writing, verifying, choosing -------------------------------------------------------------------------------------
 
 
@@ -184,10 +206,13 @@ def verify(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{where!r}: {name} is no plain file; links are not followed")
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         said = content.pop("sha256")
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{where!r} is of format {content['format']!r}; this version reads {FORMAT}")
         if said != _digest(content) or content["step"] != int(named[2]):
             raise CheckpointError(f"{where!r}: {MANIFEST} was altered")
+        if content["format"] != FORMAT:
+            raise OtherFormat(
+                f"{where!r} was written by another version (format {content['format']!r}, this one reads {FORMAT}); go "
+                "on with that version, or start anew with --overwrite"
+            )
         files = content["files"]
         if set(files) != set(entries) - {MANIFEST}:
             odd = sorted(set(files) ^ (set(entries) - {MANIFEST}))
@@ -221,11 +246,16 @@ def latest(folder: Path, kind: str = "checkpoint", until: int | None = None) -> 
 
     Args:
         until: only those of this step or before.
+
+    Raises:
+        OtherFormat: it is whole, but another version wrote it.
     """
     for step in reversed(steps_of(folder, kind)):
         if until is None or step <= until:
             try:
                 return verify(folder / f"{kind}-{step}")
+            except OtherFormat:
+                raise
             except CheckpointError as error:
                 logger.warning("damaged, so the one before it is used: %s", error)
     return None

@@ -49,19 +49,6 @@ def start(device: str | None) -> str | None:
     return str(state.device) if device is None or (device == "cuda" and not cpu) else device
 
 
-def check_one_gpu(device: torch.device) -> None:
-    """Raise where the Trainer would spread one process over several GPUs (`torch.nn.DataParallel`).
-
-    Raises:
-        ConfigError: the model is on one of several visible GPUs, and this is the only process.
-    """
-    if device.type == "cuda" and size() == 1 and torch.cuda.device_count() > 1:
-        raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs in one process: torch.nn.DataParallel cannot train a prompt; start one "
-            "process per GPU (torchrun or accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-
-
 def stop() -> None:
     """Leave the group of processes, at the very end."""
     if distributed.is_available() and distributed.is_initialized():
@@ -83,18 +70,34 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def largest(number: int) -> int:
-    """The largest `number` of all processes; every process must ask."""
+def _reduced(number: int, how: Any) -> int:
     if size() == 1:
         return number
     found = torch.tensor([number], device=_device())
-    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    distributed.all_reduce(found, op=how)
     return int(found.item())
+
+
+def largest(number: int) -> int:
+    """The largest `number` of all processes; every process must ask."""
+    return _reduced(number, distributed.ReduceOp.MAX)
+
+
+def total(number: int) -> int:
+    """The sum of the `number` of all processes; every process must ask."""
+    return _reduced(number, distributed.ReduceOp.SUM)
 
 
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true on any process; every process must ask."""
     return bool(largest(int(flag)))
+
+
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Put the sum over all processes into each tensor; every process must ask, with as many."""
+    if size() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
 
 
 def gather(value: T) -> list[T]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from ..errors import CheckpointError, shown
+from ..prompt.prompted import PromptedPLM
 from ..recipe import OptimConfig
 from . import checkpoint
-from .trainer import make_optimizer
+from .optimizer import make_optimizer
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -63,25 +61,11 @@ class _Evaluated(_Logged):
 
 
 class _State(_Part):
-    epoch: Amount
-    global_step: Count
-    total_flos: Amount
-    num_input_tokens_seen: Count
-    stateful_callbacks: dict[str, Any]
-    log_history: list[dict[str, Any]]
-
-
-class _Counts(_Part):
+    log: list[dict[str, Any]]
+    losses: list[Annotated[float, Field(allow_inf_nan=False)]]
     parts: Annotated[int, Field(ge=1, le=10**6)]
     skipped: Count
     skipped_in_a_row: Count
-    logged: Count
-    lost: Count = Field(alias="_lost")
-
-
-class _Process(_Part):
-    random: dict[str, Any]
-    loss: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Best(_Part):
@@ -108,53 +92,38 @@ def best_value(found: checkpoint.Checkpoint) -> float:
     return float(_as(_Best, found.record, str(found.folder)).value)
 
 
-def check(
-    found: checkpoint.Checkpoint, model: nn.Module, trained: Sequence[nn.Parameter], optim: OptimConfig, *, full: bool
-) -> None:
+def check(found: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConfig) -> None:
     """Raise unless a run can go on from this checkpoint.
 
     Args:
-        model: the PLM or the prompted model; only read.
-        trained: the parameters that are trained.
+        prompted: what is trained; only read.
         optim: the run's settings. The saved optimizer's state is not used where it is another optimizer's.
-        full: all weights are trained.
 
     Raises:
         CheckpointError: a part is missing, malformed, or not of this run's form.
     """
-    folder, where = found.folder, str(found.folder)
+    folder, where, trained = found.folder, str(found.folder), prompted.trained
     record = _as(_Record, found.record, f"{where}: {checkpoint.MANIFEST}")
-    _check_trainer_state(folder / TRAINER_STATE_NAME, found.step)
-    _as(_Counts, checkpoint.load_state(folder, "counts"), f"{where}: counts")
-    _as(_Process, checkpoint.load_state(folder, "process_0"), f"{where}: process_0")
-    good = checkpoint.load_state(folder, "good") if (folder / "good.json").is_file() else []
-    if not full:
-        _like(good, [p.detach() for p in trained], f"{where}: good")
+    _check_state(checkpoint.load_state(folder, "loop"), f"{where}: loop")
+    if not isinstance(checkpoint.load_state(folder, "process_0"), dict):
+        raise CheckpointError(f"{where}: process_0 holds no state of random generators")
+    if not prompted.whole:
+        _like(checkpoint.load_state(folder, "good"), [p.detach() for p in trained], f"{where}: good")
     optimizer, rates = make_optimizer(trained, optim)
     _like(checkpoint.load_state(folder, "scheduler"), rates.state_dict(), f"{where}: scheduler")
     saved = checkpoint.load_state(folder, "optimizer")
     if record.config.optim.optimizer == optim.optimizer:
         _like(saved, {**optimizer.state_dict(), "state": ...}, f"{where}: optimizer")
         _check_moments(saved["state"], trained, optim, f"{where}: optimizer")
-    if full:
-        check_weights(folder, model)
+    if prompted.whole:
+        check_weights(folder, prompted.module)
 
 
-def _check_trainer_state(path: Path, step: int) -> None:
-    where = str(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} cannot be read ({type(error).__name__})") from error
-    state = _as(_State, found, where)
-    if odd := sorted(set(found) - {f.name for f in fields(TrainerState)}):
-        raise CheckpointError(f"{where}: {odd[0]} is no field of it")
-    if state.global_step != step:
-        raise CheckpointError(f"{where}: global_step is {state.global_step}, the checkpoint's is {step}")
-    for i, line in enumerate(state.log_history):
+def _check_state(found: Any, where: str) -> None:
+    for i, line in enumerate(_as(_State, found, where).log):
         metrics = {name: value for name, value in line.items() if name.startswith("eval_")}
-        _as(_Evaluated if metrics else _Logged, line, f"{where}: log_history.{i}")
-        _as(dict[str, Number], metrics, f"{where}: log_history.{i}")
+        _as(_Evaluated if metrics else _Logged, line, f"{where}: log.{i}")
+        _as(dict[str, Number], metrics, f"{where}: log.{i}")
 
 
 def _like(value: Any, own: Any, where: str) -> None:

@@ -1,0 +1,144 @@
+"""The end of a run: the prompt it is left with, scored, and the files of its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..cost.ledger import FlopsLedger
+from ..data.splits import examples_fingerprint
+from ..errors import ConfigError
+from ..files import new_folder
+from ..plm import fingerprint
+from ..plm.loading import describe_dtype
+from ..train import checkpoint, parallel
+from ..train.loop import Loop
+from .best import Best, Scored
+from .card import model_card
+from .folder import write_log
+from .results import Point, RunResult, environment, save_result
+from .session import Session, evaluate, write_predictions
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def finish(
+    run: Run,
+    loop: Loop,
+    best: Best,
+    scored: Scored,
+    status: Literal["finished", "interrupted", "stopped"],
+    reason: str | None,
+) -> RunResult:
+    """Score what the run is left with, and write its prompt, predictions, log and result.
+
+    Args:
+        status, reason: how the steps ended, and why.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    session, config, folder, partial = run.session, run.config, run.folder, run.partial
+    whole = run.prompted.whole
+    prompt = None if whole else run.prompted.parameter.detach()
+    # A test split, where one is loaded, has had no part in choosing the best prompt.
+    split = "test" if "test" in session.examples else "validation"
+    final = scored.of(prompt) if split == "validation" else None
+    if final is None:
+        final = evaluate(session, session.prompted(prompt), split)
+        # A resumed run scores again what it no longer knows; like steps that are made twice, that counts once.
+        if status != "finished" or split != "validation" or whole:
+            run.ledger.add("eval", final.flops)
+    log: list[dict[str, Any]] = loop.state.log_history
+    curve = [
+        Point(
+            step=r["step"],
+            metrics={name: r[f"eval_{name}"] for name in final.result.values if f"eval_{name}" in r},
+            train_flops=r["train_flops"],
+            train_seconds=r["train_seconds"],
+        )
+        for r in log
+        if f"eval_{session.task.primary}" in r
+    ]
+    schedule = run.schedule.now
+    result = RunResult(
+        name=config.name or folder.name,
+        method=config.method,
+        status=status,
+        reason=reason,
+        config=config.model_dump(mode="json"),
+        schedule=schedule.to_dict(),
+        boundaries=list(schedule.boundaries),
+        kept_layers=[partial.kept_layers(s) for s in schedule.stages] if partial is not None else [],
+        steps=loop.state.global_step,
+        skipped_steps=loop.skipped,
+        primary=session.task.primary,
+        metrics=final.result.values,
+        intervals=final.result.intervals,
+        split=split,
+        examples=final.result.n,
+        best_step=best.step if config.train.keep == "best" else loop.state.global_step,
+        curve=list({p.step: p for p in curve}.values()),
+        losses=[(r["step"], r["loss"]) for r in log if "loss" in r],
+        flops=run.ledger.to_dict(),
+        train_seconds=loop.seconds,
+        total_seconds=loop.spent()["total_seconds"],
+        prompt_folder=None if whole else str(folder / "prompt"),
+        fingerprints={
+            **{split: examples_fingerprint(rows) for split, rows in session.examples.items()},
+            **run.identity["fingerprints"],
+            **({"model": "trained"} if whole else {}),
+        },
+        environment=environment(session.plm.device, dtype=describe_dtype(config.model.dtype, session.plm)),
+    )
+    if parallel.rank() == 0:
+        try:
+            with new_folder(folder / ("model" if whole else "prompt")) as work:
+                run.prompted.save(work)
+                if whole:
+                    session.tokenizer.save_pretrained(str(work))  # a whole model, that `model.path` can name
+                else:  # in place of the blank one that PEFT writes
+                    (work / "README.md").write_text(model_card(result), encoding="utf-8")
+            write_predictions(folder / "predictions.jsonl", session.examples[split], final)
+            write_log(folder, log)
+            save_result(result, folder)
+        except (*checkpoint.CANNOT_WRITE, ConfigError) as error:
+            steps = checkpoint.steps_of(folder / "checkpoints")
+            kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint"
+            raise ConfigError(
+                f"output={str(folder)!r} cannot be written at the end of the run ({error}); {kept}: make room, and run "
+                f"it again with {'--resume' if steps else '--overwrite'}"
+            ) from error
+    return result
+
+
+def zero_shot(session: Session) -> RunResult:
+    """The PLM without any prompt, as a result to compare with: on validation data, and on test data if loaded."""
+    on = {
+        split: evaluate(session, session.prompted(None), split)
+        for split in ("validation", "test")
+        if split in session.examples
+    }
+    split, found = list(on.items())[-1]
+    start = Point(step=0, metrics=on["validation"].result.values, train_flops=0.0, train_seconds=0.0)
+    return RunResult(
+        name="zero-shot",
+        method="none",
+        status="evaluated",
+        config=session.config.model_dump(mode="json"),
+        schedule=[],
+        boundaries=[],
+        steps=0,
+        primary=session.task.primary,
+        metrics=found.result.values,
+        intervals=found.result.intervals,
+        split=split,
+        examples=found.result.n,
+        best_step=0,
+        curve=[start],
+        flops=FlopsLedger({"eval": sum(e.flops for e in on.values())}).to_dict(),
+        train_seconds=0.0,
+        total_seconds=sum(e.seconds for e in on.values()),
+        fingerprints={"model": fingerprint.of_model(session.plm)},
+        environment=environment(session.plm.device, dtype=describe_dtype(session.config.model.dtype, session.plm)),
+    )

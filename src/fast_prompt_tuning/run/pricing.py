@@ -1,0 +1,85 @@
+"""What a run's steps will cost before they are made: batches, their usual shape, and what stages save."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median_high
+
+from datasets import Dataset
+
+from ..cost.flops import forward_flops, schedule_flops, step_flops
+from ..cost.ledger import FlopsLedger
+from ..cost.shapes import BatchShape
+from ..data.batches import LengthBatchSampler, input_lengths
+from ..prompt.front import batch_shape
+from ..prompt.places import placement_named
+from ..recipe import RunConfig
+from ..schedule.auto import AutoSchedule
+from ..schedule.stages import Schedule, Stage
+from ..train import parallel
+from .preparation import calibration_batches
+from .session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def batches_of_epoch(config: RunConfig, lengths: Sequence[int]) -> LengthBatchSampler:
+    """An epoch's batches of one process."""
+    train = config.train
+    return LengthBatchSampler(lengths, train.batch_size, seed=train.seed, max_tokens=train.batch_tokens)
+
+
+def usual_shape(session: Session) -> BatchShape:
+    """A training batch of usual size; texts that run apart from the prompt are kept."""
+    config = session.config
+    batch = calibration_batches(session, config.train.batch_size)[0]
+    shape = batch_shape(batch, config.prompt.tokens, decoder=session.decoder)
+    tail = int(median_high(session.encoded["train"]["n_tail"]))
+    chosen = placement_named(config.prompt.placement)
+    return chosen.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
+
+
+def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:
+    """The schedule with what its stages and a probe of so many examples cost, on the batches of an epoch."""
+    train, usual = session.config.train, usual_shape(session)
+    lengths = input_lengths(rows)
+    batches = batches_of_epoch(session.config, lengths)
+    # What of a row stands behind the prompt: a decoder's rows hold their targets.
+    rest = (usual.target_tokens if session.decoder else 0) + usual.prompt_tokens - session.config.prompt.tokens
+    shapes = [replace(usual, batch=len(b), input_tokens=max(max(lengths[i] for i in b) - rest, 0)) for b in batches]
+
+    def flops(stage: Stage) -> float:
+        return sum(step_flops(session.cost, stage, shape) for shape in shapes)
+
+    full = flops(schedule.ladder[-1])
+
+    def relative(stage: Stage) -> float:
+        if usual.text_apart and not stage.is_full(schedule.ladder[-1]):
+            return 1.0  # a partial PLM has texts of its own to run: nothing is known to be saved
+        return min(1.0, flops(stage) / full)
+
+    costs = [relative(stage) for stage in schedule.ladder]
+    once = parallel.size() * forward_flops(session.cost, None, replace(usual, batch=probe))  # every process probes
+    step = train.accumulate * parallel.size() * full / len(shapes)
+    return AutoSchedule(schedule.ladder, schedule.asked, costs, once / step)
+
+
+def say_if_nothing_is_saved(session: Session, schedule: Schedule | AutoSchedule, ledger: FlopsLedger) -> None:
+    """Warn where scoring costs what the stages save: a short run does not earn it back."""
+    config = session.config
+    if not ledger["score"] or isinstance(schedule, AutoSchedule):
+        return
+    shape = usual_shape(session)
+    batches = config.train.accumulate * parallel.size()
+    stages = batches * schedule_flops(session.cost, schedule, shape)
+    plain = batches * schedule.total_steps * step_flops(session.cost, None, shape)
+    if stages + ledger["score"] >= plain:
+        logger.warning(
+            "nothing is saved: the stages cost %.0f%% of plain prompt tuning and scoring another %.0f%%; train longer, "
+            "lower scoring.examples or scoring.layer_examples, reuse scores (scoring.path, scoring.layer_path), or "
+            "take method=pt",
+            100 * stages / plain,
+            100 * ledger["score"] / plain,
+        )

@@ -1,0 +1,58 @@
+"""Which examples every step of a run trains on: a function of the step alone, the same for any number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ..data.batches import Collator, LengthBatchSampler, input_lengths
+from ..plm.objective import IGNORED
+from ..recipe import TrainConfig
+from . import parallel
+
+
+class Batches:
+    """Batches of the whole run, of which every process takes its own rows.
+
+    Args:
+        rows: encoded examples (`data.encoding.encode`).
+        collate: makes a batch of rows.
+        train: batch size of each process, accumulated batches, token budget and seed.
+    """
+
+    def __init__(self, rows: Dataset, collate: Collator, train: TrainConfig):
+        self.rows, self.collate, self.accumulate = rows, collate, train.accumulate
+        self._sampler = LengthBatchSampler(
+            input_lengths(rows),
+            train.batch_size * parallel.size(),
+            seed=train.seed,
+            max_tokens=train.batch_tokens,
+            shares=parallel.size(),
+        )
+        self.steps_an_epoch = -(-len(self._sampler) // train.accumulate)
+        self._dealt: tuple[int, list[list[int]]] = (-1, [])
+
+    def of(self, step: int) -> list[dict[str, torch.Tensor]]:
+        """The batches of optimizer step `step` (0-based): `train.accumulate`, fewer in the last step of an epoch."""
+        epoch, place = divmod(step, self.steps_an_epoch)
+        if self._dealt[0] != epoch:
+            self._sampler.set_epoch(epoch)
+            self._dealt = epoch, list(self._sampler)
+        start = place * self.accumulate
+        return [self._mine(batch) for batch in self._dealt[1][start : start + self.accumulate]]
+
+    def _mine(self, batch: list[int]) -> dict[str, torch.Tensor]:
+        rank, size = parallel.rank(), parallel.size()
+        mine = batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]
+        found = self.rows[mine or [0]]
+        made = self.collate([dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)])
+        if not mine:  # fewer rows than processes: this one takes part with an example that carries no loss
+            made["labels"].fill_(IGNORED)
+        return made
+
+
+def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False) -> Collator:
+    """The collator for a PLM; with `tails`, for a prompted PLM and for stages that cut inputs."""
+    return Collator(tokenizer, decoder=not plm.config.is_encoder_decoder, tails=tails)

@@ -1,0 +1,136 @@
+"""The loop of `fpt train` as a callback meets it, and what it does without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from toy import Broken, recipe
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from fast_prompt_tuning.prompt import front
+from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
+from fast_prompt_tuning.recipe import RunConfig
+from fast_prompt_tuning.run import run
+from fast_prompt_tuning.run.folder import read_log
+from fast_prompt_tuning.train import checkpoint, loop
+
+
+class Recorder(TrainerCallback):
+    """Every event: its name, the step, and what came with it."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def record(args: Any, state: Any, control: Any, **more: Any) -> None:
+            assert isinstance(args, RunConfig)
+            assert isinstance(state, TrainerState)
+            assert isinstance(control, TrainerControl)
+            assert prompt_parameter(more["model"]) in more["optimizer"].param_groups[0]["params"]
+            self.told.append((name, state.global_step))
+
+        return record
+
+
+def test_a_callback_is_told_of_these_events_in_this_order(tmp_path):
+    recorder = Recorder()
+    run.train(recipe(tmp_path / "run", method="ld", train__steps=4, train__eval_every=4), callbacks=[recorder])
+    a_step = ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log"]
+    at_the_end = ["on_log", "on_evaluate", "on_save", "on_train_end"]
+    assert [name for name, _ in recorder.told] == ["on_train_begin", *(a_step * 4), *at_the_end]
+    assert {name for name, _ in recorder.told} == set(loop.EVENTS)
+    assert [s for name, s in recorder.told if name == "on_step_end"] == [1, 2, 3, 4]
+
+
+def test_a_callback_may_ask_for_a_log_a_checkpoint_an_evaluation_and_the_end(tmp_path):
+    class Ask(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log = control.should_evaluate = control.should_save = state.global_step == 3
+            control.should_training_stop = state.global_step == 5
+
+    result = run.train(recipe(tmp_path / "run", method="pt"), callbacks=[Ask()])
+    assert (result.status, result.steps) == ("finished", 5)
+    assert [p.step for p in result.curve] == [3, 5]  # what a run ends with is always evaluated
+    assert [s for s, _ in result.losses] == [3]
+    assert checkpoint.steps_of(tmp_path / "run" / "checkpoints") == [3]
+
+
+def test_the_model_is_the_full_one_whenever_a_callback_looks(tmp_path, monkeypatch):
+    sizes, inside = set(), []
+
+    class Look(TrainerCallback):
+        def __getattribute__(self, name: str) -> Any:
+            if not name.startswith("on_"):
+                return super().__getattribute__(name)
+            return lambda args, state, control, model, **more: sizes.add(model.config.num_hidden_layers)
+
+    inner = front.Front.loss
+
+    def loss(self, *given):
+        inside.append(self.plm.config.num_hidden_layers)
+        return inner(self, *given)
+
+    monkeypatch.setattr(front.Front, "loss", loss)
+    run.train(recipe(tmp_path / "run", method="ld"), callbacks=[Look()])
+    assert sizes == {5}
+    assert inside == [1, 1, 3, 3, 4, 4, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+def test_an_error_in_a_step_leaves_the_full_model(tmp_path, monkeypatch, error):
+    seen = []
+
+    def loss(self, *given):
+        seen.append((self, self.plm.config.num_hidden_layers))
+        raise error
+
+    monkeypatch.setattr(front.Front, "loss", loss)
+    with pytest.raises(error):
+        run.train(recipe(tmp_path / "run", method="ld", train__gradient_checkpointing=True))
+    ((prompted, layers),) = seen
+    assert (layers, prompted.plm.config.num_hidden_layers) == (1, 5)
+    assert not prompted.plm.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_is_the_mean_loss_over_all_labels_of_its_batches(tmp_path, monkeypatch, accumulate):
+    taken = []
+    inner = loop.Loop.gradient
+
+    def gradient(self, batches, labels, stage):
+        loss, work = inner(self, batches, labels, stage)
+        with torch.no_grad():
+            sums = [self.prompted.loss(batch, 1).value for batch in batches]
+        taken.append((float(loss), float(sum(sums)) / labels, sum(int((b["labels"] >= 0).sum()) for b in batches)))
+        assert labels == taken[-1][2]
+        return loss, work
+
+    monkeypatch.setattr(loop.Loop, "gradient", gradient)
+    result = run.train(recipe(tmp_path / "run", method="pt", train__accumulate=accumulate, train__steps=5))
+    for logged, (loss, by_hand, _) in zip([v for _, v in result.losses], taken, strict=True):
+        assert logged == loss == pytest.approx(by_hand, rel=1e-5)
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    an_epoch = -(-10 // accumulate)  # ten batches
+    assert [r["epoch"] for r in log if "loss" in r] == pytest.approx([s / an_epoch for s in range(1, 6)])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_full_fine_tuning_is_cut_into_parts_where_memory_ends(tmp_path, monkeypatch, accumulate, caplog):
+    options = {"method": "full", "optim__lr": 0.01, "train__steps": 4, "train__accumulate": accumulate}
+    whole = run.train(recipe(tmp_path / "whole", **options))
+    inner = front.label_loss
+
+    def limited(model, batch, **more):
+        if len(batch["input_ids"]) > 1 and model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(model, batch, **more)
+
+    monkeypatch.setattr(front, "label_loss", limited)
+    parts = run.train(recipe(tmp_path / "parts", **options))
+    assert "4 parts of at most 1 examples" in caplog.text
+    assert dict(parts.losses) == pytest.approx(dict(whole.losses), rel=1e-4)
