@@ -126,9 +126,9 @@ class FakeTokenizer:
 def news_rows(tokenizer: Any, count: int, longest: int, seed: int) -> list[dict[str, list[int]]]:
     """Paragraphs of BBC articles with their topic as target: news text of naturally mixed length."""
     from fast_prompt_tuning.data import readers as examples
-    from fast_prompt_tuning.data import tasks
+    from fast_prompt_tuning.data import task_files
 
-    articles = examples.load_examples(tasks.load_task("bbc_topics"), "train", decoder=True)
+    articles = examples.load_examples(task_files.load_task("bbc_topics"), "train", decoder=True)
     rows = []
     for row in articles:
         for paragraph in row["input"].split("\n")[1:-1]:

@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from fast_prompt_tuning import soft_prompt_config
 from fast_prompt_tuning.cli import app as cli
-from fast_prompt_tuning.data import metrics, tasks
+from fast_prompt_tuning.data import metrics, task_files, tasks
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.paper.costs import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.plm import families
@@ -257,7 +257,7 @@ def test_the_task_in_the_guide_loads_and_renders(tmp_path):
     (text,) = blocks((ROOT / "docs" / "guides" / "own_task.md").read_text(encoding="utf-8"), "yaml")
     (tmp_path / "tickets.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "train.jsonl").write_text('{"text": "My bill is wrong", "label": "billing"}\n')
-    task = tasks.load_task(str(tmp_path / "tickets.yaml"))
+    task = task_files.load_task(str(tmp_path / "tickets.yaml"))
     (row,) = load_examples(task, "train", decoder=True)
     assert row["input"] == "My bill is wrong\nTeam:"
     assert row["target"] == " billing"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fast_prompt_tuning.data.tasks import load_task
+from fast_prompt_tuning.data.task_files import load_task
 from fast_prompt_tuning.errors import LONGEST_MESSAGE, ConfigError, shown
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.yaml_text import LONGEST, load_yaml

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "tests"), str(HERE)]
@@ -42,7 +43,7 @@ import yaml  # noqa: E402
 from toy import result, toy  # noqa: E402
 
 from fast_prompt_tuning import recipe as config  # noqa: E402
-from fast_prompt_tuning.data import patterns, tasks, templates  # noqa: E402
+from fast_prompt_tuning.data import patterns, task_files, tasks, templates  # noqa: E402
 from fast_prompt_tuning.data import readers as examples  # noqa: E402
 from fast_prompt_tuning.errors import FptError  # noqa: E402
 from fast_prompt_tuning.prompt import soft_prompt  # noqa: E402
@@ -93,17 +94,17 @@ def targets(folder: Path) -> Iterator[Target]:
         lambda b: config.load(recipe, [b.decode("utf-8", "surrogateescape")]),
     )
     own = [toy().topics.read_bytes(), toy().words.read_bytes()]
-    built_in = [tasks._folder().joinpath(f"{n}.yaml").read_bytes() for n in tasks.task_names()]
-    yield Target("task", own + built_in, _file(folder / "task.yaml", lambda p: _use_task(tasks.load_task(str(p)))))
+    built_in = [tasks._folder().joinpath(f"{n}.yaml").read_bytes() for n in task_files.task_names()]
+    yield Target("task", own + built_in, _file(folder / "task.yaml", lambda p: _use_task(task_files.load_task(str(p)))))
     yield from _templates()
     for name, files in SPLITS.items():
-        task = tasks.load_task(str(toy().topics) if name == "topics" else name)
+        task = task_files.load_task(str(toy().topics) if name == "topics" else name)
         for file in files:
             seed = (DATA / file).read_bytes()
             read = _file(folder / f"x{Path(file).suffix}", lambda p, task=task: _read_rows(task, p))
             yield Target(f"data: {file}", [seed], read)
     rows = [{"text": "the ball", "label": "sport", "id": str(i)} for i in range(3)]
-    own_task = tasks.load_task(str(toy().topics))
+    own_task = task_files.load_task(str(toy().topics))
     for name, content in (
         ("array.json", json.dumps(rows, indent=1).encode()),
         ("semicolons.csv", b'text;label\n"the; ball";sport\nthe goal;sport\n'),

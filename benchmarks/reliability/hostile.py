@@ -29,7 +29,8 @@ from fast_prompt_tuning import recipe as recipes
 from fast_prompt_tuning.data import formats
 from fast_prompt_tuning.data.patterns import substitute
 from fast_prompt_tuning.data.readers import load_examples
-from fast_prompt_tuning.data.tasks import Replace, load_task, task_from_templates
+from fast_prompt_tuning.data.task_files import load_task, task_from_templates
+from fast_prompt_tuning.data.tasks import Replace
 from fast_prompt_tuning.data.templates import render
 from fast_prompt_tuning.errors import FptError
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fast_prompt_tuning.plm.selection import evenly
-from fast_prompt_tuning.report.pictures import COLOURS, save
+from fast_prompt_tuning.report.figures import COLOURS, save
 from fast_prompt_tuning.schedule.stages import Schedule, Stage
 
 FULL = Stage(12, 2048)

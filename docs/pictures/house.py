@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import fast_prompt_tuning
-from fast_prompt_tuning.report.pictures import COLOURS, GREY, save
+from fast_prompt_tuning.report.figures import COLOURS, GREY, save
 
 SOURCE = Path(fast_prompt_tuning.__file__).parent
 APART = {"__init__", "__main__"}

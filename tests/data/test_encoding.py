@@ -17,7 +17,7 @@ from fast_prompt_tuning.data.batches import Collator, LengthBatchSampler, input_
 from fast_prompt_tuning.data.encoding import encode
 from fast_prompt_tuning.data.readers import load_examples, render_rows
 from fast_prompt_tuning.data.splits import examples_fingerprint, train_calibration
-from fast_prompt_tuning.data.tasks import load_task, task_from_templates
+from fast_prompt_tuning.data.task_files import load_task, task_from_templates
 from fast_prompt_tuning.errors import ConfigError, DataError
 
 DATA = Path(__file__).parents[1] / "files"

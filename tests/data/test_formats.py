@@ -11,7 +11,7 @@ import pytest
 from fast_prompt_tuning.data import formats
 from fast_prompt_tuning.data.formats import text_lines
 from fast_prompt_tuning.data.readers import load_examples
-from fast_prompt_tuning.data.tasks import load_task, task_from_templates
+from fast_prompt_tuning.data.task_files import load_task, task_from_templates
 from fast_prompt_tuning.errors import DataError
 
 ROWS = [{"text": "a; b", "label": "x"}, {"text": "c, d", "label": "y"}]

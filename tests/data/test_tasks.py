@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_prompt_tuning.data import readers as examples
-from fast_prompt_tuning.data import tasks
+from fast_prompt_tuning.data import submissions, task_files
 from fast_prompt_tuning.data.readers import load_examples, render_rows
-from fast_prompt_tuning.data.tasks import Replace, load_task, task_from_templates
+from fast_prompt_tuning.data.task_files import load_task, task_from_templates
+from fast_prompt_tuning.data.tasks import Replace
 from fast_prompt_tuning.errors import ConfigError, DataError
 
 DATA = Path(__file__).parents[1] / "files"
@@ -212,7 +213,7 @@ def test_choices_and_postprocess():
     assert load_task("xsum").postprocess("no answer") == "no answer"
 
 
-@pytest.mark.parametrize("name", tasks.task_names())
+@pytest.mark.parametrize("name", task_files.task_names())
 def test_built_in_tasks_serve_decoders_too(name):
     task = load_task(name)
     assert task.name == name
@@ -225,7 +226,7 @@ def test_built_in_tasks_serve_decoders_too(name):
 
 def test_all_tasks_are_there():
     expected = "bbc_headlines bbc_topics boolq cnn_dailymail mnli qqp record squad2 sst2 xsum"
-    assert tasks.task_names() == expected.split()
+    assert task_files.task_names() == expected.split()
     assert load_task("mnli").splits["validation_mismatched"] == "validation_mismatched"
 
 
@@ -554,11 +555,13 @@ def test_choices_need_the_label_only():
 
 
 def test_submissions(tmp_path):
-    tasks.write_submission(load_task("mnli"), tmp_path / "mnli.tsv", ["0", "1"], ["neutral", "<extra_id_0> entailment"])
+    submissions.write_submission(
+        load_task("mnli"), tmp_path / "mnli.tsv", ["0", "1"], ["neutral", "<extra_id_0> entailment"]
+    )
     assert (tmp_path / "mnli.tsv").read_text() == "index\tprediction\n0\tneutral\n1\tentailment\n"
-    tasks.write_submission(load_task("qqp"), tmp_path / "qqp.tsv", ["0", "1"], ["is_duplicate", "not_duplicate"])
+    submissions.write_submission(load_task("qqp"), tmp_path / "qqp.tsv", ["0", "1"], ["is_duplicate", "not_duplicate"])
     assert (tmp_path / "qqp.tsv").read_text() == "index\tprediction\n0\t1\n1\t0\n"
-    tasks.write_submission(load_task("squad2"), tmp_path / "squad.json", ["q1", "q2"], ["1907", "no answer"])
+    submissions.write_submission(load_task("squad2"), tmp_path / "squad.json", ["q1", "q2"], ["1907", "no answer"])
     assert json.loads((tmp_path / "squad.json").read_text()) == {"q1": "1907", "q2": ""}
 
 
@@ -566,16 +569,16 @@ def test_submissions_refuse_what_is_wrong(tmp_path):
     task, file = load_task("sst2"), tmp_path / "out.tsv"
     file.write_text("mine")
     with pytest.raises(DataError, match="the file exists"):
-        tasks.write_submission(task, file, ["0"], ["positive"])
+        submissions.write_submission(task, file, ["0"], ["positive"])
     assert file.read_text() == "mine"
     with pytest.raises(DataError, match="'good' for id '0' is no label"):
-        tasks.write_submission(task, tmp_path / "b.tsv", ["0"], ["good"])
+        submissions.write_submission(task, tmp_path / "b.tsv", ["0"], ["good"])
     with pytest.raises(DataError, match="2 ids but 1"):
-        tasks.write_submission(task, tmp_path / "b.tsv", ["0", "1"], ["positive"])
+        submissions.write_submission(task, tmp_path / "b.tsv", ["0", "1"], ["positive"])
     with pytest.raises(DataError, match="twice"):
-        tasks.write_submission(task, tmp_path / "b.tsv", ["0", "0"], ["positive"] * 2)
+        submissions.write_submission(task, tmp_path / "b.tsv", ["0", "0"], ["positive"] * 2)
     with pytest.raises(ConfigError, match="no submission format"):
-        tasks.write_submission(load_task("xsum"), tmp_path / "b.tsv", ["0"], ["a"])
+        submissions.write_submission(load_task("xsum"), tmp_path / "b.tsv", ["0"], ["a"])
     assert not (tmp_path / "b.tsv").exists()
 
 

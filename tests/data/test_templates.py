@@ -9,7 +9,8 @@ import pytest
 from fast_prompt_tuning.data import patterns, templates
 from fast_prompt_tuning.data.patterns import substitute
 from fast_prompt_tuning.data.readers import load_examples, render_rows
-from fast_prompt_tuning.data.tasks import Replace, task_from_templates
+from fast_prompt_tuning.data.task_files import task_from_templates
+from fast_prompt_tuning.data.tasks import Replace
 from fast_prompt_tuning.data.templates import compiled, render
 from fast_prompt_tuning.errors import ConfigError, DataError
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, TrainerCal
 
 from fast_prompt_tuning.cost.work import Work
 from fast_prompt_tuning.data import metrics
-from fast_prompt_tuning.data.tasks import load_task
+from fast_prompt_tuning.data.task_files import load_task
 from fast_prompt_tuning.errors import ConfigError, DataError, FptError, ModelError, ScoreError, TrainingStopped
 from fast_prompt_tuning.plm import loading as models
 from fast_prompt_tuning.prompt import front

@@ -58,9 +58,9 @@ def _first_comment(recipe: str) -> str:
 
 
 def _task_lines() -> dict[str, str]:
-    from ..data import tasks
+    from ..data import task_files
 
-    return {name: tasks.load_task(name).description for name in tasks.task_names()}
+    return {name: task_files.load_task(name).description for name in task_files.task_names()}
 
 
 def show(
@@ -83,11 +83,11 @@ def show(
         return
     if what != "task":
         raise ConfigError(f"WHAT={what!r} is unknown; choose task or recipe")
-    from ..data import tasks
+    from ..data import task_files
     from ..data.readers import load_examples
 
     quiet_libraries()
-    task = tasks.load_task(name)
+    task = task_files.load_task(name)
     tokenizer, decoder = None, task.decoder is not None
     if model is not None:
         from transformers import AutoConfig

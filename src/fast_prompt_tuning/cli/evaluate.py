@@ -51,7 +51,7 @@ def evaluate(
         )
     if ensemble is not None:
         check_ensemble(ensemble, runs, settings)
-    from ..data.tasks import check_submission
+    from ..data.submissions import check_submission
     from ..plm.partial import PartialPLM
     from ..prompt.soft_prompt import load_prompt, placement_of, stack_prompts
     from ..run.preparation import partial_of

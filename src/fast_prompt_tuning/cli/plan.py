@@ -196,7 +196,7 @@ def _of_task(recipe: RunConfig) -> tuple[int, tuple[str, ...]]:
     target = recipe.data.max_target_tokens
     if recipe.data.task in (None, NO_TASK):
         return (10 if recipe.data.task == NO_TASK else 64) if target is None else target, ()
-    from ..data.tasks import load_task
+    from ..data.task_files import load_task
 
     found = load_task(str(recipe.data.task))
     return found.max_target_tokens if target is None else target, tuple(found.stacks)

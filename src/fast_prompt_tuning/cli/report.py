@@ -46,8 +46,8 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of an earlier report.")] = False,
 ) -> None:
     """One HTML page about runs, with curves, costs, schedules and predictions; it needs no network. Open it."""
+    from ..report.figures import save
     from ..report.page import figures, find_runs, render
-    from ..report.pictures import save
     from ..report.tables import table_rows
 
     wanted = [f.strip() for f in (formats or "").split(",") if f.strip()]

@@ -81,9 +81,9 @@ def score(
     if wants_json():
         emit(made)  # before the picture, which may fail
     if picture is not None:
-        from ..report import pictures
+        from ..report import figures, pictures
 
-        pictures.save(pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"]), picture)
+        figures.save(pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"]), picture)
         out.print(plain(str(picture)), highlight=False, soft_wrap=True)
 
 
@@ -150,9 +150,9 @@ def similarity(
         table.add_row(str(i), plain(record["name"]), plain(quality), *(f"{value:.2f}" for value in row))
     out.print(table)
     if picture is not None:
-        from ..report import pictures
+        from ..report import figures, pictures
 
-        pictures.save(pictures.heat_map(names, matrix, "mean cosine similarity, token by token"), picture)
+        figures.save(pictures.heat_map(names, matrix, "mean cosine similarity, token by token"), picture)
         out.print(plain(str(picture)), highlight=False, soft_wrap=True)
 
 

@@ -7,18 +7,13 @@ a target text; `examples.load_examples` reads a split from the Hub or from local
 from __future__ import annotations
 
 import difflib
-import importlib.resources
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import ConfigError, DataError, quote_hint, shown
-from ..yaml_text import load_yaml, read_yaml
+from ..errors import ConfigError, DataError, shown
 from .metrics import METRICS
 from .patterns import LONGEST_BY, pattern_of, substitute
 from .templates import compiled, render
@@ -28,10 +23,13 @@ Format = Literal["jsonl", "csv", "tsv", "glue_tsv", "squad", "record", "bbc_pack
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
-# --- what may be cut ---
+def nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
 
 
-def _render_input(template: str, fields: Mapping[str, Any], truncate: str | None) -> tuple[str, int, int]:
+def render_input(template: str, fields: Mapping[str, Any], truncate: str | None) -> tuple[str, int, int]:
     """The input text and the characters [start, end) of it that may be cut from their end; (-1, -1) for none."""
     text = render(template, fields)
     if truncate is None or truncate not in fields:
@@ -165,8 +163,8 @@ class Task(_Frozen):
     def _label_keys(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        _check_apart(map(str, value))
-        _check_apart(dict.fromkeys(word for word in value.values() if isinstance(word, str)))
+        check_apart(map(str, value))
+        check_apart(dict.fromkeys(word for word in value.values() if isinstance(word, str)))
         return {_label_key(k): v for k, v in value.items()}
 
     @model_validator(mode="after")
@@ -258,7 +256,7 @@ class Task(_Frozen):
         examples = []
         for k, (extra, references, labelled) in enumerate(variants):
             seen = {**row, **extra}
-            text, start, end = _render_input(input_template, seen, self.truncate)
+            text, start, end = render_input(input_template, seen, self.truncate)
             target = render(target_template, seen) if labelled else ""
             if labelled and references is None:
                 references = [self.postprocess(target)]
@@ -333,7 +331,7 @@ def _label_key(value: Any) -> str:
     return str(value).strip()
 
 
-def _check_apart(labels: Iterable[str]) -> None:
+def check_apart(labels: Iterable[str]) -> None:
     """Raise where two labels are one after stripping: answers and references are compared stripped."""
     seen: dict[str, str] = {}
     for label in labels:
@@ -372,200 +370,3 @@ def _check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"character {error.start} of the text is half of a surrogate pair; fix the escape") from None
-
-
-# --- finding and checking tasks ---
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
-
-
-def _folder() -> Any:
-    return importlib.resources.files("fast_prompt_tuning").joinpath("tasks")
-
-
-def task_names() -> list[str]:
-    """Names of the built-in tasks, sorted."""
-    return sorted(entry.name[: -len(".yaml")] for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_task(name_or_path: str) -> Task:
-    """A built-in task by name, or the user's own from a YAML file.
-
-    Raises:
-        ConfigError: unknown name, unreadable file, or a key or value that does not fit; names the nearest valid one.
-    """
-    if name_or_path in task_names():
-        text = _folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        return _parse(load_yaml(text, name_or_path), name_or_path, None)
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, task_names())} (or give a .yaml)")
-    try:
-        return _parse(read_yaml(path, f"task file {name_or_path}"), str(path), path.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"task file {name_or_path!r} cannot be read: {error.strerror or error}; give the right one with "
-            "--set data.task=FILE"
-        ) from None
-
-
-def _parse(data: Any, where: str, folder: Path | None) -> Task:
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: a task file must hold `key: value` lines, not {type(data).__name__}")
-    task = _validate(data, where)
-    if folder is None or not task.source.files:
-        return task
-    files = {split: str(folder / file) for split, file in task.source.files.items()}
-    return task.model_copy(update={"source": task.source.model_copy(update={"files": files})})
-
-
-def _validate(data: Mapping[str, Any], where: str) -> Task:
-    try:
-        return Task.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where) for e in error.errors()[:10])) from None
-
-
-_NESTED: Mapping[str, type[BaseModel]] = MappingProxyType({"source": Source, "decoder": Templates, "replace": Replace})
-
-
-def _explain(error: Any, where: str) -> str:
-    key = ".".join(map(str, error["loc"]))[:200]
-    if error["type"] == "extra_forbidden":
-        model = Task if len(error["loc"]) == 1 else _NESTED[str(error["loc"][0])]
-        return f"{where}: unknown key {key!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
-    if error["type"] == "missing":
-        return f"{where}: key {key!r} is required"
-    if error["type"] == "value_error":
-        return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
-    hint = quote_hint(error["input"]) if error["type"] == "string_type" else ""
-    return f"{where}: {key}={shown(error['input'])}: {error['msg']}{hint}"
-
-
-def task_from_templates(
-    name: str = "custom",
-    *,
-    files: Mapping[str, str],
-    input_template: str,
-    target_template: str,
-    labels: Mapping[str, str] | Sequence[str] | None = None,
-    label_field: str | None = None,
-    answers: str | None = None,
-    truncate: str | None = None,
-    metric: str | None = None,
-    max_target_tokens: int = 64,
-    format: Format | None = None,
-) -> Task:
-    r"""A task from the command line: the templates are used as they are for every kind of model.
-
-    Args:
-        name: short name for logs and results.
-        files: split -> local file.
-        input_template: Jinja template, such as `"{{ text }}\nTopic:"`.
-        target_template: Jinja template, such as `" {{ label }}"`.
-        labels: label value -> word, or the list of words, for a closed set.
-        label_field: field with the label; default `label` where labels are given.
-        answers: field with the list of acceptable answers.
-        truncate: field to shorten when an input is too long; default: the template's only one, if it stands there
-            once and without a filter. With neither, an input loses its own end.
-        metric: default: accuracy with labels, `squad_v2` with answers, else ROUGE.
-        max_target_tokens: longest target.
-        format: of the files, where their suffix does not say.
-
-    Raises:
-        ConfigError: the settings do not fit together.
-    """
-    if labels is not None:
-        if not isinstance(labels, Mapping):
-            _check_apart(labels)
-            labels = {word: word for word in labels}
-        label_field = label_field or "label"
-    truncate = truncate or _only_field(input_template)
-    metric = metric or ("accuracy" if label_field else "squad_v2" if answers else "rouge")
-    data = {
-        "name": name,
-        "version": 1,
-        "source": {"files": {k: str(v) for k, v in files.items()}, "format": format},
-        "input_template": input_template,
-        "target_template": target_template,
-        "labels": labels,
-        "label_field": label_field,
-        "answers": answers,
-        "truncate": truncate,
-        "metric": metric,
-        "primary": METRICS[metric].scores[0] if metric in METRICS else metric,
-        "max_target_tokens": max_target_tokens,
-    }
-    return _validate(data, name)
-
-
-def _only_field(template: str) -> str | None:
-    """The field that a template reads, if it is the only one and is shown once, as it is."""
-    fields = compiled(template)[1]
-    if len(fields) != 1:
-        return None
-    (field,) = fields
-    try:
-        shown = _render_input(template, {field: "text"}, field)[1] >= 0
-    except (ConfigError, DataError):
-        return None
-    return field if shown else None
-
-
-# --- submissions ---
-
-
-def check_submission(task: Task) -> None:
-    """Raise where a task's benchmark has no submission format of ours.
-
-    Raises:
-        ConfigError: the task's source is neither GLUE with labels nor SQuAD.
-    """
-    if task.source.format != "squad" and not (task.source.format == "glue_tsv" and task.labels):
-        raise ConfigError(
-            f"task {task.name!r} has no submission format (source.format={task.source.format!r}); "
-            "it must be glue_tsv with labels, or squad"
-        )
-
-
-def write_submission(task: Task, path: str | Path, ids: Sequence[str], predictions: Sequence[str]) -> None:
-    r"""Predictions on a test split in the benchmark's format: GLUE TSV (`index\tprediction`) or SQuAD JSON.
-
-    Args:
-        task: a task whose `source.format` is `glue_tsv` or `squad`.
-        path: new file; an existing one is never overwritten.
-        ids: the examples' ids.
-        predictions: label words (GLUE; written as the benchmark spells them) or answers (SQuAD; "" for none).
-
-    Raises:
-        ConfigError: the task has no submission format.
-        DataError: lengths differ, an id repeats, a prediction is no label, or the file exists or cannot be written.
-    """
-    check_submission(task)
-    if len(ids) != len(predictions):
-        raise DataError(f"{len(ids)} ids but {len(predictions)} predictions; give one id per prediction")
-    if len(set(ids)) != len(ids):
-        raise DataError("an id occurs twice; write one test split at a time")
-    if task.source.format == "squad":
-        answers = dict(zip(ids, map(task.postprocess, predictions), strict=True))
-        text = json.dumps(answers, ensure_ascii=False, indent=1) + "\n"
-    else:
-        spelling = {word: key for key, word in reversed((task.labels or {}).items())}
-        text = "index\tprediction\n"
-        for row_id, prediction in zip(ids, predictions, strict=True):
-            word = task.postprocess(prediction)
-            if word not in spelling:
-                raise DataError(f"prediction {prediction!r} for id {row_id!r} is no label; expected {list(spelling)}")
-            text += f"{row_id}\t{spelling[word]}\n"
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "x", encoding="utf-8", newline="\n") as handle:
-            handle.write(text)
-    except FileExistsError:
-        raise DataError("the file exists; choose another name", file=str(path)) from None
-    except OSError as error:
-        raise DataError(f"cannot write the file: {error.strerror}", file=str(path)) from None

@@ -20,6 +20,7 @@ from ..errors import DataError
 from ..prompt.soft_prompt import load_prompt, placement_of, similarity_matrix
 from ..run.results import Real, RunResult, legible, load_result
 from . import pictures
+from .figures import inline_svg
 from .tables import (
     average_rows,
     by_task,
@@ -103,7 +104,7 @@ def render(runs: Sequence[Run]) -> str:
     """
     results = [run.result for run in runs]
     drawn = {
-        name: {"label": label, "svg": Markup(pictures.inline_svg(figure, label, f"{name}-"))}
+        name: {"label": label, "svg": Markup(inline_svg(figure, label, f"{name}-"))}
         for name, (label, figure) in figures(runs).items()
     }
     environment = Environment(

@@ -1,76 +1,21 @@
-"""Pictures of runs: quality against cost, loss, schedules, heat maps. Drawn by matplotlib, one figure each.
-
-A figure is saved as PNG or SVG (`save`), or inlined into a page (`inline_svg`), where text takes the page's colour.
-"""
+"""Pictures of runs: quality against cost, loss, schedules, heat maps. Drawn by matplotlib, one figure each."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from ..cost.units import flops_unit, size_text
-from ..errors import ConfigError
 from ..run.results import Point, RunResult
+from .figures import COLOURS, DASHES, GREY, blank_figure, save, short_name, styled
 from .tables import task_of
-
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
-"""Paul Tol's bright scheme: told apart by colour-blind readers and in grey."""
-DASHES = ("-", "--", ":")
-"""Line styles, for more runs than colours."""
-INK = "#1f2328"
-"""Text and axes; `inline_svg` gives them the page's colour instead."""
-GREY = "#808080"
-WIDTH = 4.8
-"""Inches: at this width the text is readable on a phone and not too large in two columns."""
-
-_STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "legend.fontsize": 9,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a run may be called "$5"
-    "svg.hashsalt": "fast-prompt-tuning",
-}
-
-
-@contextmanager
-def _style(**more: Any) -> Iterator[None]:
-    """Our style, whatever the user's; names in a script that the font lacks are drawn as boxes, not warned of."""
-    with warnings.catch_warnings(), rc_context({**_STYLE, **more}):  # type: ignore[dict-item]
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing")
-        yield
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, whatever the user's default backend
-    return figure
-
-
-def _name(text: str, longest: int = 28) -> str:
-    """A run's name for a legend: one line, not too long, and no leading underscore, which would hide it."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())  # XML has no control characters
-    line = line if len(line) <= longest else line[: longest - 1] + "…"
-    return f" {line}" if line.startswith("_") else line
 
 
 def _look(index: int) -> dict[str, Any]:
@@ -84,7 +29,7 @@ def _legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> Non
     """Above the axes, where it hides nothing."""
     if labels:
         handles = [Line2D([], [], **look) for _, look in labels]
-        names = [_name(name) for name, _ in labels]
+        names = [short_name(name) for name, _ in labels]
         columns = 2 if max(map(len, names)) > 15 else 3
         figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.8, columnspacing=1.2)
 
@@ -106,8 +51,8 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
     growing = [(i, r) for i, r in curves if len(r.boundaries) > 1]
     longest = max((_spent(r, p, by_flops) for _, r in curves for p in r.curve), default=1.0)
     scale, unit = flops_unit(longest) if by_flops else _time_unit(longest)
-    with _style():
-        figure = _figure(3.2 + 0.24 * len(growing))
+    with styled():
+        figure = blank_figure(3.2 + 0.24 * len(growing))
         rows = figure.subplots(
             2 if growing else 1,
             1,
@@ -165,8 +110,8 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
     logged = [(i, r) for i, r in enumerate(results) if len(r.losses) > 1]
     if not logged:
         return None
-    with _style():
-        figure = _figure(3.0)
+    with styled():
+        figure = blank_figure(3.0)
         axes = figure.subplots()
         labels = []
         for i, result in logged:
@@ -202,12 +147,12 @@ def schedules(results: Sequence[RunResult]) -> Figure | None:
         seen.add(key)
         same = dict.fromkeys(r.name for r in results if repr((r.schedule, r.kept_layers)) == key)
         for stack in _stacks(result):
-            title = _name(", ".join(same), 44) + (f": {stack}" if len(_stacks(result)) > 1 else "")
+            title = short_name(", ".join(same), 44) + (f": {stack}" if len(_stacks(result)) > 1 else "")
             panels.append((i, title, result, stack))
     if not panels:
         return None
-    with _style():
-        figure = _figure(0.4 + 1.2 * len(panels))
+    with styled():
+        figure = blank_figure(0.4 + 1.2 * len(panels))
         rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, (i, title, result, stack) in zip(rows, panels, strict=True):
             _layers_over_steps(axes, result, stack, COLOURS[i % len(COLOURS)])
@@ -307,8 +252,8 @@ def _cost_at(result: RunResult, step: int, by_flops: bool) -> float:
 def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
     """Loss and agreement of partial PLMs (`fidelity.report`) against the FLOPs of a step, a line per selection."""
     names = list(dict.fromkeys(row["selection"] for row in rows))
-    with _style():
-        figure = _figure(4.8)
+    with styled():
+        figure = blank_figure(4.8)
         upper, lower = figure.subplots(2, 1, sharex=True)
         for i, name in enumerate(names):
             mine = sorted((r for r in rows if r["selection"] == name), key=lambda r: r["relative_flops"])
@@ -329,7 +274,7 @@ def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str) -> Figure:
     """A matrix of similarities, each cell with its number. Colours are those of −1 to 1."""
     size = max(3.0, 0.55 * len(names) + 1.8)
-    with _style(**{"axes.spines.left": False, "axes.spines.bottom": False}):
+    with styled(**{"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(size + 0.8, size), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -345,7 +290,7 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str
                     fontsize=8,
                     color="white" if abs(value) > 0.6 else "black",  # on the cell's colour, whatever the page's
                 )
-        shown = [_name(name, 20) for name in names]
+        shown = [short_name(name, 20) for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), shown)
         axes.tick_params(length=0)
@@ -356,70 +301,6 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def save(figure: Figure, path: str | Path) -> Path:
-    """Save a figure as `.png` or `.svg`, on white; its folder is made if need be.
-
-    Raises:
-        ConfigError: it cannot be written there.
-    """
-    path = Path(path)
-    more: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _style():
-            figure.savefig(path, dpi=200, facecolor="white", **more)
-    except OSError as error:
-        raise ConfigError(f"the picture {str(path)!r} cannot be written: {error.strerror or error}") from error
-    return path
-
-
 def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str = "flops") -> Path:
     """`quality` as a `.png` or `.svg` file."""
     return save(quality(results, against), path)
-
-
-def inline_svg(figure: Figure, label: str, prefix: str) -> str:
-    """A figure as an `<svg>` element for an HTML page: no address, no id of another picture, colours of the page.
-
-    Args:
-        label: what the picture shows, for who cannot see it.
-        prefix: makes the ids unique in the page.
-
-    Returns:
-        Markup whose text and axes have the colour of the text around it, and whose runs have the CSS colours
-        `--run-0`, `--run-1`, … where the page defines them.
-    """
-    handle = io.StringIO()
-    with _style(**{"svg.fonttype": "none"}):
-        figure.savefig(handle, format="svg", transparent=True, metadata={"Date": None})
-    root = ElementTree.fromstring(handle.getvalue())
-    for parent in root.iter():
-        for child in [c for c in parent if c.tag.endswith("}metadata")]:
-            parent.remove(child)
-    recolour = _recolour()
-    for element in root.iter():
-        element.tag = element.tag.rsplit("}")[-1]
-        for name, value in list(element.attrib.items()):
-            short = name.rsplit("}")[-1]
-            if short == "id":
-                value = prefix + value
-            elif value.startswith("#"):
-                value = f"#{prefix}{value[1:]}"
-            del element.attrib[name]
-            element.attrib[short] = recolour(value.replace("url(#", f"url(#{prefix}"))
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.attrib.update({"role": "img", "aria-label": label})
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _recolour() -> Callable[[str], str]:
-    changes = {INK: "currentColor", **{c: f"var(--run-{i}, {c})" for i, c in enumerate(COLOURS)}}
-
-    def recolour(value: str) -> str:
-        if "fill" in value or "stroke" in value:
-            for colour, new in changes.items():
-                value = value.replace(f": {colour}", f": {new}")
-        return value
-
-    return recolour

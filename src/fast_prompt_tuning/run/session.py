@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from ..cost.flops import work_flops
 from ..cost.shapes import CostModel
-from ..data import metrics, tasks
+from ..data import metrics, submissions, task_files, tasks
 from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
 from ..errors import ConfigError, DataError, ModelError
@@ -122,8 +122,8 @@ def task_of(config: RunConfig) -> tasks.Task:
     """The task a recipe names, or the one its templates make."""
     data = config.data
     if data.task is not None:
-        return tasks.load_task(data.task)
-    return tasks.task_from_templates(
+        return task_files.load_task(data.task)
+    return task_files.task_from_templates(
         files=data.files,
         input_template=data.input_template or "",
         target_template=data.target_template or "",
@@ -358,6 +358,6 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
 
 
 def write_submission(session: Session, prompted: PromptedPLM, split: str, path: Path) -> None:
-    """Answers to a split, which needs no labels, in the benchmark's own format (`tasks.write_submission`)."""
+    """Answers to a split, which needs no labels, in the benchmark's own format (`submissions.write_submission`)."""
     _, answers, _ = predict(session, prompted, session.encoded[split])
-    tasks.write_submission(session.task, path, list(session.examples[split]["id"]), answers)
+    submissions.write_submission(session.task, path, list(session.examples[split]["id"]), answers)

@@ -1,0 +1,15 @@
+"""The recipe: every setting of a run, validated before anything is loaded, saved resolved with the run."""
+
+from .reading import load, override, recipe_names
+from .settings import METHOD_NAMES, CacheConfig, OptimConfig, RunConfig, TrainConfig
+
+__all__ = [
+    "METHOD_NAMES",
+    "CacheConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+    "load",
+    "override",
+    "recipe_names",
+]

@@ -1,0 +1,143 @@
+"""Reading a recipe: from a file, by name or from a mapping, with settings of the command line in it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from .. import paths
+from ..errors import ConfigError, ScheduleError, quote_hint, shown
+from ..yaml_text import load_yaml, read_yaml
+from .settings import LONGEST_NAME, MOST_ERRORS, RunConfig
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("fast_prompt_tuning") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def override(key: str, value: Any) -> str:
+    """One of the `overrides` of `load`, whatever characters the value holds."""
+    pair = r"(?<!\\)((?:\\\\)*)(\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2})"
+    # YAML reads JSON, but does not join the two halves by which it escapes an emoji.
+    joined = re.sub(pair, lambda m: m[1] + json.loads(f'"{m[2]}"'), json.dumps(value))
+    return f"{key}={joined}"
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a recipe.
+
+    Args:
+        source: path of a YAML file, name of a built-in recipe (`fpt ls recipes`), or a mapping.
+        overrides: `key=value` texts, keys dotted (`train.steps=100`), values YAML.
+
+    Returns:
+        The recipe with absolute paths: a file's relative ones are taken from its folder, all others from the current.
+
+    Raises:
+        ConfigError: unreadable, an unknown key (the nearest valid one is named), a value of the wrong kind.
+    """
+    data = dict(source) if isinstance(source, Mapping) else _read(source)
+    data = _placed(data, "" if isinstance(source, Mapping) else Path(source).parent)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors()[:MOST_ERRORS])) from None
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from error
+
+
+_PLACES = {
+    ("model", "path"): paths.of_model,
+    ("data", "task"): paths.of_task,
+    ("data", "files", "*"): paths.absolute,
+    ("prompt", "path"): paths.absolute,
+    ("cache", "folder"): paths.absolute,
+    ("scoring", "path"): paths.absolute,
+    ("scoring", "layer_path"): paths.absolute,
+    ("output",): paths.absolute,
+}
+"""The settings that are paths, and what makes each absolute."""
+
+
+def _placed(value: Any, folder: str | Path, keys: tuple[Any, ...] = ()) -> Any:
+    """A value of a recipe at `keys`, with absolute paths; relative ones are taken from `folder`."""
+    if isinstance(value, dict) and len(keys) < 3:  # YAML can hold a mapping that holds itself
+        return {key: _placed(inner, folder, (*keys, key)) for key, inner in value.items()}
+    place = _PLACES.get(keys) or _PLACES.get((*keys[:-1], "*"))
+    return place(value, folder) if place and value and isinstance(value, str) else value
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    name = str(source)
+    if not path.is_file() and name in recipe_names():
+        path = Path(str(resources.files("fast_prompt_tuning") / "recipes" / f"{name}.yaml"))
+    try:
+        data = read_yaml(path, f"config={name!r}")
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # not text, or a name that cannot be one
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
+        raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
+    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+        raise ConfigError(f"config={name!r} must hold settings (key: value), found {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {shown(text)} is not key=value; write for example --set train.steps=100")
+    parsed = load_yaml(value, f"--set {shown(text)}: the value")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = data.get(section)
+        data[section] = dict(inner) if isinstance(inner, dict) else {}
+        data = data[section]
+    data[last] = _placed(parsed, "", (*sections, last))
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(error: Any) -> str:
+    location = tuple(error["loc"])
+    name = ".".join(str(part) for part in location)[:LONGEST_NAME]
+    if error["type"] == "extra_forbidden":
+        valid = _fields_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
+        return f"{name} is not a setting; {hint}"
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the recipe or with --set {name}=…"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        message += quote_hint(error["input"])
+    if name and error["type"] != "value_error":
+        return f"{name}={shown(error['input'])}: {message}"
+    return f"{name}: {message}".lstrip(": ")
