@@ -117,6 +117,30 @@ def test_families_are_told_apart_in_one_place(name):
             assert "model_type" not in ast.unparse(node), f"{name}.py:{node.lineno}"
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_is_one_thing(name):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= 400
+
+
+PLACED = {"SuffixPromptModel", "Front", "AfterText", "WithinText"}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in set(FILES) - APART if package(n) != "prompt"))
+def test_placements_are_told_apart_in_one_package(name):
+    found = {n.id for n in ast.walk(TREES[name]) if isinstance(n, ast.Name)} & PLACED
+    assert not found, f"{name}.py knows {', '.join(sorted(found))}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_no_private_parts_of_the_trainer(name):
+    """Neither the call stack nor a Trainer's private methods."""
+    assert "_getframe" not in FILES[name].read_text(encoding="utf-8")
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ClassDef):
+            bases = {ast.unparse(base).split(".")[-1] for base in node.bases}
+            assert not bases & {"Trainer", "Seq2SeqTrainer"}, f"{name}.py:{node.lineno}"
+
+
 def test_the_package_exports_what_it_says():
     assert sorted(fast_prompt_tuning.__all__) == sorted(fast_prompt_tuning._EXPORTS)
     for name in fast_prompt_tuning.__all__:

@@ -269,7 +269,7 @@ class Loop:
             for start in range(0, rows, size):
                 loss = self.prompted.loss({k: v[start : start + size] for k, v in batch.items()}, labels)
                 loss.value.backward()
-                total += loss.value.detach()
+                total += loss.value.detach().to(total.device)
                 ran += loss.work
         return total, ran
 
