@@ -210,7 +210,7 @@ def test_a_figure_is_drawn_by_its_script(tmp_path, script, picture):
     drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / f"{script}.py"))["draw"](tmp_path / "drawn.svg")
     texts = [re.findall(r"<!-- (.*?) -->", p.read_text()) for p in (drawn, ROOT / f"docs/pictures/{picture}.svg")]
     assert texts[0] == texts[1]
-    assert {"how_it_works": "3 layers × 512", "house": "errors.py"}[picture] in texts[0]
+    assert {"how_it_works": "3 layers × 512", "house": "schedule/"}[picture] in texts[0]
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,13 +18,13 @@ APART = {"__init__", "__main__"}
 
 
 def packages() -> dict[str, list[Path]]:
-    """Packages and modules of the top level, and their files."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(SOURCE.rglob("*.py")):
-        name = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if name not in APART:
-            found.setdefault(name, []).append(path)
-    return found
+    """The packages and their files."""
+    return {p.name: sorted(p.rglob("*.py")) for p in sorted(SOURCE.iterdir()) if (p / "__init__.py").is_file()}
+
+
+def for_all() -> list[str]:
+    """Modules beside the packages, which every package may import."""
+    return sorted(p.stem for p in SOURCE.glob("*.py") if p.stem not in APART)
 
 
 def imports(files: list[Path], names: set[str]) -> set[str]:
@@ -61,17 +62,12 @@ def draw(path: Path) -> Path:
         here = [name for name in files if rows[name] == row]
         for n, name in enumerate(here):
             places[name] = 5.0 * (n - (len(here) - 1) / 2), 1.25 * row
-    figure = Figure(figsize=(7.6, 0.95 * len(set(rows.values())) + 0.4), layout="constrained")
+    figure = Figure(figsize=(7.6, 0.95 * (len(set(rows.values())) + 1)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, (x, y) in places.items():
         text = ast.get_docstring(ast.parse(files[name][0].read_text(encoding="utf-8"))) or ""
-        look = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": "white", "edgecolor": COLOURS[0]}
-        axes.add_patch(FancyBboxPatch((x - 2.35, y), 4.7, 0.78, linewidth=1.1, zorder=2, **look))
-        folder = files[name][0].name == "__init__.py"
-        title = f"{name}/" if folder else f"{name}.py"
-        axes.text(x, y + 0.53, title, ha="center", va="center", fontsize=9, weight="bold", zorder=3)
-        axes.text(x, y + 0.22, _first(text), ha="center", va="center", fontsize=6.5, color="#404040", zorder=3)
+        box(axes, x, y, f"{name}/", _first(text))
         for other in sorted(arrows[name]):
             if any(other in arrows[between] for between in arrows[name]):
                 continue
@@ -82,11 +78,20 @@ def draw(path: Path) -> Path:
                 ends = ((x + 2.35, y + 0.39), (a + 2.35, b + 0.39))
                 look["connectionstyle"] = "arc3,rad=-0.25"
             axes.add_patch(FancyArrowPatch(*ends, shrinkA=0, shrinkB=0, **look))
+    box(axes, 0, -1.25, ", ".join(f"{name}.py" for name in for_all()), "for every package above")
     spread = max(abs(x) for x, _ in places.values()) + 3.0
     axes.set_xlim(-spread, spread)
-    axes.set_ylim(-0.1, 1.25 * max(rows.values()) + 0.9)
+    axes.set_ylim(-1.35, 1.25 * max(rows.values()) + 0.9)
     axes.axis("off")
     return save(figure, path)
+
+
+def box(axes: Any, x: float, y: float, title: str, text: str) -> None:
+    """A box whose bottom edge has its middle at `(x, y)`."""
+    look = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": "white", "edgecolor": COLOURS[0]}
+    axes.add_patch(FancyBboxPatch((x - 2.35, y), 4.7, 0.78, linewidth=1.1, zorder=2, **look))
+    axes.text(x, y + 0.53, title, ha="center", va="center", fontsize=9, weight="bold", zorder=3)
+    axes.text(x, y + 0.22, text, ha="center", va="center", fontsize=6.5, color="#404040", zorder=3)
 
 
 def _first(text: str) -> str:
