@@ -35,11 +35,11 @@ def text_bytes(
     """
     if len(cost.stacks) > 1 and kept_cross:
         width = 2 * cost.stacks["decoder"].cross_width
-        return int(dtype_bytes * tokens * cost.sizes(stage)["decoder"][0] * width)
+        return int(dtype_bytes * tokens * cost.sizes(stage)["decoder"].layers * width)
     if len(cost.stacks) > 1:
         return int(dtype_bytes * tokens * cost.stacks["encoder"].d_model)
     name = next(iter(cost.stacks))
-    return int(dtype_bytes * tokens * cost.sizes(stage)[name][0] * cost.stacks[name].kv_width)
+    return int(dtype_bytes * tokens * cost.sizes(stage)[name].layers * cost.stacks[name].kv_width)
 
 
 def activation_bytes(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError
 from ..plm import families
-from ..schedule.stages import Stage
+from ..schedule.stages import Size, Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,7 +176,7 @@ class CostModel:
         sizes = families.full_sizes(config)
         small = copy.deepcopy(config)
         for name, spec in families.of(config).stacks.items():
-            present = min(2, sizes[name][0])
+            present = min(2, sizes[name].layers)
             for field in spec.count_fields:
                 setattr(small, field, present)
             for field in spec.per_layer_fields:
@@ -185,7 +185,7 @@ class CostModel:
         auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         with torch.device("meta"):
             plm = auto.from_config(small)
-        return cls._read(plm, {name: layers for name, (layers, _) in sizes.items()})
+        return cls._read(plm, {name: size.layers for name, size in sizes.items()})
 
     @classmethod
     def from_model(cls, model: nn.Module) -> CostModel:
@@ -249,25 +249,22 @@ class CostModel:
     @property
     def full_stage(self) -> Stage:
         """The full size of the model."""
-        return Stage(
-            {n: s.layers for n, s in self.stacks.items()}, {n: s.ffn for n, s in self.stacks.items()},
-            stacks=tuple(self.stacks),
-        )  # fmt: skip
+        return Stage.of(self._full_sizes)
 
-    def sizes(self, stage: Stage | None) -> dict[str, tuple[int, int]]:
-        """`{stack: (layers, FFN width)}` at `stage`; None is the full model.
+    @property
+    def _full_sizes(self) -> dict[str, Size]:
+        return {name: Size(stack.layers, stack.ffn) for name, stack in self.stacks.items()}
+
+    def sizes(self, stage: Stage | None) -> dict[str, Size]:
+        """The size of every stack at `stage`; None is the full model.
 
         Raises:
             ScheduleError: the stage does not fit this model.
         """
         if stage is None:
-            return {n: (s.layers, s.ffn) for n, s in self.stacks.items()}
+            return self._full_sizes
         stage.check_fits(self.full_stage)
-        return {n: (_or(stage.layers_in(n), s.layers), _or(stage.ffn_in(n), s.ffn)) for n, s in self.stacks.items()}
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+        return {**self._full_sizes, **stage.sizes}
 
 
 def _params(module: nn.Module) -> int:

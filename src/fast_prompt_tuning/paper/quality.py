@@ -21,6 +21,7 @@ from ..run.folder import changes_from
 from ..run.preparation import evaluate_partial, full_size
 from ..run.results import RunResult, load_result
 from ..run.session import open_session
+from ..schedule.stages import part_of
 from .costs import PAPER_TABLE2, PAPER_TASKS, paper_rows
 
 PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
@@ -130,8 +131,8 @@ def _config(
     full = full_size(config)
     cut = PAPER_TASKS[task][1]
     stage = {
-        "layers": {s: max(1, round(part["layers"] * (full.layers_in(s) or 1))) for s in cut},
-        "ffn": {s: max(1, round(part["ffn"] * (full.ffn_in(s) or 1))) for s in cut},
+        "layers": {s: part_of(full.layers_in(s) or 1, part["layers"]) for s in cut},
+        "ffn": {s: part_of(full.ffn_in(s) or 1, part["ffn"]) for s in cut},
         "steps": config.train.steps,
         "stacks": list(cut),
     }

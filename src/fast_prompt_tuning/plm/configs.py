@@ -56,5 +56,4 @@ def full_stage(config: Any) -> Stage:
     Raises:
         UnknownFamilyError: the architecture is not registered.
     """
-    sizes = families.full_sizes(config)
-    return Stage({n: s[0] for n, s in sizes.items()}, {n: s[1] for n, s in sizes.items()}, stacks=tuple(sizes))
+    return Stage.of(families.full_sizes(config))

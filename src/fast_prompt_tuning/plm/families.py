@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnknownFamilyError
+from ..schedule.stages import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +246,6 @@ def ffn_width(config: Any, spec: StackSpec) -> int:
     return int(width) if width is not None else 4 * int(config.hidden_size)
 
 
-def full_sizes(config: Any) -> dict[str, tuple[int, int]]:
-    """`{stack: (layers, FFN width)}` of a config; the model's weights are not needed."""
-    return {s: (layer_count(config, spec), ffn_width(config, spec)) for s, spec in of(config).stacks.items()}
+def full_sizes(config: Any) -> dict[str, Size]:
+    """The full size of every stack of a config; the model's weights are not needed."""
+    return {s: Size(layer_count(config, spec), ffn_width(config, spec)) for s, spec in of(config).stacks.items()}

@@ -153,7 +153,7 @@ def choose_dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
 
 
 def _probe_size(config: Any) -> tuple[int, int]:
-    ffn = max(ffn for _, ffn in families.full_sizes(config).values())
+    ffn = max(size.ffn for size in families.full_sizes(config).values())
     return min(config.hidden_size, PROBE_WIDTH), min(ffn, PROBE_FFN)
 
 

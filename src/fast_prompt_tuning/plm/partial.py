@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, ScheduleError, ScoreError
-from ..schedule.stages import Stage
+from ..schedule.stages import Size, Stage
 from . import families, selection
 from .narrow import NarrowProjection, check_projection, narrowed_to
 from .stacks import StackModules, find_stacks, get_plm, layer_list, resolve
@@ -87,11 +87,7 @@ class PartialPLM:
         self._keep_layers, self._keep_neurons = keep_layers, keep_neurons
         self._neuron_scores = self._check_neuron_scores(neuron_scores)
         self._layer_scores = self._check_layer_scores(layer_scores)
-        self.full_stage = Stage(
-            {n: len(s.layers) for n, s in self._stacks.items()},
-            {n: s.width for n, s in self._stacks.items()},
-            stacks=tuple(self._stacks),
-        )
+        self.full_stage = Stage.of({n: Size(len(s.layers), s.width) for n, s in self._stacks.items()})
         self._stage = self.full_stage
         self._narrow: dict[nn.Module, NarrowProjection] = {}
         self._own_forward: dict[nn.Module, Any] = {}

@@ -25,7 +25,7 @@ from ..plm.stacks import get_plm
 from ..prompt.front import batch_shape
 from ..prompt.places import prompted_of
 from ..prompt.prediction import batches_of, by_length
-from ..schedule.stages import Stage
+from ..schedule.stages import Stage, part_of
 from ..scores.layers import LAYER_KINDS, text_labels
 from ..scores.neurons import on_device
 from ..train.batches import make_collator
@@ -114,11 +114,6 @@ def fidelity(
                 sums[i, 1] += int((found.argmax(-1) == likeliest).sum())
                 sums[i, 2] += float(F.kl_div(found, reference, reduction="sum", log_target=True))
     return full_loss / tokens, [(a, b, c) for a, b, c in (sums / tokens).tolist()]
-
-
-def part_of(size: int, part: float) -> int:
-    """`part` of `size`, halves up, at least 1: as a preset's stages are rounded."""
-    return max(1, int(size * part + 0.5))
 
 
 def candidate_stage(full: Stage, part: float, stacks: Sequence[str], *, layers: bool, neurons: bool) -> Stage:

@@ -8,9 +8,9 @@ Source of the presets: Huang et al. 2022, "FPT: Improving Prompt Tuning Efficien
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ScheduleError
 
@@ -28,10 +28,18 @@ PAPER_SPLIT = (0.20, 0.20, 0.20, 0.40)
 
 STACKS = ("encoder", "decoder")
 
-Size = int | Mapping[str, int]
+PerStack = int | Mapping[str, int]
+"""One number for every stack, or one each."""
 
 
-def _per_stack(name: str, value: Size, stacks: tuple[str, ...]) -> dict[str, int]:
+class Size(NamedTuple):
+    """The size of one stack: layers, and FFN neurons in each of them."""
+
+    layers: int
+    ffn: int
+
+
+def _per_stack(name: str, value: PerStack, stacks: tuple[str, ...]) -> dict[str, int]:
     if isinstance(value, Mapping):
         sizes = {str(k): v for k, v in value.items()}
         if set(sizes) != set(stacks):
@@ -65,14 +73,12 @@ class Stage:
         ScheduleError: sizes below one, unknown stacks, negative steps.
     """
 
-    layers: Size
-    ffn: Size
+    layers: PerStack
+    ffn: PerStack
     steps: int = 0
     stacks: tuple[str, ...] = ("decoder",)
     batch: int | None = None
     length: int | None = None
-    _layers: Mapping[str, int] = field(init=False, repr=False, compare=False)
-    _ffn: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         stacks = tuple(s for s in STACKS if s in self.stacks)
@@ -84,34 +90,38 @@ class Stage:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
-        layers, ffn = _per_stack("layers", self.layers, stacks), _per_stack("ffn", self.ffn, stacks)
-        set_ = object.__setattr__
-        set_(self, "stacks", stacks)
-        set_(self, "_layers", MappingProxyType(layers))
-        set_(self, "_ffn", MappingProxyType(ffn))
+        object.__setattr__(self, "stacks", stacks)
         # One number wherever the stacks agree, so that equal stages compare equal however they were written.
-        for name, sizes in (("layers", layers), ("ffn", ffn)):
+        for name in ("layers", "ffn"):
+            sizes = _per_stack(name, getattr(self, name), stacks)
             numbers = set(sizes.values())
-            set_(self, name, numbers.pop() if len(numbers) == 1 else MappingProxyType(sizes))
+            object.__setattr__(self, name, numbers.pop() if len(numbers) == 1 else MappingProxyType(sizes))
 
     def __hash__(self) -> int:
-        return hash((tuple(self._layers.items()), tuple(self._ffn.items()), *self._others))
-
-    @property
-    def _others(self) -> tuple[Any, ...]:
-        """What is not a size, in the order of the arguments."""
-        return self.steps, self.stacks, self.batch, self.length
+        return hash((tuple(self.sizes.items()), self.steps, self.batch, self.length))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Stage, (dict(self._layers), dict(self._ffn), *self._others)
+        return Stage.from_dict, (self.to_dict(),)  # a mapping that cannot be changed cannot be pickled
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, Size]) -> Stage:
+        """The stage of these sizes, by stack."""
+        layers, ffn = ({name: size[i] for name, size in sizes.items()} for i in range(2))
+        return cls(layers, ffn, stacks=tuple(sizes))
+
+    @property
+    def sizes(self) -> dict[str, Size]:
+        """The size of every stack that is cut."""
+        layers, ffn = (v if isinstance(v, Mapping) else dict.fromkeys(self.stacks, v) for v in (self.layers, self.ffn))
+        return {stack: Size(layers[stack], ffn[stack]) for stack in self.stacks}
 
     def layers_in(self, stack: str) -> int | None:
         """Layers kept in `stack`; None where the stack stays whole."""
-        return self._layers.get(stack)
+        return self.sizes[stack].layers if stack in self.stacks else None
 
     def ffn_in(self, stack: str) -> int | None:
         """FFN neurons kept per layer of `stack`; None where the stack stays whole."""
-        return self._ffn.get(stack)
+        return self.sizes[stack].ffn if stack in self.stacks else None
 
     def same_size(self, other: Stage) -> bool:
         """Whether both stages keep the same layers and widths, whatever their steps and batches."""
@@ -160,7 +170,7 @@ class Stage:
         return cls(d["layers"], d["ffn"], d.get("steps", 0), stacks, *(d.get(name) for name in _OPTIONAL))
 
     def __str__(self) -> str:
-        def text(size: Size) -> str:
+        def text(size: PerStack) -> str:
             return "/".join(str(v) for v in size.values()) if isinstance(size, Mapping) else str(size)
 
         parts = [f"{text(self.layers)} layers × {text(self.ffn)} neurons"]
@@ -169,7 +179,7 @@ class Stage:
         return ", ".join(parts)
 
 
-def _part(size: int, fraction: float) -> int:
+def part_of(size: int, fraction: float) -> int:
     """`fraction` of `size`, halves up, at least 1."""
     return max(1, int(size * fraction + 0.5))
 
@@ -289,12 +299,11 @@ class Schedule:
                 raise ScheduleError(
                     f"stacks={list(chosen)} names the {stack}, but this model has only {list(full_stage.stacks)}"
                 )
-        layers = {s: full_stage._layers[s] for s in chosen}
-        ffn = {s: full_stage._ffn[s] for s in chosen}
+        layers, ffn = ({s: full_stage.sizes[s][i] for s in chosen} for i in range(2))
         if not (cut_layers or cut_ffn):
             return cls((Stage(layers, ffn, total_steps, chosen),))
         for what, cut, sizes in (("layers", cut_layers, layers), ("FFN neurons", cut_ffn, ffn)):
-            if cut and all(_part(n, PAPER_FRACTIONS[0]) == n for n in sizes.values()):
+            if cut and all(part_of(n, PAPER_FRACTIONS[0]) == n for n in sizes.values()):
                 raise ScheduleError(
                     f"method={method!r} would leave out no {what}: this model has {max(sizes.values())} in each of "
                     f"{', '.join(sizes)}; use method 'pt'"
@@ -306,8 +315,8 @@ class Schedule:
         steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         return cls(
             Stage(
-                {s: _part(n, f) if cut_layers else n for s, n in layers.items()},
-                {s: _part(n, f) if cut_ffn else n for s, n in ffn.items()},
+                {s: part_of(n, f) if cut_layers else n for s, n in layers.items()},
+                {s: part_of(n, f) if cut_ffn else n for s, n in ffn.items()},
                 n_steps,
                 chosen,
             )
