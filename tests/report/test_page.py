@@ -19,7 +19,7 @@ from fast_prompt_tuning.report.page import figures, find_runs, render, samples
 from fast_prompt_tuning.report.pictures import losses, quality, schedules
 from fast_prompt_tuning.report.tables import average_rows, by_task, improvement, stopped_at, table_rows
 from fast_prompt_tuning.run import run
-from fast_prompt_tuning.run.results import save_result
+from fast_prompt_tuning.run.results import Point, save_result
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 PICTURES = ("quality-flops", "quality-seconds", "loss", "schedule", "similarity")
@@ -164,6 +164,7 @@ def test_examples_of_a_score_of_the_whole_split_are_right_or_wrong(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, answers in zip(folders, (("sport", "tech", "tech"), ("tech", "tech", "tech")), strict=True):
         scores = {"metrics": {"macro_f1": 50.0}, "intervals": {"macro_f1": (40.0, 60.0)}, "primary": "macro_f1"}
+        scores["curve"] = [Point(step=10, metrics=scores["metrics"], train_flops=2e12, train_seconds=100.0)]
         save_result(result(folder.name, **scores), folder)
         write_predictions(folder, answers)
     (heading, examples), *_ = samples(find_runs(folders))

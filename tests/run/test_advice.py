@@ -17,7 +17,7 @@ def said(caplog):
 
 def test_a_usual_run_is_told_nothing(tmp_path, caplog):
     run.train(recipe(tmp_path / "prefix", train__steps=5))
-    cache = {"cache__tier": "disk", "cache__folder": str(tmp_path / "texts"), "cache__dtype": "int8"}
+    cache = {"cache__tier": "disk", "cache__folder": str(tmp_path / "texts")}
     run.train(recipe(tmp_path / "suffix", method="pt", prompt__placement="suffix", train__steps=2, **cache))
     assert said(caplog) == []
 
@@ -25,8 +25,8 @@ def test_a_usual_run_is_told_nothing(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("place", "cache", "unused"),
     [
-        ("prefix", {"tier": "none", "dtype": "int8"}, "cache.tier='none', cache.dtype='int8'"),
-        ("suffix", {"tier": "none", "budget_mib": 5, "dtype": "int8"}, "cache.budget_mib=5.0"),
+        ("prefix", {"tier": "none"}, "cache.tier='none'"),
+        ("suffix", {"tier": "none", "budget_mib": 5}, "cache.budget_mib=5.0"),
         ("suffix", {"folder": "/tmp/texts"}, "cache.folder='/tmp/texts'"),
     ],
 )

@@ -232,7 +232,7 @@ def test_full_fine_tuning_resumes_and_ends_with_its_best_weights(tmp_path, name,
     changes = {"method": "full", "optim__lr": 0.01, "model__path": str(toy().model(name)), "train__eval_every": 2}
     values = iter([10.0, 90.0, 50.0, 40.0, 30.0] * 3)  # the best is at step 4
     offer = Best.offer
-    monkeypatch.setattr(Best, "offer", lambda self, step, value, model: offer(self, step, next(values), model))
+    monkeypatch.setattr(Best, "offer", lambda self, step, value: offer(self, step, next(values)))
     whole = run.train(recipe(tmp_path / "whole", **changes))
     assert whole.best_step == 4
     values = iter([10.0, 90.0, 50.0])
@@ -277,7 +277,7 @@ def test_the_prompt_that_is_kept_is_not_scored_again(tmp_path, monkeypatch, keep
     for module in (run, finish):
         monkeypatch.setattr(module, "evaluate", lambda *args: asked.append(evaluate(*args)) or asked[-1])
     offer = Best.offer
-    monkeypatch.setattr(Best, "offer", lambda self, step, value, model: offer(self, step, -abs(step - best), model))
+    monkeypatch.setattr(Best, "offer", lambda self, step, value: offer(self, step, -abs(step - best)))
     config = recipe(tmp_path / "run", train__keep=keep, method="pt")
     result = run.train(config)
     assert len(asked) == evaluations
@@ -297,7 +297,7 @@ def test_keep_best_or_last(tmp_path, monkeypatch):
             prompts[state.global_step] = prompt_parameter(model).detach().clone()
 
     offer = Best.offer
-    monkeypatch.setattr(Best, "offer", lambda self, step, value, model: offer(self, step, -step, model))
+    monkeypatch.setattr(Best, "offer", lambda self, step, value: offer(self, step, -step))
     for keep, step in (("best", 5), ("last", 10)):
         result = run.train(recipe(tmp_path / keep, train__keep=keep), callbacks=[Watch()])
         assert result.best_step == step

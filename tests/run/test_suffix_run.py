@@ -14,7 +14,6 @@ from toy import toy
 from fast_prompt_tuning import SuffixPromptModel, activation_scores
 from fast_prompt_tuning.errors import CheckpointError, ConfigError, ModelError
 from fast_prompt_tuning.prompt.soft_prompt import load_prompt, placement_of
-from fast_prompt_tuning.prompt.suffix_model import suffix_loss
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.preparation import calibration_batches, score_flops, trainable
@@ -94,13 +93,13 @@ def test_a_prompt_within_the_text_sees_to_what_the_template_has_behind_it(tmp_pa
     config = suffix_run(tmp_path / "auto", placement="infix", method="auto", train__steps=20, train__batch_size=8)
     assert run.train(config).status == "finished"
     session = open_session(config, ("train",))
-    model, _ = trainable(session)
     rows = [session.encoded["train"][i] for i in range(4)]
-    batch = make_collator(session.tokenizer, session.plm, after=True)(rows)
-    assert batch["n_after"].tolist() == [2] * 4
-    suffix_loss(model, batch)
-    assert model.text_tokens == max(len(row["input_ids"]) - row["n_target"] - 2 for row in rows)
-    assert model.after_tokens == 2 + max(row["n_target"] for row in rows)
+    batch = make_collator(session.tokenizer, session.plm, tails=True)(rows)
+    assert batch["n_tail"].tolist() == [2] * 4
+    (ran,) = trainable(session).loss(batch).work.prompts
+    assert ran.shape.input_tokens == max(len(row["input_ids"]) - row["n_target"] - 2 for row in rows)
+    assert ran.shape.target_tokens == max(row["n_target"] for row in rows)
+    assert ran.shape.prompt_tokens == config.prompt.tokens + 2
     spec = yaml.safe_load(toy().topics.read_text())
     del spec["truncate"]
     spec["source"]["files"] = {k: str(toy().folder / v) for k, v in spec["source"]["files"].items()}
@@ -116,7 +115,7 @@ def test_a_prompt_within_the_text_sees_to_what_the_template_has_behind_it(tmp_pa
 def test_scoring_is_counted_as_it_is_run(tmp_path, placement):
     session = open_session(load(toy().recipe(tmp_path / "run", prompt__placement=placement)), ("train",))
     session.plm.set_attn_implementation("eager")  # PyTorch counts no fused attention on a CPU
-    model, _ = trainable(session)
+    model = trainable(session).module
     batch = calibration_batches(session, 8)[0]
     with FlopCounterMode(display=False) as counter:
         activation_scores(model, [batch])

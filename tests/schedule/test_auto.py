@@ -431,7 +431,7 @@ def test_a_prices_target_is_counted_once(tmp_path):
         "max_target_tokens": 16,
     }  # fmt: skip
     session = open_session(config.load(settings, ["stages=[{length: 4}]"]), ("train", "validation"))
-    schedule, _ = checked_schedule(session, trainable(session)[0])
+    schedule, _ = checked_schedule(session, trainable(session).module)
     priced = pricing.priced(schedule, session, session.encoded["train"], 4)
     usual = pricing.usual_shape(session)  # all rows are alike
     assert (usual.input_tokens, usual.target_tokens) == (10, 12)

@@ -237,7 +237,7 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = record["format"] == 1 and record["placement"] in PLACES and record["placement"] != "prefix"
-        for name in ("base_model", "model_fingerprint"):
+        for name in ("base_model", "model_fingerprint") if known else ():
             if not isinstance(record[name], str):
                 raise TypeError(f"{name} is {shown(record[name])}, not a text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

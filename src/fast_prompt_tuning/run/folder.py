@@ -143,7 +143,8 @@ def open_folder(
     found = checkpoint.latest(places) if earlier.goes_on else None
     if found is not None:
         before = {key: found.record.get(key) for key in identity}
-        note = fingerprint.by_earlier_version((before["fingerprints"] or {}).get("model"))
+        prints = before["fingerprints"]
+        note = fingerprint.by_earlier_version(prints.get("model") if isinstance(prints, dict) else None)
         changed += [c + note * c.startswith("fingerprints.model") for c in differences(before, identity)]
     if changed and earlier is Earlier.RESUME:
         raise ConfigError(
