@@ -164,8 +164,8 @@ def test_examples_of_a_score_of_the_whole_split_are_right_or_wrong(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, answers in zip(folders, (("sport", "tech", "tech"), ("tech", "tech", "tech")), strict=True):
         scores = {"metrics": {"macro_f1": 50.0}, "intervals": {"macro_f1": (40.0, 60.0)}, "primary": "macro_f1"}
-        scores["curve"] = [Point(step=10, metrics=scores["metrics"], train_flops=2e12, train_seconds=100.0)]
-        save_result(result(folder.name, **scores), folder)
+        curve = [Point(step=10, metrics=scores["metrics"], train_flops=2e12, train_seconds=100.0)]
+        save_result(result(folder.name, **scores).model_copy(update={"curve": curve}), folder)
         write_predictions(folder, answers)
     (heading, examples), *_ = samples(find_runs(folders))
     assert heading == "Where the runs differ"
