@@ -153,7 +153,7 @@ def test_an_override_below_a_value_is_refused():
         (b"a: [1\n", "not valid YAML"),
         (b"a: b: c", "not valid YAML"),
         (b"!!python/object/apply:os.system ['true']", "not valid YAML"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
         (b"a: 2001-99-99", "not valid YAML"),
         (b"? [a]\n: 1\n", "not valid YAML|must hold"),
         (b"[" * 5000, "not valid YAML"),

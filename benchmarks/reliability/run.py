@@ -4,8 +4,9 @@
     python benchmarks/reliability/run.py --quick --check      # the part that the test suite runs
 
 The whole takes about half an hour on two cores; `--only kills,faults` makes some parts. Coverage-guided fuzzing needs
-atheris (the extra `fuzz`) and is left out, and said to be, without it. `--check` exits 1 where a target is missed: every
-kill survived, every fault and hostile file borne, no crash, every resumption bit-equal, two processes within 1e-5.
+atheris (the extra `fuzz`) and is left out, and said to be, without it. `--check` exits 1 where a target is missed:
+every kill survived, every fault and hostile file borne, no crash, every resumption bit-equal, two processes within
+1e-5.
 """
 
 from __future__ import annotations
