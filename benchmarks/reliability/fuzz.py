@@ -384,7 +384,9 @@ def coverage(seconds: int, folder: Path) -> dict[str, dict[str, object]] | None:
     if importlib.util.find_spec("atheris") is None:
         return None
     command = [sys.executable, str(HERE / "fuzz.py"), "--guided", str(folder), "--seconds", str(seconds)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
     found = {}
     for log in sorted(folder.glob("*.log")):
         code, name, *lines = log.read_text(errors="replace").splitlines()

@@ -265,6 +265,7 @@ BAD = [
     ("rows.jsonl", '{"text": null, "label": "sport"}\n', 1, "field 'text' is missing or null"),
     ("rows.jsonl", '{"text": "a"}\n', 1, "label field 'label' is missing"),
     ("rows.jsonl", '{"text": "a\\ud800", "label": "sport"}\n', 1, "surrogate"),
+    ("rows.jsonl", '{"text": "a", "label": "sport", "id": "\\ud800"}\n', 1, "surrogate"),
     ("rows.jsonl", b'{"text": "a", "label": "sport"}\n{"text": "\xa3"}\n', 2, "not UTF-8 .byte 0xa3"),
     ("rows.csv", "text,label\na,sport\nb,c,d\n", 3, "3 columns; the header has 2"),
     ("rows.csv", 'text,label\n"a,sport\n', 2, "malformed"),

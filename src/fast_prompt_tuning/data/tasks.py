@@ -260,7 +260,8 @@ class Task(_Frozen):
             target = render(target_template, seen) if labelled else ""
             if labelled and references is None:
                 references = [self.postprocess(target)]
-            _check_text(text + target)
+            for part in (text, target, row_id, *(references or ()), *extra.values()):
+                _check_text(part)
             examples.append(
                 {
                     "id": row_id if len(variants) == 1 else f"{row_id}-{k}",
