@@ -94,7 +94,7 @@ def targets(folder: Path) -> Iterator[Target]:
         lambda b: config.load(recipe, [b.decode("utf-8", "surrogateescape")]),
     )
     own = [toy().topics.read_bytes(), toy().words.read_bytes()]
-    built_in = [tasks._folder().joinpath(f"{n}.yaml").read_bytes() for n in task_files.task_names()]
+    built_in = [task_files._folder().joinpath(f"{n}.yaml").read_bytes() for n in task_files.task_names()]
     yield Target("task", own + built_in, _file(folder / "task.yaml", lambda p: _use_task(task_files.load_task(str(p)))))
     yield from _templates()
     for name, files in SPLITS.items():
