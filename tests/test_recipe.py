@@ -9,9 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.errors import ConfigError, ScheduleError
-from fast_prompt_tuning.recipe import RunConfig, load, override, recipe_names
+from fast_prompt_tuning.recipe import RunConfig, load, override, reading, recipe_names
 from fast_prompt_tuning.schedule.stages import Stage
 
 MINIMAL = {"model": {"path": "m"}, "data": {"task": "t"}, "train": {"steps": 100}, "output": "o"}
@@ -304,9 +303,9 @@ def test_any_override(text):
 
 def test_explanations_know_every_section():
     for section in ("model", "data", "prompt", "scoring", "optim", "train", "eval"):
-        assert config._fields_at((section,))
-    assert config._fields_at(("stages", 0)) == ["layers", "ffn", "batch", "length", "steps", "stacks"]
-    assert config._fields_at(("nothing", "at", "all")) == []
+        assert reading._fields_at((section,))
+    assert reading._fields_at(("stages", 0)) == ["layers", "ffn", "batch", "length", "steps", "stacks"]
+    assert reading._fields_at(("nothing", "at", "all")) == []
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
