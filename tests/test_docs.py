@@ -287,6 +287,11 @@ def test_the_guides_numbers_are_the_committed_ones():
         assert row.endswith("| " + " | ".join(f"{value:.1f}" for value in values) + " |"), row
 
 
+def test_the_readme_lists_every_model_type():
+    built_in = {model_type for family in families._BUILT_IN for model_type in (family.name, *family.peers)}
+    assert not {name for name in built_in if f"`{name}`" not in README}
+
+
 def test_the_reports_picture_is_of_the_committed_runs():
     plain, fpt = (load_result(ROOT / "benchmarks" / "results" / "report" / f"{name}.json") for name in ("pt", "cr"))
     guide = PAGES["docs/guides/reports.md"].read_text()

@@ -226,7 +226,7 @@ def test_built_in_tasks_serve_decoders_too(name):
 
 def test_all_tasks_are_there():
     expected = "bbc_headlines bbc_topics boolq cnn_dailymail mnli qqp record squad2 sst2 xsum"
-    assert task_files.task_names() == expected.split()
+    assert set(task_files.task_names()) >= set(expected.split())
     assert load_task("mnli").splits["validation_mismatched"] == "validation_mismatched"
 
 

@@ -67,7 +67,8 @@ def evaluate(
         placed[str(folder)] = placement_of(folder)
     if ensemble:
         if len(set(placed.values())) > 1:
-            raise ConfigError("--ensemble needs prompts that stand in one place (prefix, suffix or infix)")
+            several = ", ".join(sorted(set(placed.values())))
+            raise ConfigError(f"--ensemble needs prompts that stand in one place; these stand in several: {several}")
         placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     if submission is not None:

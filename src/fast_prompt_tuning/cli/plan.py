@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
+from ..placements import PLACEMENTS
 from ..schedule.auto import AutoSchedule, best_case
 from ..schedule.stages import Stage
 from .console import Sets, emit, people, quiet_libraries, wants_json
@@ -65,10 +66,10 @@ def plan(
         ),
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help="prefix; suffix: the prompt after the text; infix: within it; default prefix.")
+        str | None, typer.Option(help=f"Where the prompt stands: {', '.join(PLACEMENTS)}; default prefix.")
     ] = None,
-    after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after an infix prompt.")] = 0,
-    examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix and infix keep.")] = 1000,
+    after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after a prompt within the text.")] = 0,
+    examples: Annotated[int, typer.Option(help="Training examples, whose texts may be kept.")] = 1000,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr,auto.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
@@ -89,13 +90,18 @@ def plan(
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
     recipe = _recipe(config, given, stages, sets)
     placement, input_tokens, method = recipe.prompt.placement, recipe.data.max_input_tokens, recipe.method
-    if (placement == "infix") != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
+    placed = None
+    if placement != "prefix":  # the classes need PyTorch
+        from ..prompt.prompted import placement_named
+
+        placed = placement_named(placement)
+    needs_tail = placed is not None and placed.needs_tail
+    if needs_tail != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
         raise ConfigError(
-            f"--after-tokens {after_tokens} with --placement {placement}: tokens after an infix prompt, and of no "
-            f"other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
+            f"--after-tokens {after_tokens} with --placement {placement}: tokens after a prompt within the text, and "
+            f"of no other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
         )
-    kept = placement != "prefix"
-    if kept and measure:
+    if placed and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
     if method == "full":
         raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
@@ -107,10 +113,6 @@ def plan(
         name = locate(name)
     model_config = configs.load_config(name)
     full = configs.full_stage(model_config)
-    if placement == "infix" and len(full.stacks) > 1:
-        raise ConfigError(
-            "--placement infix is for decoder-only models: an encoder reads its text as a whole; use suffix"
-        )
     target, task_stacks = _of_task(recipe)
     asked = BatchShape(
         batch=recipe.train.batch_size,
@@ -118,7 +120,9 @@ def plan(
         prompt_tokens=recipe.prompt.tokens,
         target_tokens=target,
     )
-    shape = asked.apart(tail=after_tokens) if kept else asked
+    if placed:
+        placed.positions(decoder=len(full.stacks) == 1)  # raises where no prompt can stand
+    shape = placed.expected(asked, tail=after_tokens) if placed else asked
     dtype = dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16")
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {
@@ -129,7 +133,7 @@ def plan(
     out = people()
     if compare is not None:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
-        if stages or measure or kept:
+        if stages or measure or placed:
             raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
@@ -147,7 +151,7 @@ def plan(
     if measure:
         made = made.with_timing(timing.measure_stages(model_config, schedule, shape, dtype=dtype))
     texts: dict[str, Any] = {}
-    if kept:
+    if placed and placed.keeps_texts:
         cost = CostModel.from_config(model_config)
         shapes = {"text_cache": shape}
         if len(full.stacks) > 1:
@@ -158,11 +162,10 @@ def plan(
         emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
         return
     out.print(_stage_table(made, full, asked))
-    where = "after" if placement == "suffix" else "within"
     for name, each in texts.items():
         if name != "text_cache":
             out.print("\nwith cache.cross_attention: true")
-        out.print(_text_lines(each, examples, where), highlight=False)
+        out.print(_text_lines(each, examples, placement), highlight=False)
 
 
 def _recipe(config: str | None, given: dict[str, Any], stages: str | None, sets: list[str]) -> RunConfig:
@@ -202,11 +205,11 @@ def _of_task(recipe: RunConfig) -> tuple[int, tuple[str, ...]]:
     return found.max_target_tokens if target is None else target, tuple(found.stacks)
 
 
-def _text_lines(texts: Any, examples: int, where: str) -> str:
+def _text_lines(texts: Any, examples: int, placement: str) -> str:
     from ..cost.units import human_flops
 
     return (
-        f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
+        f"placement {placement}, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
         f"kept, {_percent(texts.cold)} without\n"
         f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
         f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"

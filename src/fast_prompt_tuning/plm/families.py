@@ -229,8 +229,9 @@ def of(config: Any) -> Family:
     if model_type not in _REGISTRY:
         raise UnknownFamilyError(
             f"model_type={model_type!r} is not a registered family (known: {', '.join(names())}). Register it: "
-            "fast_prompt_tuning.families.register(Family(name=model_type, stacks={'decoder': StackSpec(layers=…, "
-            "ffn_in=…, ffn_out=…)})); the paths are those of print(model)."
+            "from fast_prompt_tuning.plm.families import Family, StackSpec, register; register(Family(name="
+            f"{model_type!r}, stacks={{'decoder': StackSpec(layers=…, ffn_in=…, ffn_out=…)}})); the paths are those of "
+            "print(model)."
         )
     return _REGISTRY[model_type]
 

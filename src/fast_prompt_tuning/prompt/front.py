@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, Work
@@ -25,9 +26,10 @@ class Front(PromptedPLM):
 
     placement: ClassVar[str] = "prefix"
 
-    @classmethod
-    def check(cls, plm: Any) -> None:
-        """Every PLM takes a prompt in front."""
+    @property
+    def calibrated(self) -> nn.Module:
+        """The module with its prompt, which all of the text sees."""
+        return self.plm if self.module is None else self.module  # type: ignore[no-any-return]
 
     @classmethod
     def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
@@ -52,7 +54,7 @@ class Front(PromptedPLM):
         score = _score_encoder_decoder if self.plm.config.is_encoder_decoder else _score_decoder
         return score(self.plm, prompt, [i.ids for i in inputs], labels), Work()
 
-    def _generation_inputs(
+    def generation_inputs(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
     ) -> tuple[dict[str, Any], Work]:
         left = not self.plm.config.is_encoder_decoder

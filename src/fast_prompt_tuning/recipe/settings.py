@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..placements import PLACEMENTS
 from ..schedule.auto import AutoSchedule, default_ladder
 from ..schedule.stages import METHODS, Schedule, Stage
 
@@ -22,6 +24,12 @@ MOST_ERRORS, LONGEST_NAME = 10, 200
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""
+
+
+def _placed(name: str) -> str:
+    if name not in PLACEMENTS:
+        raise PydanticCustomError("placement", f"choose one of {', '.join(PLACEMENTS)}")
+    return name
 
 
 YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
@@ -79,10 +87,8 @@ class PromptConfig(_Section):
     init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
     text: str | None = Field(None, description="the text of init: text")
     path: UserPath | None = Field(None, description="the saved prompt of init: prompt")
-    placement: Literal["prefix", "suffix", "infix"] = Field(
-        "prefix",
-        description="before the text (the paper's); after it (an encoder-decoder's: before the target); or within it, "
-        "after the task's truncate field and before what its template has behind that",
+    placement: Annotated[str, AfterValidator(_placed)] = Field(
+        "prefix", description="; ".join(f"{name}: {place.where}" for name, place in PLACEMENTS.items())
     )
 
     @model_validator(mode="after")
@@ -256,10 +262,7 @@ class RunConfig(_Section):
             if self.method == "full":
                 raise ValueError(f"{place} has no prompt with method='full'; leave one of them out")
             if self.train.gradient_checkpointing:
-                raise ValueError(
-                    f"train.gradient_checkpointing cannot be used with {place}, whose text keeps no activations "
-                    "anyway; leave it out"
-                )
+                raise ValueError(f"train.gradient_checkpointing cannot be used with {place}; leave it out")
             if self.train.compile:
                 raise ValueError(f"train.compile cannot be used with {place}; leave it out")
         if self.cache.cross_attention and self.cache.tier == "none":

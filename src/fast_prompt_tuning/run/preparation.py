@@ -21,9 +21,9 @@ from ..plm.configs import full_stage, load_config
 from ..plm.loading import locate
 from ..plm.partial import PartialPLM
 from ..prompt.front import batch_shape
-from ..prompt.places import placement_named, prompted_of, tune
+from ..prompt.places import prompted_of, tune
 from ..prompt.prediction import batches_of, by_length
-from ..prompt.prompted import PromptedPLM
+from ..prompt.prompted import PromptedPLM, placement_named
 from ..prompt.soft_prompt import init_soft_prompt, load_prompt
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
@@ -248,9 +248,9 @@ def score_flops(session: Session, batch: dict[str, Any]) -> float:
 
 
 def _forward_of(session: Session, batch: dict[str, Any]) -> float:
-    # A text that runs apart is scored without the prompt (`PromptedPLM.calibrated`).
-    apart = placement_named(session.config.prompt.placement).keeps_texts
-    shape = batch_shape(batch, 0 if apart else session.config.prompt.tokens, decoder=session.decoder)
+    # Only a prompt in front is there when neurons and layers are scored (`PromptedPLM.calibrated`).
+    prompt = session.config.prompt
+    shape = batch_shape(batch, prompt.tokens if prompt.placement == "prefix" else 0, decoder=session.decoder)
     return forward_flops(session.cost, None, shape, whole_last_layer=True)
 
 

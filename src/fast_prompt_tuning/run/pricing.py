@@ -14,7 +14,7 @@ from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape
 from ..data.batches import LengthBatchSampler, input_lengths
 from ..prompt.front import batch_shape
-from ..prompt.places import placement_named
+from ..prompt.prompted import placement_named
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage

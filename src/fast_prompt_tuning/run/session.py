@@ -25,9 +25,9 @@ from ..files import write_atomic
 from ..plm.loading import cache_dir, load_plm, load_tokenizer, loadable_config
 from ..plm.objective import choose_attention
 from ..prompt.generation import GenerationOptions
-from ..prompt.places import place, placement_named
+from ..prompt.places import place
 from ..prompt.prediction import Prediction, combine
-from ..prompt.prompted import Input, PromptedPLM
+from ..prompt.prompted import Input, PromptedPLM, placement_named
 from ..prompt.soft_prompt import context_length
 from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
