@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_prompt_tuning.data import readers as examples
-from fast_prompt_tuning.data import submissions, task_files
+from fast_prompt_tuning.data import submissions
 from fast_prompt_tuning.data.readers import load_examples, render_rows
 from fast_prompt_tuning.data.task_files import load_task, task_from_templates
 from fast_prompt_tuning.data.tasks import Replace
 from fast_prompt_tuning.errors import ConfigError, DataError
+from fast_prompt_tuning.paths import built_in
 
 DATA = Path(__file__).parents[1] / "files"
 PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed."
@@ -213,7 +214,7 @@ def test_choices_and_postprocess():
     assert load_task("xsum").postprocess("no answer") == "no answer"
 
 
-@pytest.mark.parametrize("name", task_files.task_names())
+@pytest.mark.parametrize("name", built_in("tasks"))
 def test_built_in_tasks_serve_decoders_too(name):
     task = load_task(name)
     assert task.name == name
@@ -226,7 +227,7 @@ def test_built_in_tasks_serve_decoders_too(name):
 
 def test_all_tasks_are_there():
     expected = "bbc_headlines bbc_topics boolq cnn_dailymail mnli qqp record squad2 sst2 xsum"
-    assert task_files.task_names() == expected.split()
+    assert list(built_in("tasks")) == expected.split()
     assert load_task("mnli").splits["validation_mismatched"] == "validation_mismatched"
 
 

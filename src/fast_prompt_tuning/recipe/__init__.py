@@ -1,6 +1,6 @@
 """The recipe: every setting of a run, validated before anything is loaded, saved resolved with the run."""
 
-from .reading import load, override, recipe_names
+from .reading import load, override
 from .settings import METHOD_NAMES, CacheConfig, OptimConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "TrainConfig",
     "load",
     "override",
-    "recipe_names",
 ]

@@ -17,9 +17,6 @@ METHOD_NAMES = (*METHODS, "auto", "full")
 """The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
 weights, the baseline."""
 
-MOST_ERRORS, LONGEST_NAME = 10, 200
-"""What a message about a recipe names at most: settings, and characters of a setting's name."""
-
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""
 
