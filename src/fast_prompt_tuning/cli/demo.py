@@ -18,8 +18,9 @@ from ..cost.shapes import BatchShape
 from ..errors import ConfigError
 from ..files import write_atomic
 from ..recipe import RunConfig, load, override
+from ..report.figures import save
 from ..report.page import find_runs, render
-from ..report.pictures import draw_quality
+from ..report.pictures import quality
 from ..report.tables import comparison_table, table_rows
 from ..run import run
 from ..run.folder import Earlier, check_folder
@@ -125,7 +126,7 @@ def demo(
             break
     answers.print()
     answers.print(comparison_table(results, f"On the full model, {test} test articles no run has seen"))
-    picture = draw_quality(results, folder / "quality.png")
+    picture = save(quality(results), folder / "quality.png")
     _show_predictions(console, Path(results[-1].config["output"]) / "predictions.jsonl")
     record = {
         "recipe": RECIPE,
