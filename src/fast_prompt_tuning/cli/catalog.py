@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
 from ..paths import built_in
-from .console import emit, people, plain, quiet_libraries, wants_json
+from .console import emit, people, quiet_libraries, wants_json
 
 
 def ls(
@@ -36,7 +37,7 @@ def ls(
     for kind, entries in listed.items():
         table = Table(title=kind, title_justify="left", show_header=False, box=None)
         for name, text in entries.items():
-            table.add_row(f"[bold]{plain(name)}[/bold]", plain(text))
+            table.add_row(f"[bold]{escape(name)}[/bold]", escape(text))
         people().print(table)
 
 
@@ -106,10 +107,10 @@ def show(
     console = people()
     for row in shown:
         console.rule(f"{task.name} {split} {row['id']}", align="left")
-        console.print(f"[bold]input[/bold]   {plain(_shortened(row['input']))}", highlight=False)
-        console.print(f"[bold]target[/bold]  {plain(repr(row['target']))}", highlight=False)
+        console.print(f"[bold]input[/bold]   {escape(_shortened(row['input']))}", highlight=False)
+        console.print(f"[bold]target[/bold]  {escape(repr(row['target']))}", highlight=False)
         gold = json.dumps(row["references"], ensure_ascii=False)
-        console.print(f"[bold]gold[/bold]    {plain(gold)}", highlight=False)
+        console.print(f"[bold]gold[/bold]    {escape(gold)}", highlight=False)
     table = Table(title=f"lengths of {len(rows)} examples", title_justify="left", header_style="bold")
     for column in ("", *lengths["input"]):
         table.add_column(column, justify="right" if column else "left")

@@ -22,8 +22,8 @@ def settings_of(folder: Path, sets: Iterable[str] = ()) -> RunConfig:
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise DataError("there is no config.yaml: this is not the folder of a run", file=str(folder))
-    own = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
-    return load(saved, [*own, *sets])
+    tuned = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
+    return load(saved, [*tuned, *sets])
 
 
 def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
