@@ -259,11 +259,9 @@ def _interval(resampled: Sequence[np.ndarray], value: Any) -> tuple[float, float
     return float(min(low, value)), float(max(high, value))  # rounding, or a rare event, may leave it just outside
 
 
-def _counted_interval(
-    score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, *, seed: int
-) -> tuple[float, float]:
+def _counted_interval(score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> tuple[float, float]:
     """The same interval of a function of counts: drawing examples anew is drawing counts from a multinomial."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n, flat = counts.sum(), counts.reshape(-1)
     drawn = (rng.multinomial(n, flat / n, size=rows) for rows in _chunks(flat.size))
     return _interval([score(each.reshape(-1, *counts.shape)) for each in drawn], score(counts))
@@ -276,7 +274,6 @@ def evaluate(
     groups: Sequence[Hashable] | None = None,
     *,
     primary: str | None = None,
-    seed: int = 0,
 ) -> MetricResult:
     """Scores with 95% bootstrap intervals.
 
@@ -287,7 +284,6 @@ def evaluate(
         groups: optional id per example. Examples with one id are one question (ReCoRD has a training example per
             answer): the first prediction is scored against all their references.
         primary: score to report first; default: the metric's own choice.
-        seed: seed of the bootstrap.
 
     Raises:
         ConfigError: unknown metric, or a `primary` it does not give.
@@ -306,9 +302,9 @@ def evaluate(
     values, intervals = {}, {}
     counts = label_counts(predictions, references) if metric.of_counts else np.zeros(0)
     for name, score in metric.of_counts.items():
-        values[name], intervals[name] = float(score(counts)), _counted_interval(score, counts, seed=seed)
+        values[name], intervals[name] = float(score(counts)), _counted_interval(score, counts)
     values.update(_means(scores))
-    intervals.update({name: bootstrap_interval(each, seed=seed) for name, each in scores.items()})
+    intervals.update({name: bootstrap_interval(each) for name, each in scores.items()})
     return MetricResult(metric_name, values, intervals, primary, len(predictions))
 
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError, DataError, nearest
 from ..paths import built_in
 from ..yaml_text import problems, read_yaml
 from .metrics import METRICS
-from .tasks import Format, Task, check_apart, render_input
+from .tasks import Task, check_apart, render_input
 from .templates import compiled
 
 
@@ -58,60 +58,44 @@ def _validate(data: Mapping[str, Any], where: str) -> Task:
 
 
 def task_from_templates(
-    name: str = "custom",
     *,
     files: Mapping[str, str],
     input_template: str,
     target_template: str,
-    labels: Mapping[str, str] | Sequence[str] | None = None,
-    label_field: str | None = None,
-    answers: str | None = None,
-    truncate: str | None = None,
-    metric: str | None = None,
+    labels: Sequence[str] | None = None,
     max_target_tokens: int = 64,
-    format: Format | None = None,
 ) -> Task:
     r"""A task from the command line: the templates are used as they are for every kind of model.
 
+    What is shortened when an input is too long is the template's only field, if it stands there once and without a
+    filter; else an input loses its own end. The metric is accuracy with labels, else ROUGE.
+
     Args:
-        name: short name for logs and results.
         files: split -> local file.
         input_template: Jinja template, such as `"{{ text }}\nTopic:"`.
         target_template: Jinja template, such as `" {{ label }}"`.
-        labels: label value -> word, or the list of words, for a closed set.
-        label_field: field with the label; default `label` where labels are given.
-        answers: field with the list of acceptable answers.
-        truncate: field to shorten when an input is too long; default: the template's only one, if it stands there
-            once and without a filter. With neither, an input loses its own end.
-        metric: default: accuracy with labels, `squad_v2` with answers, else ROUGE.
+        labels: the words of a closed set, which the field `label` holds.
         max_target_tokens: longest target.
-        format: of the files, where their suffix does not say.
 
     Raises:
         ConfigError: the settings do not fit together.
     """
-    if labels is not None:
-        if not isinstance(labels, Mapping):
-            check_apart(labels)
-            labels = {word: word for word in labels}
-        label_field = label_field or "label"
-    truncate = truncate or _only_field(input_template)
-    metric = metric or ("accuracy" if label_field else "squad_v2" if answers else "rouge")
+    check_apart(labels or ())
+    metric = "rouge" if labels is None else "accuracy"
     data = {
-        "name": name,
+        "name": "custom",
         "version": 1,
-        "source": {"files": {k: str(v) for k, v in files.items()}, "format": format},
+        "source": {"files": files},
         "input_template": input_template,
         "target_template": target_template,
-        "labels": labels,
-        "label_field": label_field,
-        "answers": answers,
-        "truncate": truncate,
+        "labels": None if labels is None else {word: word for word in labels},
+        "label_field": None if labels is None else "label",
+        "truncate": _only_field(input_template),
         "metric": metric,
-        "primary": METRICS[metric].scores[0] if metric in METRICS else metric,
+        "primary": METRICS[metric].scores[0],
         "max_target_tokens": max_target_tokens,
     }
-    return _validate(data, name)
+    return _validate(data, "custom")
 
 
 def _only_field(template: str) -> str | None:
