@@ -367,7 +367,7 @@ def test_unknown_family_says_how_to_register_one_and_registering_works():
     try:
         PartialPLM(odd, keep_neurons="first").resize(Stage(3, 10))
     finally:
-        families._REGISTRY.pop("odd_llama")
+        families.REGISTRY.pop("odd_llama")
 
 
 def test_sizes_outside_the_model_are_refused_and_change_nothing():

@@ -25,7 +25,7 @@ def ls(
     kinds: dict[str, Any] = {
         "recipes": lambda: {name: _first_comment(path) for name, path in built_in("recipes").items()},
         "tasks": _task_lines,
-        "families": lambda: {n: " + ".join(families._REGISTRY[n].stacks) for n in families.names()},
+        "families": lambda: {name: " + ".join(families.REGISTRY[name].stacks) for name in families.names()},
         "methods": lambda: dict(METHOD_TEXTS),
     }
     if what != "all" and what not in kinds:

@@ -24,9 +24,6 @@ from ..run.session import open_session
 from ..schedule.stages import part_of
 from .costs import PAPER_TABLE2, PAPER_TASKS, paper_rows
 
-PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
-"""What the paper reports for each task."""
-
 
 def files_of(data: str | Path | None, task: str) -> dict[str, str]:
     """Local files of a task: `DATA/<task>/train.*` and `validation.*`; none where `data` is None (then from the Hub).
@@ -155,11 +152,9 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
         # A signal ended the run: the table ends with it, and goes on with the next command.
         number = int((result.reason or "signal 2").split()[-1])
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-    metric = PAPER_METRICS[str(config.data.task)]
-    value = result.metrics[metric]
-    if "part" in settings:
-        value = evaluate_partial(session, folder).result.values[metric]
-    write_atomic(record, json.dumps({"metric": metric, "value": value}) + "\n")
+    metrics = evaluate_partial(session, folder).result.values if "part" in settings else result.metrics
+    value = metrics[result.primary]
+    write_atomic(record, json.dumps({"metric": result.primary, "value": value}) + "\n")
     return result, value
 
 
@@ -178,6 +173,6 @@ def _row(
     seconds, of_plain = (sum(r.train_seconds for r in each.values()) for each in (mine, plain))
     entry["wall_clock"] = 100 * seconds / of_plain
     if table == "table2":
-        gains = [values[row][t] - stopped_at(plain[t], spent_flops(mine[t]), PAPER_METRICS[t]) for t in tasks]
+        gains = [values[row][t] - stopped_at(plain[t], spent_flops(mine[t]), plain[t].primary) for t in tasks]
         entry["improve"] = None if row == "pt" else sum(gains) / len(gains)
     return entry

@@ -11,11 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..schedule.auto import AutoSchedule, default_ladder
-from ..schedule.stages import METHODS, Schedule, Stage
-
-METHOD_NAMES = (*METHODS, "auto", "full")
-"""The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
-weights, the baseline."""
+from ..schedule.stages import Schedule, Stage
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""

@@ -117,6 +117,7 @@ def render(runs: Sequence[Run]) -> str:
     }
     environment.filters.update(filters)
     tasks = by_task(results)
+    samples_of = {task: samples([run for run in runs if run.result in rs]) for task, rs in tasks.items()}
     return environment.get_template("report.html").render(
         title=f"{' and '.join(_models(results))} on {', '.join(tasks)}",
         tasks={task: {"metric": rs[0].primary, "rows": table_rows(rs)} for task, rs in tasks.items()},
@@ -124,7 +125,7 @@ def render(runs: Sequence[Run]) -> str:
         pictures=inlined,
         runs=runs,
         stages=[(r.name, _stages(r)) for r in results if len(r.schedule) > 1],
-        samples={task: groups for task, rs in tasks.items() if (groups := samples(_with(runs, rs)))},
+        samples={task: groups for task, groups in samples_of.items() if groups},
         settings=_settings(results),
         recipes=[(r.name, yaml.safe_dump(r.config, sort_keys=False, allow_unicode=True)) for r in results if r.config],
         versions=_columns([r.environment for r in results]),
@@ -185,12 +186,6 @@ def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
             raise DataError(f"not what fpt score --fidelity prints ({type(error).__name__})", file=str(path)) from error
         records.append((run.result.name, record.model_dump()))
     return records
-
-
-def _with(runs: Sequence[Run], results: Sequence[RunResult]) -> list[Run]:
-    """The runs that have these results."""
-    wanted = set(map(id, results))
-    return [run for run in runs if id(run.result) in wanted]
 
 
 def _models(results: Sequence[RunResult]) -> list[str]:
