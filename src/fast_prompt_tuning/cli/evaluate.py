@@ -109,10 +109,10 @@ def evaluate(
 
 def _warn_if_of_another_model(folder: Path, session: Any) -> None:
     from ..plm import fingerprint
-    from ..run.results import load_result
+    from .run_folder import weights_of
 
-    if not (folder / "result.json").is_file() or session.config.method == "full":
+    tuned_on = weights_of(folder)
+    if tuned_on is None or session.config.method == "full":
         return
-    tuned_on = load_result(folder).fingerprints.get("model")
     if wrong := fingerprint.mismatch(tuned_on, fingerprint.of_model(session.plm)):
         logger.warning("%s was tuned on another model than %s: %s", folder, session.config.model.path, wrong)

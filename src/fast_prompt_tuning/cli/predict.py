@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,12 +40,6 @@ def predict(
     settings = settings_of(folder, sets)
     prompt = None if settings.method == "full" else load_prompt(folder)
     session = open_session(settings, ())
-    if texts:
-        lines = iter(texts)
-    elif file is not None:
-        lines = _file_lines(file)
-    else:
-        lines = _stdin_lines()
 
     def answer_batch(batch: list[str]) -> None:
         rows = [_fields(session.task, text, session.decoder) for text in batch]
@@ -60,7 +55,7 @@ def predict(
 
     # Typed at a terminal, every line is answered at once; piped in, in batches.
     size = 1 if sys.stdin.isatty() and not (texts or file) else settings.eval.batch_size
-    inputs = (line for line in lines if line.strip())
+    inputs = (line for line in texts or _lines(file) if line.strip())
     batch = list(islice(inputs, size))
     if not batch:
         raise DataError("there is no text to answer; give it as an argument, with --file, or on standard input")
@@ -69,20 +64,15 @@ def predict(
         batch = list(islice(inputs, size))
 
 
-def _file_lines(file: Path) -> Iterator[str]:
+def _lines(file: Path | None) -> Iterator[str]:
+    """The lines of a file, or of standard input."""
     from ..data.formats import text_lines
 
     try:
-        with file.open("rb") as lines:
-            yield from text_lines(lines, str(file))
+        with file.open("rb") if file else nullcontext(sys.stdin.buffer) as lines:
+            yield from text_lines(lines, str(file or "standard input"))
     except OSError as error:
-        raise DataError(f"cannot be read: {error}", file=str(file)) from error
-
-
-def _stdin_lines() -> Iterator[str]:
-    from ..data.formats import text_lines
-
-    yield from text_lines(sys.stdin.buffer, "standard input")
+        raise DataError(f"cannot be read: {error}", file=str(file or "standard input")) from error
 
 
 def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:

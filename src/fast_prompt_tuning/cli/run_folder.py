@@ -51,7 +51,7 @@ def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
         if not (run / "config.yaml").is_file():
             continue
         other = settings_of(run)
-        if not (_named(first) == _named(other) or (_weights(runs[0]) == _weights(run) is not None)):
+        if not (_named(first) == _named(other) or (weights_of(runs[0]) == weights_of(run) is not None)):
             raise ConfigError(
                 f"--ensemble needs prompts of one model: {str(runs[0])!r} is of {first.model.path!r}, {str(folder)!r} "
                 f"of {other.model.path!r}; leave one out"
@@ -67,7 +67,8 @@ def _named(settings: RunConfig) -> tuple[str, str | None]:
     return settings.model.path, settings.model.revision
 
 
-def _weights(run: Path) -> str | None:
+def weights_of(run: Path) -> str | None:
+    """The fingerprint of the model that a run tuned; None for a bare prompt."""
     from ..run.results import load_result
 
     return load_result(run).fingerprints.get("model") if (run / "result.json").is_file() else None
