@@ -60,15 +60,15 @@ def evaluate(
 
     quiet_libraries()
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
-    places: dict[str, str] = {}
+    placed: dict[str, str] = {}
     for folder in runs:
         whole = settings.method == "full" and folder == runs[0]  # all weights were tuned: there is no prompt
         prompts[str(folder)] = None if whole else load_prompt(folder)
-        places[str(folder)] = placement_of(folder)
+        placed[str(folder)] = placement_of(folder)
     if ensemble:
-        if len(set(places.values())) > 1:
+        if len(set(placed.values())) > 1:
             raise ConfigError("--ensemble needs prompts that stand in one place (prefix, suffix or infix)")
-        places[f"ensemble ({ensemble})"] = places[str(runs[0])]
+        placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     if submission is not None:
         check_submission(task_of(settings))
@@ -88,7 +88,7 @@ def evaluate(
         table.add_column(column)
     with at_size:
         for name, prompt in prompts.items():
-            prompted = session.prompted(prompt, places.get(name))
+            prompted = session.prompted(prompt, placed.get(name))
             scored = score(session, prompted, split, voting=ensemble or "probabilities")
             records[name] = {
                 "metrics": scored.result.values,
