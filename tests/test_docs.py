@@ -62,7 +62,7 @@ def test_every_block_says_what_it_is(page):
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     """`...` stands for what a Trainer is usually given, and runs are short; the rest is as it stands."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(families, "_REGISTRY", dict(families._REGISTRY))
+    monkeypatch.setattr(families, "REGISTRY", dict(families.REGISTRY))
     monkeypatch.setattr(metrics, "_registry", dict(metrics.METRICS))
     family = BY_NAME["t5" if page == "README.md" else "llama"]
     batch = family.batch()

@@ -46,6 +46,7 @@ from fast_prompt_tuning import recipe as config  # noqa: E402
 from fast_prompt_tuning.data import patterns, task_files, tasks, templates  # noqa: E402
 from fast_prompt_tuning.data import readers as examples  # noqa: E402
 from fast_prompt_tuning.errors import FptError  # noqa: E402
+from fast_prompt_tuning.paths import built_in  # noqa: E402
 from fast_prompt_tuning.prompt import soft_prompt  # noqa: E402
 from fast_prompt_tuning.report import pictures  # noqa: E402
 from fast_prompt_tuning.report.tables import comparison_table  # noqa: E402
@@ -94,8 +95,8 @@ def targets(folder: Path) -> Iterator[Target]:
         lambda b: config.load(recipe, [b.decode("utf-8", "surrogateescape")]),
     )
     own = [toy().topics.read_bytes(), toy().words.read_bytes()]
-    built_in = [task_files._folder().joinpath(f"{n}.yaml").read_bytes() for n in task_files.task_names()]
-    yield Target("task", own + built_in, _file(folder / "task.yaml", lambda p: _use_task(task_files.load_task(str(p)))))
+    shipped = [path.read_bytes() for path in built_in("tasks").values()]
+    yield Target("task", own + shipped, _file(folder / "task.yaml", lambda p: _use_task(task_files.load_task(str(p)))))
     yield from _templates()
     for name, files in SPLITS.items():
         task = task_files.load_task(str(toy().topics) if name == "topics" else name)

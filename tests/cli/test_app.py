@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM
 from fast_prompt_tuning import Schedule
 from fast_prompt_tuning.cli import app as cli
 from fast_prompt_tuning.cli import catalog, console, demo
-from fast_prompt_tuning.cli.demo import reporting
-from fast_prompt_tuning.cli.progress import ProgressReporter
+from fast_prompt_tuning.cli.progress import ProgressReporter, reporting
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run.session import input_ids_of, open_session

@@ -370,7 +370,7 @@ def test_unknown_family_says_how_to_register_one_and_registering_works():
     try:
         PartialPLM(odd, keep_neurons="first").resize(Stage(3, 10))
     finally:
-        families._REGISTRY.pop("odd_llama")
+        families.REGISTRY.pop("odd_llama")
 
 
 def test_every_family_has_its_row_of_settings():

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from ..placements import PLACEMENTS
-from .console import emit, people, plain, wants_json
+from .console import emit, say, wants_json
 
 
 def export(
@@ -28,8 +28,7 @@ def export(
     if wants_json():
         emit({"output": str(output), "shape": shape, "place": place})
         return
-    made = f"{output}: prompt_embeds {shape}, embeddings to stand {place}"
-    people().print(plain(made), highlight=False, soft_wrap=True)
+    say(f"{output}: prompt_embeds {shape}, embeddings to stand {place}")
 
 
 def push(

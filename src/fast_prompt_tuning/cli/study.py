@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import Config, Sets, check_output, emit, people, plain, quiet_libraries, wants_json
+from .console import Config, Sets, check_output, check_picture, emit, people, quiet_libraries, say, wants_json
 
 
 def score(
@@ -43,11 +44,9 @@ def score(
         raise ConfigError("--picture shows what --fidelity measures; add --fidelity evenly,greedy")
     if not (output or layers or fidelity):
         raise ConfigError("there is nothing to make; give --output, --layers or --fidelity")
-    for path in (output, layers, picture):
-        if path is not None:
-            check_output(path)
-    if picture and picture.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
+    for path in (output, layers):
+        check_output(path)
+    check_picture(picture)
     if layers is not None and settings.scoring.keep_layers not in ("influence", "greedy"):
         raise ConfigError("--layers needs layers that are chosen by score: --set scoring.keep_layers=greedy")
     parts = _parts(sizes)
@@ -58,33 +57,31 @@ def score(
     selections = study.parse_selections(fidelity) if fidelity else {}
     quiet_libraries()
     session = open_session(settings, ("train",))
-    out = people()
-    made: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     if layers is not None:
-        found = score_layers_of_run(session)
-        if found is None:
+        layer_scores = score_layers_of_run(session)
+        if layer_scores is None:
             raise ConfigError(f"--layers: method={settings.method!r} leaves out no layers; use ld, cr or stages")
-        found.save(layers)
-        made["layers"] = str(layers)
-        out.print(plain(f"{found.metadata['examples']} examples → {layers}"), highlight=False, soft_wrap=True)
+        layer_scores.save(layers)
+        written["layers"] = str(layers)
+        say(f"{layer_scores.metadata['examples']} examples → {layers}")
     if output is not None:
         scores = score_neurons(session)
         scores.save(output)
-        made["output"] = str(output)
-        said = f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}"
-        out.print(plain(said), highlight=False, soft_wrap=True)
+        written["output"] = str(output)
+        say(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
     if selections:
         record = study.report(session, selections, parts, examples)
-        out.print(_fidelity_table(record))
-        made["fidelity"] = record
-        made |= {"picture": str(picture)} if picture is not None else {}
+        people().print(_fidelity_table(record))
+        written["fidelity"] = record
+        written |= {"picture": str(picture)} if picture is not None else {}
     if wants_json():
-        emit(made)  # before the picture, which may fail
+        emit(written)  # before the picture, which may fail
     if picture is not None:
         from ..report import figures, pictures
 
-        figures.save(pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"]), picture)
-        out.print(plain(str(picture)), highlight=False, soft_wrap=True)
+        figures.save(pictures.fidelity(written["fidelity"]["rows"], written["fidelity"]["full_loss"]), picture)
+        say(str(picture))
 
 
 def _parts(text: str) -> list[float]:
@@ -130,10 +127,7 @@ def similarity(
 
     if len(runs) < 2:
         raise ConfigError("similarity compares prompts; give at least two RUNs")
-    if picture is not None:
-        check_output(picture)
-    if picture is not None and picture.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
+    check_picture(picture)
     prompts = [load_prompt(run) for run in runs]
     matrix = similarity_matrix(prompts).tolist()
     records = [_run_record(run) for run in runs]
@@ -141,19 +135,18 @@ def similarity(
     if wants_json():
         tokens = [[prompt_similarity(a, b).tolist() for b in prompts] for a in prompts]
         emit({"runs": records, "similarity": matrix, "by_token": tokens})
-    out = people()
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "run", "quality of the full model", *map(str, range(1, len(runs) + 1))):
         table.add_column(column, justify="left" if column == "run" else "right")
     for i, (record, row) in enumerate(zip(records, matrix, strict=True), start=1):
         quality = "–" if record["value"] is None else f"{record['value']:.1f} {record['metric']}"
-        table.add_row(str(i), plain(record["name"]), plain(quality), *(f"{value:.2f}" for value in row))
-    out.print(table)
+        table.add_row(str(i), escape(record["name"]), escape(quality), *(f"{value:.2f}" for value in row))
+    people().print(table)
     if picture is not None:
         from ..report import figures, pictures
 
         figures.save(pictures.heat_map(names, matrix, "mean cosine similarity, token by token"), picture)
-        out.print(plain(str(picture)), highlight=False, soft_wrap=True)
+        say(str(picture))
 
 
 def _run_record(folder: Path) -> dict[str, Any]:

@@ -13,14 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from ..placements import PLACEMENTS
 from ..schedule.auto import AutoSchedule, default_ladder
-from ..schedule.stages import METHODS, Schedule, Stage
-
-METHOD_NAMES = (*METHODS, "auto", "full")
-"""The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
-weights, the baseline."""
-
-MOST_ERRORS, LONGEST_NAME = 10, 200
-"""What a message about a recipe names at most: settings, and characters of a setting's name."""
+from ..schedule.stages import Schedule, Stage
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""
@@ -116,15 +109,15 @@ class CacheConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_dtype(cls, given: Any) -> Any:
+    def _without_dtype(cls, section: Any) -> Any:
         """Recipes that runs saved before `cache.dtype` was cut hold its default."""
-        if not isinstance(given, dict) or "dtype" not in given:
-            return given
-        if given["dtype"] != "model":
+        if not isinstance(section, dict) or "dtype" not in section:
+            return section
+        if section["dtype"] != "model":
             raise ValueError(
-                f"dtype={given['dtype']!r} is gone: texts kept in 8 bits ended worse and took longer; leave it out"
+                f"dtype={section['dtype']!r} is gone: texts kept in 8 bits ended worse and took longer; leave it out"
             )
-        return {name: value for name, value in given.items() if name != "dtype"}
+        return {name: value for name, value in section.items() if name != "dtype"}
 
 
 class StageConfig(_Section):
@@ -276,25 +269,27 @@ class RunConfig(_Section):
         if self.train.compile and self.train.gradient_checkpointing:
             raise ValueError("train.compile cannot be used with train.gradient_checkpointing; leave one of them out")
         if self.stages is not None:
-            if self.method in ("pt", "full"):
-                raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
-            for i, stage in enumerate(self.stages):
-                if (stage.steps is None) != (self.method == "auto"):
-                    fix = "leave it out, for auto decides, or set method=cr" if self.method == "auto" else "set it"
-                    raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
-            total = sum(stage.steps or 0 for stage in self.stages)
-            if total != self.train.steps and self.method != "auto":
-                raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
-            for i, stage in enumerate(self.stages):
-                limits = (
-                    ("batch", "train.batch_size", self.train.batch_size),
-                    ("length", "data.max_input_tokens", self.data.max_input_tokens),
-                )
-                for name, setting, limit in limits:
-                    value = getattr(stage, name)
-                    if value is not None and value > limit:
-                        raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
+            self._check_stages(self.stages)
         return self
+
+    def _check_stages(self, stages: list[StageConfig]) -> None:
+        auto = self.method == "auto"
+        if self.method in ("pt", "full"):
+            raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
+        for i, stage in enumerate(stages):
+            if (stage.steps is None) != auto:
+                fix = "leave it out, for auto decides, or set method=cr" if auto else "set it"
+                raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
+        total = sum(stage.steps or 0 for stage in stages)
+        if total != self.train.steps and not auto:
+            raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
+        for i, stage in enumerate(stages):
+            for name, value, setting, limit in (
+                ("batch", stage.batch, "train.batch_size", self.train.batch_size),
+                ("length", stage.length, "data.max_input_tokens", self.data.max_input_tokens),
+            ):
+                if value is not None and value > limit:
+                    raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
 
     def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule | AutoSchedule:
         """The run's schedule for a model whose full size is `full`.
@@ -309,9 +304,9 @@ class RunConfig(_Section):
         stacks = stacks or full.stacks
         schedule: Schedule | AutoSchedule
         if self.method == "auto":
-            own = [s.stage(full, stacks) for s in self.stages or ()]
-            plain = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
-            ladder = [*(s for s in own if s != plain), plain] if own else default_ladder(plain, self.train.batch_size)
+            whole = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
+            smaller = [stage for s in self.stages or () if (stage := s.stage(full, stacks)) != whole]
+            ladder = [*smaller, whole] if self.stages else default_ladder(whole, self.train.batch_size)
             schedule = AutoSchedule(ladder, self.train.steps)
         elif self.stages is not None:
             schedule = Schedule(s.stage(full, stacks) for s in self.stages)
