@@ -115,6 +115,8 @@ FORGED = [
     ("trainer_state.json", put("log_history", value=[{"step": -1, "loss": 1.0}])),
     ("trainer_state.json", put("log_history", value=[{"step": HUGE, "loss": 1.0}])),
     ("trainer_state.json", put("stateful_callbacks", value=[1])),
+    *(("trainer_state.json", put(f"{name}_steps", value=v)) for name in ("logging", "eval", "save") for v in (None, 0)),
+    ("trainer_state.json", put("train_batch_size", value="x")),
     ("trainer_state.json", put("surprise", value=1)),
     ("trainer_state.json", drop("global_step")),
     ("counts.json", lambda c: 5),

@@ -62,11 +62,26 @@ class _Evaluated(_Logged):
     train_seconds: Amount
 
 
+Every = Annotated[float, Field(ge=1, le=1e15)]
+
+
 class _State(_Part):
     epoch: Amount
     global_step: Count
+    max_steps: Count
+    num_train_epochs: Count
+    logging_steps: Every
+    eval_steps: Every
+    save_steps: Every
+    train_batch_size: Count | None
     total_flos: Amount
     num_input_tokens_seen: Count
+    best_metric: Number | None
+    best_global_step: Count | None
+    best_model_checkpoint: str | None
+    is_local_process_zero: bool
+    is_world_process_zero: bool
+    is_hyper_param_search: bool
     stateful_callbacks: dict[str, Any]
     log_history: list[dict[str, Any]]
 
