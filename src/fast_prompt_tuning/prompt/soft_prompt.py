@@ -207,8 +207,9 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = record["format"] == 1 and record["placement"] in PLACES and record["placement"] != "prefix"
-        for name in ("base_model", "model_fingerprint"):
+        version, place = record["format"], record["placement"]
+        known = version == 1 and place in PLACES and place != "prefix"
+        for name in ("base_model", "model_fingerprint") if known else ():
             if not isinstance(record[name], str):
                 raise TypeError(f"{name} is {shown(record[name])}, not a text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -217,8 +218,8 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         ) from error
     if not known:
         raise ConfigError(
-            f"{str(file)!r} has format={shown(record['format'])}, placement={shown(record['placement'])}; this version "
-            "knows format 1 and the placements 'suffix' and 'infix'"
+            f"{str(file)!r} has format={shown(version)}, placement={shown(place)}; this version knows format 1 and the "
+            "placements 'suffix' and 'infix'"
         )
     return dict(record)
 
