@@ -342,7 +342,7 @@ def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     name = str(source)
     if not path.is_file() and name in recipe_names():
-        path = Path(str(resources.files("fast_prompt_tuning") / "recipes" / f"{name}.yaml"))
+        path = Path(str(resources.files("fast_prompt_tuning"))) / "recipes" / f"{name}.yaml"
     try:
         data = read_yaml(path, f"config={name!r}")
     except ConfigError:

@@ -14,6 +14,22 @@ LONGEST = 200_000
 """Characters that a text may have, as it is written and with its aliases unfolded."""
 LONGEST_NUMBER = 100
 """Characters of a number: YAML's numbers to base 60 take a time that grows with the square of their length."""
+DEEPEST = 50
+"""Lists and mappings within one another: PyYAML takes long for a thousand open brackets."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which gives up where a text is nested too deep."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -28,7 +44,7 @@ def load_yaml(text: str, where: str) -> Any:
     if len(text) > LONGEST:
         raise ConfigError(f"{where} has more than {LONGEST} characters; shorten it")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node: Any = loader.get_single_node()
         if node is None:
             return None
