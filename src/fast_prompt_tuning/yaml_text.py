@@ -18,6 +18,23 @@ LONGEST_NUMBER = 100
 MOST_PROBLEMS, LONGEST_NAME = 10, 200
 """What a message names at most: settings, and characters of a setting's name."""
 
+DEEPEST = 50
+"""Lists and mappings within one another: PyYAML takes long for a thousand open brackets."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which gives up where a text is nested too deep."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
 
 def load_yaml(text: str, where: str) -> Any:
     """What a YAML text holds: plain values only.
@@ -31,7 +48,7 @@ def load_yaml(text: str, where: str) -> Any:
     if len(text) > LONGEST:
         raise ConfigError(f"{where} has more than {LONGEST} characters; shorten it")
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node: Any = loader.get_single_node()
         if node is None:
             return None

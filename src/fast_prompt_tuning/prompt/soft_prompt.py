@@ -237,7 +237,8 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = record["format"] == 1 and record["placement"] in PLACEMENTS and record["placement"] != "prefix"
+        version, place = record["format"], record["placement"]
+        known = version == 1 and place in PLACEMENTS and place != "prefix"
         for name in ("base_model", "model_fingerprint") if known else ():
             if not isinstance(record[name], str):
                 raise TypeError(f"{name} is {shown(record[name])}, not a text")
@@ -247,8 +248,8 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         ) from error
     if not known:
         raise ConfigError(
-            f"{str(file)!r} has format={shown(record['format'])}, placement={shown(record['placement'])}; this version "
-            f"knows format 1 and the placements {', '.join(name for name in PLACEMENTS if name != 'prefix')}"
+            f"{str(file)!r} has format={shown(version)}, placement={shown(place)}; this version knows format 1 and the "
+            f"placements {', '.join(name for name in PLACEMENTS if name != 'prefix')}"
         )
     return dict(record)
 
