@@ -380,11 +380,12 @@ def _quiet() -> None:
 # -- coverage-guided --------------------------------------------------------------------------------------------------
 
 
-def coverage(seconds: int, folder: Path) -> dict[str, dict[str, object]] | None:
+def coverage(seconds: int, folder: Path, only: str = "") -> dict[str, dict[str, object]] | None:
     """The same targets under atheris, seconds each; None where it is not installed."""
     if importlib.util.find_spec("atheris") is None:
         return None
     command = [sys.executable, str(HERE / "fuzz.py"), "--guided", str(folder), "--seconds", str(seconds)]
+    command += [f"--only={only}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -400,11 +401,11 @@ def coverage(seconds: int, folder: Path) -> dict[str, dict[str, object]] | None:
     return found
 
 
-def _guided(folder: Path, seconds: int) -> None:
+def _guided(folder: Path, seconds: int, only: str) -> None:
     """Each target in a fork of this process, whose imports are watched; what it says goes to a file."""
     _quiet()
     work = tempfile.mkdtemp()
-    for i, target in enumerate(targets(Path(work))):
+    for i, target in enumerate(t for t in targets(Path(work)) if only in t.name):
         corpus, log = folder / f"{i:02}", folder / f"{i:02}.log"
         corpus.mkdir(parents=True)
         for k, seed in enumerate(target.seeds):
@@ -451,10 +452,10 @@ def main() -> int:
     parser.add_argument("--guided", type=Path, help=argparse.SUPPRESS)  # how --coverage calls this again
     options = parser.parse_args()
     if options.guided:
-        _guided(options.guided, options.seconds)
+        _guided(options.guided, options.seconds, options.only)
         return 0
     if options.coverage:
-        found = coverage(options.seconds, Path(tempfile.mkdtemp()))
+        found = coverage(options.seconds, Path(tempfile.mkdtemp()), options.only)
     else:
         found = fuzz(options.cases, options.seed, options.only)
     print(json.dumps(found, indent=1))
