@@ -29,20 +29,37 @@ def score(
         ),
     ] = None,
     sizes: Annotated[str, typer.Option(help="With --fidelity: percent of the layers or neurons.")] = "90,75,50,25",
-    examples: Annotated[int, typer.Option(help="With --fidelity: training examples to measure on.", min=1)] = 32,
+    signal: Annotated[
+        bool,
+        typer.Option(
+            "--signal",
+            help="Would a smaller stage save anything? What stages (the recipe's, or those of ld, fr and cr), and parts "
+            "of the batch, teach the full PLM for their cost.",
+        ),
+    ] = False,
+    after: Annotated[
+        int, typer.Option(help="With --signal: ask at the initial prompt, and after so many plain steps.", min=0)
+    ] = 8,
+    at: Annotated[Path | None, typer.Option(help="With --signal: ask at this run's prompt instead.")] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="With --fidelity or --signal: training examples to measure on; default 32 and 64.", min=1),
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="With --fidelity: draw it into this new .png or .svg file.")
+        Path | None, typer.Option(help="With --fidelity or --signal: draw it into this new .png or .svg file.")
     ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score neurons and layers once, for several runs; see which sizes are usable. Next: `fpt train`."""
+    """Score neurons and layers once, for several runs; see which sizes would pay. Next: `fpt train`."""
     from ..recipe import load
 
     settings = load(config, sets)
-    if picture and not fidelity:
-        raise ConfigError("--picture shows what --fidelity measures; add --fidelity evenly,greedy")
-    if not (output or layers or fidelity):
-        raise ConfigError("there is nothing to make; give --output, --layers or --fidelity")
+    if picture and bool(fidelity) == signal:
+        raise ConfigError("--picture shows one of --fidelity and --signal; add --fidelity evenly,greedy, or --signal")
+    if at is not None and not signal:
+        raise ConfigError(f"--at {str(at)!r} is where --signal asks; add --signal")
+    if not (output or layers or fidelity or signal):
+        raise ConfigError("there is nothing to make; give --output, --layers, --fidelity or --signal")
     for path in (output, layers, picture):
         if path is not None:
             check_output(path)
@@ -74,17 +91,41 @@ def score(
         said = f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}"
         out.print(plain(said), highlight=False, soft_wrap=True)
     if selections:
-        record = study.report(session, selections, parts, examples)
-        out.print(_fidelity_table(record))
-        made["fidelity"] = record
-        made |= {"picture": str(picture)} if picture is not None else {}
+        made["fidelity"] = study.report(session, selections, parts, examples or 32)
+        out.print(_fidelity_table(made["fidelity"]))
+    if signal:
+        made["signal"] = _signal(session, examples, after, at)
     if wants_json():
-        emit(made)  # before the picture, which may fail
+        emit(made | ({} if picture is None else {"picture": str(picture)}))  # before the picture, which may fail
     if picture is not None:
         from ..report import pictures
+        from ..report import signal as signal_report
 
-        pictures.save(pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"]), picture)
+        drawn = (
+            signal_report.picture(made["signal"])
+            if signal
+            else pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"])
+        )
+        pictures.save(drawn, picture)
         out.print(plain(str(picture)), highlight=False, soft_wrap=True)
+
+
+def _signal(session: Any, examples: int | None, after: int, at: Path | None) -> dict[str, Any]:
+    """Measure and show the signal; its record."""
+    from ..cost.units import human_flops, human_seconds
+    from ..report.signal import tables
+    from ..run.signal import report
+
+    record = report(session, examples=examples, after=after, at=at)
+    out = people()
+    for table in tables(record):
+        out.print(table)
+    spent = sum(record["flops"].values())
+    steps = spent / record["prompts"][0]["step_flops"]
+    out.print(plain(record["verdict"]), highlight=False, soft_wrap=True)
+    took = f"{human_seconds(record['seconds'])} and {human_flops(spent)}, {steps:.0f} plain steps"
+    out.print(f"Asked of {record['examples']} training examples: {took}.", highlight=False, soft_wrap=True)
+    return record
 
 
 def _parts(text: str) -> list[float]:

@@ -53,14 +53,14 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _style(**more: Any) -> Iterator[None]:
+def style(**more: Any) -> Iterator[None]:
     """Our style, whatever the user's; names in a script that the font lacks are drawn as boxes, not warned of."""
     with warnings.catch_warnings(), rc_context({**_STYLE, **more}):  # type: ignore[dict-item]
         warnings.filterwarnings("ignore", message=r"Glyph .* missing")
         yield
 
 
-def _figure(height: float) -> Figure:
+def figure_of(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)  # no display, whatever the user's default backend
     return figure
@@ -73,14 +73,14 @@ def _name(text: str, longest: int = 28) -> str:
     return f" {line}" if line.startswith("_") else line
 
 
-def _look(index: int) -> dict[str, Any]:
+def line_look(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
     }
 
 
-def _legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Above the axes, where it hides nothing."""
     if labels:
         handles = [Line2D([], [], **look) for _, look in labels]
@@ -106,8 +106,8 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
     growing = [(i, r) for i, r in curves if len(r.boundaries) > 1]
     longest = max((_spent(r, p, by_flops) for _, r in curves for p in r.curve), default=1.0)
     scale, unit = flops_unit(longest) if by_flops else _time_unit(longest)
-    with _style():
-        figure = _figure(3.2 + 0.24 * len(growing))
+    with style():
+        figure = figure_of(3.2 + 0.24 * len(growing))
         rows = figure.subplots(
             2 if growing else 1,
             1,
@@ -120,7 +120,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
         for i, result in curves:
             points = [(_spent(result, p, by_flops) / scale, p.metrics[result.primary]) for p in result.curve]
             xs, ys = zip(*points, strict=True)
-            look = {**_look(i), "marker": "o", "markersize": 4}
+            look = {**line_look(i), "marker": "o", "markersize": 4}
             axes.plot(xs, ys, zorder=3, **look)
             labels.append((result.name, look))
             for start in result.boundaries[1:]:
@@ -142,7 +142,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
             bottom.set_ylabel("stages", rotation=0, ha="right", va="center")
         bottom.set_xlabel(f"training compute ({unit}FLOPs)" if by_flops else f"training time ({unit})")
         bottom.set_xlim(left=0)
-        _legend(figure, labels)
+        legend(figure, labels)
     return figure
 
 
@@ -165,12 +165,12 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
     logged = [(i, r) for i, r in enumerate(results) if len(r.losses) > 1]
     if not logged:
         return None
-    with _style():
-        figure = _figure(3.0)
+    with style():
+        figure = figure_of(3.0)
         axes = figure.subplots()
         labels = []
         for i, result in logged:
-            look = {**_look(i), "linewidth": 1.2}
+            look = {**line_look(i), "linewidth": 1.2}
             axes.plot(*zip(*result.losses, strict=True), **look)
             labels.append((result.name, look))
             for start in result.boundaries[1:]:
@@ -178,7 +178,7 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss (nats per token)")
         axes.grid(alpha=0.25)
-        _legend(figure, labels)
+        legend(figure, labels)
     return figure
 
 
@@ -206,8 +206,8 @@ def schedules(results: Sequence[RunResult]) -> Figure | None:
             panels.append((i, title, result, stack))
     if not panels:
         return None
-    with _style():
-        figure = _figure(0.4 + 1.2 * len(panels))
+    with style():
+        figure = figure_of(0.4 + 1.2 * len(panels))
         rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axes, (i, title, result, stack) in zip(rows, panels, strict=True):
             _layers_over_steps(axes, result, stack, COLOURS[i % len(COLOURS)])
@@ -307,8 +307,8 @@ def _cost_at(result: RunResult, step: int, by_flops: bool) -> float:
 def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
     """Loss and agreement of partial PLMs (`fidelity.report`) against the FLOPs of a step, a line per selection."""
     names = list(dict.fromkeys(row["selection"] for row in rows))
-    with _style():
-        figure = _figure(4.8)
+    with style():
+        figure = figure_of(4.8)
         upper, lower = figure.subplots(2, 1, sharex=True)
         for i, name in enumerate(names):
             mine = sorted((r for r in rows if r["selection"] == name), key=lambda r: r["relative_flops"])
@@ -316,20 +316,20 @@ def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
                 scale = 100 if key == "agreement" else 1
                 xs = [100 * r["relative_flops"] for r in mine] + [100.0]
                 axes.plot(
-                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **_look(i)
+                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **line_look(i)
                 )
         lower.axhline(full_loss, color=GREY, linewidth=0.8, linestyle=":")
         upper.set_ylabel("says what the full\nmodel says (%)")
         lower.set_ylabel("loss (nats/token)")
         lower.set_xlabel("FLOPs of a training step (% of the full model's)")
-        _legend(figure, [(name, {**_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
+        legend(figure, [(name, {**line_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
     return figure
 
 
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str) -> Figure:
     """A matrix of similarities, each cell with its number. Colours are those of −1 to 1."""
     size = max(3.0, 0.55 * len(names) + 1.8)
-    with _style(**{"axes.spines.left": False, "axes.spines.bottom": False}):
+    with style(**{"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(size + 0.8, size), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -366,7 +366,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     more: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _style():
+        with style():
             figure.savefig(path, dpi=200, facecolor="white", **more)
     except OSError as error:
         raise ConfigError(f"the picture {str(path)!r} cannot be written: {error.strerror or error}") from error
@@ -390,7 +390,7 @@ def inline_svg(figure: Figure, label: str, prefix: str) -> str:
         `--run-0`, `--run-1`, … where the page defines them.
     """
     handle = io.StringIO()
-    with _style(**{"svg.fonttype": "none"}):
+    with style(**{"svg.fonttype": "none"}):
         figure.savefig(handle, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(handle.getvalue())
     for parent in root.iter():
