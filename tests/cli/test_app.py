@@ -387,14 +387,14 @@ def test_signal(fpt, tmp_path):
     record = only_json(out)["signal"]
     assert [p["step"] for p in record["prompts"]] == [0, 2]
     assert record["verdict"] in err
-    for said in ("initial prompt: ", "after 2 steps, which has moved by ", "cr 25%", "a batch of 2", "plain steps."):
+    for said in ("initial prompt", "after 2 steps (the prompt has moved by ", "cr 25%", "a batch of 2", "plain steps."):
         assert said in err
     for said in ("initial prompt", "after 2 steps", "signal per FLOP", "cosine of mean", "FLOPs of a step", "batch"):
         assert said in picture.read_text()
     prompt = toy().write_recipe(tmp_path / "pt.yaml", tmp_path / "pt", method="pt")
     shown, _ = fpt(*common, "--after", 0)
     assert "On this model and task" in shown
-    assert "steps, which" not in shown
+    assert "has moved" not in shown
     assert "add --signal" in refused(fpt, "score", "--config", prompt, "--at", tmp_path, "--output", tmp_path / "s")
     assert "one of --fidelity and --signal" in refused(
         fpt, *common, "--fidelity", "evenly", "--picture", tmp_path / "x.png"

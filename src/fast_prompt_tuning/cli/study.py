@@ -33,8 +33,8 @@ def score(
         bool,
         typer.Option(
             "--signal",
-            help="Would a smaller stage save anything? What stages (the recipe's, or those of ld, fr and cr), and parts "
-            "of the batch, teach the full PLM for their cost.",
+            help="Would a smaller stage save anything? What stages (the recipe's, or those of ld, fr and cr) and parts "
+            "of the batch teach the full PLM for their cost.",
         ),
     ] = False,
     after: Annotated[
@@ -43,7 +43,7 @@ def score(
     at: Annotated[Path | None, typer.Option(help="With --signal: ask at this run's prompt instead.")] = None,
     examples: Annotated[
         int | None,
-        typer.Option(help="With --fidelity or --signal: training examples to measure on; default 32 and 64.", min=1),
+        typer.Option(help="With --fidelity or --signal: training examples to measure on; default 32.", min=1),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="With --fidelity or --signal: draw it into this new .png or .svg file.")

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from ..cost.units import size_text
 from .pictures import GREY, figure_of, legend, line_look, style
 
 
@@ -57,38 +56,37 @@ def picture(record: Mapping[str, Any]) -> Figure:
 def tables(record: Mapping[str, Any]) -> Iterator[Table]:
     """One table for every prompt: candidates beside a plain step."""
     for prompt in record["prompts"]:
-        moved = f", which has moved by {prompt['moved']:.2f} of its norm" if "moved" in prompt else ""
-        noise = f"its gradient is as much noise as direction with {prompt['noise']:.1f} examples; plain steps have"
-        title = f"{asked_at(record, prompt)}{moved}: {noise} {record['batch']}"
-        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in (
-            "stage",
-            "layers",
-            "width",
-            "FLOPs",
-            "seconds",
-            "cosine",
-            "per FLOP",
-            "per second",
-            "per batch",
-            "",
-        ):
-            table.add_column(name, justify="left" if name in ("stage", "") else "right")
+        moved = f" (the prompt has moved by {prompt['moved']:.2f} of its norm)" if "moved" in prompt else ""
+        noise = f"as much noise as direction in {prompt['noise']:.1f} examples; plain steps have {record['batch']}"
+        title = f"{asked_at(record, prompt)}{moved}\n{noise}"
+        table = Table(
+            title=title,
+            title_justify="left",
+            header_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for name in ("stage", "FLOPs", "time", "cosine", "per FLOP", "per s", "per batch", ""):
+            table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
         for name, row in prompt["rows"].items():
             table.add_row(
                 name,
-                size_text(row["stage"]["layers"]),
-                size_text(row["stage"]["ffn"]),
                 f"{row['flops']:.0%}",
                 f"{row['seconds']:.0%}",
-                _interval(row["cosine"]),
-                _interval(row["per_flop"]),
-                f"{row['per_second']['value']:.2f}",
-                f"{row['per_batch']['value']:.2f}",
+                interval(row["cosine"]),
+                interval(row["per_flop"]),
+                _number(row["per_second"]["value"]),
+                _number(row["per_batch"]["value"]),
                 "saves" if row["saves"] else "",
             )
         yield table
 
 
-def _interval(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
+def interval(estimate: Mapping[str, float]) -> str:
+    """An estimate and how far its interval reaches, as `0.58±0.15`."""
+    return f"{_number(estimate['value'])}±{estimate['high'] - estimate['value']:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")

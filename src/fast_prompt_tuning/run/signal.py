@@ -71,8 +71,9 @@ def candidates(session: Session, full: Stage, passes: int = 1) -> list[Candidate
     stacks = tuple(config.stacks or (s for s in full.stacks if s in session.task.stacks)) or full.stacks
     found = []
     if config.stages is not None:
-        own = (s.stage(full, stacks) for s in config.stages)
-        found = [Candidate(str(stage), str(stage), stage) for stage in (replace(s, steps=0) for s in own)]
+        own = (replace(s.stage(full, stacks), steps=0, rate=None) for s in config.stages)
+        small = [s for s in own if not s.is_full(full) or (s.batch, s.length) != (None, None)]
+        found = [Candidate(str(stage), str(stage), stage) for stage in small]
     else:
         for method in PRESETS:
             with suppress(ScheduleError):  # a model so small that the preset cuts nothing
@@ -90,7 +91,7 @@ def report(session: Session, *, examples: int | None = None, after: int = 8, at:
 
     Args:
         session: with its training split loaded; `config.scoring` says how layers and neurons are chosen.
-        examples: to measure on, rounded up to whole batches; the steps between train on others. Default 64, or a plain
+        examples: to measure on, rounded up to whole batches; the steps between train on others. Default 32, or a plain
             step's where those are more.
         after: plain steps between the initial prompt and the second one; 0: the initial one alone.
         at: the run, or folder, whose prompt is asked instead.
@@ -111,7 +112,7 @@ def report(session: Session, *, examples: int | None = None, after: int = 8, at:
             f"{config.prompt.placement!r}; set prompt.placement={placement_of(at)}"
         )
     passes = train.accumulate * parallel.size()
-    wanted = max(64, train.batch_size * passes) if examples is None else examples
+    wanted = max(32, train.batch_size * passes) if examples is None else examples
     measured_on, rows = train_split(
         session.encoded["train"], math.ceil(wanted / train.batch_size) * train.batch_size, train.seed
     )
