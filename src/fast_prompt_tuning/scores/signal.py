@@ -148,12 +148,14 @@ def measure(
         partial.check(stage)
     with partial.at(full):
         cost = CostModel.from_model(prompted.plm)
+    runs = list(dict.fromkeys(r for stage in (full, *stages) for r in (_whole(stage, full), _step(stage, full))))
     found: list[dict[Stage, Measured]] = [{} for _ in batches]
-    for run in dict.fromkeys(r for stage in (full, *stages) for r in (_whole(stage, full), _step(stage, full))):
-        with partial.at(run):
-            for i, batch in enumerate(batches):
-                # Rows of a batch may be sorted by length: over all batches, parts of them begin everywhere.
-                turn = len(batch["input_ids"]) * i // len(batches)
+    for i, batch in enumerate(batches):
+        # Rows of a batch may be sorted by length: over all batches, parts of them begin everywhere.
+        turn = len(batch["input_ids"]) * i // len(batches)
+        # Every other batch goes backwards, so that drift of the machine falls on all stages alike.
+        for run in runs if i % 2 == 0 else reversed(runs):
+            with partial.at(run):
                 found[i][run] = _measured(prompted, batch, run, cost, turn=turn, first=i == 0)
     partial.resize(partial.stage)  # let go of what was narrowed for stages that are over
     return found
