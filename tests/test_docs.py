@@ -324,3 +324,15 @@ def test_the_signals_table_is_the_committed_one():
     steps = sum(found["flops"].values()) / found["prompts"][0]["step_flops"]
     assert f"It took {steps:.0f} plain steps: {human_seconds(found['seconds'])}" in page
     assert (found["examples"], found["dtype"]) == (64, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["influence", "greedy"])
+def test_the_signal_of_layer_choices_is_the_committed_one(kind):
+    page = PAGES["docs/methods/signal.md"].read_text(encoding="utf-8")
+    file = ROOT / "benchmarks" / "results" / f"signal_smollm2_{kind}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["signal"]
+    assert found["keep_layers"] == kind
+    for size in (22, 15):
+        rows = [prompt["rows"][f"{size} layers × 1536 neurons"] for prompt in found["prompts"]]
+        cells = [interval(row[key]) for row in rows for key in ("cosine", "per_flop")]
+        assert f"| {size} of 30 | `{kind}` | {' | '.join(cells)} |" in page

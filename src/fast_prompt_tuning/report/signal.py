@@ -67,8 +67,9 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
             pad_edge=False,
             collapse_padding=True,
         )
-        for name in ("stage", "FLOPs", "time", "cosine", "per FLOP", "per s", "per batch", ""):
-            table.add_column(name, justify="left" if name in ("stage", "") else "right", no_wrap=True)
+        table.add_column("stage")
+        for name in ("FLOPs", "time", "cosine", "per FLOP", "per s", "per batch", ""):
+            table.add_column(name, justify="right", no_wrap=True)
         for name, row in prompt["rows"].items():
             table.add_row(
                 name,
