@@ -20,11 +20,13 @@ from typer.main import get_command
 
 from fast_prompt_tuning import soft_prompt_config
 from fast_prompt_tuning.cli import app as cli
+from fast_prompt_tuning.cost.units import human_seconds
 from fast_prompt_tuning.data import metrics, task_files, tasks
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.paper.costs import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.recipe import load
+from fast_prompt_tuning.report.signal import interval
 from fast_prompt_tuning.report.tables import table_rows
 from fast_prompt_tuning.run.results import load_result
 
@@ -313,3 +315,29 @@ def test_the_fidelity_table_is_the_committed_one():
     for i, pair in enumerate(zip(*(f["rows"] for f in found), strict=True)):
         cells = [f"{r['relative_flops']:.0%} | {r['loss']:.2f}, {r['agreement']:.0%}" for r in pair]
         assert f"| `{pair[0]['selection']}` | {sizes[i % 4]}% | {' | '.join(cells)} |" in page
+
+
+def test_the_signals_table_is_the_committed_one():
+    page = PAGES["docs/methods/signal.md"].read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "signal_smollm2.json").read_text(encoding="utf-8"))["signal"]
+    first, second = (prompt["rows"] for prompt in found["prompts"])
+    for name, row in first.items():
+        cells = [interval(each[name][key]) for each in (first, second) for key in ("cosine", "per_flop")]
+        assert f"| {name} | {row['flops']:.0%} | {' | '.join(cells)} |" in page
+    assert f'"{found["verdict"]}"' in page
+    assert f"moved by {found['prompts'][1]['moved']:.2f} of its norm" in page
+    steps = sum(found["flops"].values()) / found["prompts"][0]["step_flops"]
+    assert f"It took {steps:.0f} plain steps: {human_seconds(found['seconds'])}" in page
+    assert (found["examples"], found["dtype"]) == (64, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["influence", "greedy"])
+def test_the_signal_of_layer_choices_is_the_committed_one(kind):
+    page = PAGES["docs/methods/signal.md"].read_text(encoding="utf-8")
+    file = ROOT / "benchmarks" / "results" / f"signal_smollm2_{kind}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["signal"]
+    assert found["keep_layers"] == kind
+    for size in (22, 15):
+        rows = [prompt["rows"][f"{size} layers × 1536 neurons"] for prompt in found["prompts"]]
+        cells = [interval(row[key]) for row in rows for key in ("cosine", "per_flop")]
+        assert f"| {size} of 30 | `{kind}` | {' | '.join(cells)} |" in page

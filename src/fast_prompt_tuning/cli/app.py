@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "reproduce": (reproduce.reproduce, "fpt reproduce table2"),
     "compare": (report.compare, "fpt compare runs/plain runs/mine"),
     "report": (report.report, "fpt report runs/plain runs/mine -o report.html --pictures svg"),
-    "score": (study.score, "fpt score -c bbc_topics_smollm2 --output scores.safetensors"),
+    "score": (study.score, "fpt score -c bbc_topics_smollm2 --signal"),
     "similarity": (study.similarity, "fpt similarity runs/mine runs/other --picture similarity.svg"),
 }
 """The commands, in the order of `fpt --help`; and what to type, at the end of each one's help."""

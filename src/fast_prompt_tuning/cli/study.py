@@ -30,20 +30,37 @@ def score(
         ),
     ] = None,
     sizes: Annotated[str, typer.Option(help="With --fidelity: percent of the layers or neurons.")] = "90,75,50,25",
-    examples: Annotated[int, typer.Option(help="With --fidelity: training examples to measure on.", min=1)] = 32,
+    signal: Annotated[
+        bool,
+        typer.Option(
+            "--signal",
+            help="Would a smaller stage save anything? What stages (the recipe's, or those of ld, fr and cr) and parts "
+            "of the batch teach the full PLM for their cost.",
+        ),
+    ] = False,
+    after: Annotated[
+        int, typer.Option(help="With --signal: ask at the initial prompt, and after so many plain steps.", min=0)
+    ] = 8,
+    at: Annotated[Path | None, typer.Option(help="With --signal: ask at this run's prompt instead.")] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="With --fidelity or --signal: training examples to measure on; default 32.", min=1),
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="With --fidelity: draw it into this new .png or .svg file.")
+        Path | None, typer.Option(help="With --fidelity or --signal: draw it into this new .png or .svg file.")
     ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score neurons and layers once, for several runs; see which sizes are usable. Next: `fpt train`."""
+    """Score neurons and layers once, for several runs; see which sizes would pay. Next: `fpt train`."""
     from ..recipe import load
 
     settings = load(config, sets)
-    if picture and not fidelity:
-        raise ConfigError("--picture shows what --fidelity measures; add --fidelity evenly,greedy")
-    if not (output or layers or fidelity):
-        raise ConfigError("there is nothing to make; give --output, --layers or --fidelity")
+    if picture and bool(fidelity) == signal:
+        raise ConfigError("--picture shows one of --fidelity and --signal; add --fidelity evenly,greedy, or --signal")
+    if at is not None and not signal:
+        raise ConfigError(f"--at {str(at)!r} is where --signal asks; add --signal")
+    if not (output or layers or fidelity or signal):
+        raise ConfigError("there is nothing to make; give --output, --layers, --fidelity or --signal")
     for path in (output, layers):
         check_output(path)
     check_picture(picture)
@@ -71,17 +88,42 @@ def score(
         written["output"] = str(output)
         say(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
     if selections:
-        record = study.report(session, selections, parts, examples)
+        record = study.report(session, selections, parts, examples or 32)
         people().print(_fidelity_table(record))
         written["fidelity"] = record
-        written |= {"picture": str(picture)} if picture is not None else {}
+    if signal:
+        written["signal"] = _signal(session, examples, after, at)
+    written |= {"picture": str(picture)} if picture is not None else {}
     if wants_json():
         emit(written)  # before the picture, which may fail
     if picture is not None:
         from ..report import figures, pictures
+        from ..report import signal as signal_report
 
-        figures.save(pictures.fidelity(written["fidelity"]["rows"], written["fidelity"]["full_loss"]), picture)
+        if signal:
+            drawn = signal_report.picture(written["signal"])
+        else:
+            drawn = pictures.fidelity(written["fidelity"]["rows"], written["fidelity"]["full_loss"])
+        figures.save(drawn, picture)
         say(str(picture))
+
+
+def _signal(session: Any, examples: int | None, after: int, at: Path | None) -> dict[str, Any]:
+    """Measure and show the signal; its record."""
+    from ..cost.units import human_flops, human_seconds
+    from ..report.signal import tables
+    from ..run.signal import report
+
+    record = report(session, examples=examples, after=after, at=at)
+    out = people()
+    for table in tables(record):
+        out.print(table)
+    spent = sum(record["flops"].values())
+    steps = spent / record["prompts"][0]["step_flops"]
+    say(record["verdict"])
+    took = f"{human_seconds(record['seconds'])} and {human_flops(spent)}, {steps:.0f} plain steps"
+    say(f"Asked of {record['examples']} training examples: {took}.")
+    return record
 
 
 def _parts(text: str) -> list[float]:

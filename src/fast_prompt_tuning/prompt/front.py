@@ -44,9 +44,22 @@ class Front(PromptedPLM):
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`; without a `module` or a prompt the PLM's own loss."""
         inputs = {name: value for name, value in batch.items() if name != TAIL}
-        value = label_loss(self.calibrated, inputs, num_items=num_items)
+        given = inputs if self.module is not None or self.prompt is None else self._behind_prompt(inputs)
+        value = label_loss(self.calibrated, given, num_items=num_items)
         shape = batch_shape(inputs, self.prompt_tokens, decoder=not self.plm.config.is_encoder_decoder)
         return Loss(value, Work((PromptPass(shape, self._kind()),)))
+
+    def _behind_prompt(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as the bare PLM takes it, its ids embedded behind the prompt `(P, H)`, or one each `(B, P, H)`."""
+        ids, mask, prompt = batch["input_ids"].to(self.plm.device), batch.get("attention_mask"), self.prompt
+        embeds = self.plm.get_input_embeddings()(ids)
+        front = prompt.to(embeds).expand(len(ids), *prompt.shape[-2:])  # type: ignore[union-attr]
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+        return {
+            "inputs_embeds": torch.cat([front, embeds], dim=1),
+            "attention_mask": torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1),
+            "labels": batch["labels"],
+        }
 
     def _label_scores(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]

@@ -16,14 +16,14 @@ from .figures import COLOURS, DASHES, GREY, blank_figure, short_name, styled
 from .tables import task_of
 
 
-def _look(index: int) -> dict[str, Any]:
+def line_look(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
     }
 
 
-def _legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Above the axes, where it hides nothing."""
     if labels:
         handles = [Line2D([], [], **look) for _, look in labels]
@@ -63,7 +63,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
         for i, result in curves:
             points = [(_spent(result, p, by_flops) / scale, p.metrics[result.primary]) for p in result.curve]
             xs, ys = zip(*points, strict=True)
-            look = {**_look(i), "marker": "o", "markersize": 4}
+            look = {**line_look(i), "marker": "o", "markersize": 4}
             axes.plot(xs, ys, zorder=3, **look)
             labels.append((result.name, look))
             for start in result.boundaries[1:]:
@@ -85,7 +85,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
             bottom.set_ylabel("stages", rotation=0, ha="right", va="center")
         bottom.set_xlabel(f"training compute ({unit}FLOPs)" if by_flops else f"training time ({unit})")
         bottom.set_xlim(left=0)
-        _legend(figure, labels)
+        legend(figure, labels)
     return figure
 
 
@@ -113,7 +113,7 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
         axes = figure.subplots()
         labels = []
         for i, result in logged:
-            look = {**_look(i), "linewidth": 1.2}
+            look = {**line_look(i), "linewidth": 1.2}
             axes.plot(*zip(*result.losses, strict=True), **look)
             labels.append((result.name, look))
             for start in result.boundaries[1:]:
@@ -121,7 +121,7 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss (nats per token)")
         axes.grid(alpha=0.25)
-        _legend(figure, labels)
+        legend(figure, labels)
     return figure
 
 
@@ -261,13 +261,13 @@ def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
                 scale = 100 if key == "agreement" else 1
                 xs = [100 * r["relative_flops"] for r in mine] + [100.0]
                 axes.plot(
-                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **_look(i)
+                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **line_look(i)
                 )
         lower.axhline(full_loss, color=GREY, linewidth=0.8, linestyle=":")
         upper.set_ylabel("says what the full\nmodel says (%)")
         lower.set_ylabel("loss (nats/token)")
         lower.set_xlabel("FLOPs of a training step (% of the full model's)")
-        _legend(figure, [(name, {**_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
+        legend(figure, [(name, {**line_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
     return figure
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..cost.flops import step_flops
 from ..cost.shapes import BatchShape
+from ..data.batches import Collator
 from ..data.splits import train_calibration
 from ..errors import ConfigError
 from ..plm.modes import evaluating
@@ -28,7 +29,6 @@ from ..prompt.prediction import batches_of, by_length
 from ..schedule.stages import Stage, part_of
 from ..scores.layers import LAYER_KINDS, text_labels
 from ..scores.neurons import on_device
-from ..train.batches import make_collator
 from .preparation import score_layers, score_neurons, trainable
 from .session import Session
 
@@ -200,7 +200,7 @@ def _other_batches(session: Session, examples: int) -> list[dict[str, torch.Tens
         taken = {tuple(ids) for ids in train_calibration(rows, used, seed)["input_ids"]}
         others = [i for i, ids in enumerate(drawn["input_ids"]) if tuple(ids) not in taken]
         drawn = drawn.select(others) if others else drawn  # every text may be there several times
-    collate = make_collator(session.tokenizer, session.plm)
+    collate = Collator(session.tokenizer, decoder=session.decoder)
     drawn = drawn.select(range(min(examples, len(drawn))))
     indices = by_length(drawn["input_ids"])
     return [collate([drawn[i] for i in p]) for p in batches_of(indices, session.config.train.batch_size)]

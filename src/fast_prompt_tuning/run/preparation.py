@@ -31,7 +31,6 @@ from ..schedule.stages import Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from ..scores.neurons import NeuronScores, activation_scores
 from ..train import parallel
-from ..train.batches import make_collator
 from .session import Evaluation, Session, evaluate
 
 
@@ -154,15 +153,13 @@ def scored_partial(
     layers = needed.given_layers
     if needed.down_to and layers is None:
         layers = _layer_scores(session, model, needed.down_to, folder, ledger)
-    partial = _cut_by(config, model, scores, layers)
+    partial = cut_by(config, model, scores, layers)
     for stage in schedule.candidates:
         partial.check(stage)
     return partial
 
 
-def _cut_by(
-    config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None
-) -> PartialPLM:
+def cut_by(config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None) -> PartialPLM:
     """The partial PLM as a recipe's `scoring` chooses layers and neurons."""
     chosen = config.scoring
     by = "score" if chosen.keep_layers in LAYER_KINDS else chosen.keep_layers
@@ -257,7 +254,7 @@ def _forward_of(session: Session, batch: dict[str, Any]) -> float:
 def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:
     """Batches of `examples` *training* examples, as the model's forward takes them."""
     rows = train_calibration(session.encoded["train"], examples, session.config.train.seed)
-    collate: Collator = make_collator(session.tokenizer, session.plm)
+    collate = Collator(session.tokenizer, decoder=session.decoder)
     indices = by_length(rows["input_ids"])
     return [collate([rows[i] for i in picked]) for picked in batches_of(indices, session.config.train.batch_size)]
 
@@ -271,7 +268,7 @@ def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
 
     neurons = file_of("scores.safetensors", given.path)
     layers = file_of("layers.safetensors", given.layer_path)
-    return _cut_by(
+    return cut_by(
         session.config,
         session.plm,
         NeuronScores.load(neurons) if neurons else None,
