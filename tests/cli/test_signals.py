@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -114,6 +115,21 @@ def test_no_run_outlives_torchrun(tmp_path):
             os.kill(int(child), signal.SIGKILL)
     assert "error" not in said.read_text().lower()
     assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_two_processes_score_and_speak_as_one(tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
+    scores, picture = tmp_path / "scores", tmp_path / "signal.png"
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "fast_prompt_tuning"]
+    ask = ["--json", "score", "-c", str(recipe), "--output", str(scores), "--signal", "--examples", "8", "--after", "1"]
+    command = [sys.executable, "-m", *start, *ask, "--picture", str(picture)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=WAIT)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = ended.stdout.splitlines()
+    verdict = json.loads(line)["signal"]["verdict"]
+    assert ended.stderr.count(verdict) == 1
+    assert scores.exists()
+    assert picture.stat().st_size > 1000
 
 
 def alive(process: str) -> bool:

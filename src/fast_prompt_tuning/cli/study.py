@@ -70,29 +70,38 @@ def score(
     from ..run import fidelity as study
     from ..run.preparation import score_layers_of_run, score_neurons
     from ..run.session import open_session
+    from ..run.signal import report as signal_of
+    from ..train import parallel
 
     selections = study.parse_selections(fidelity) if fidelity else {}
     quiet_libraries()
     session = open_session(settings, ("train",))
+    main = parallel.rank() == 0  # it writes and speaks for all processes
     written: dict[str, Any] = {}
     if layers is not None:
         layer_scores = score_layers_of_run(session)
         if layer_scores is None:
             raise ConfigError(f"--layers: method={settings.method!r} leaves out no layers; use ld, cr or stages")
-        layer_scores.save(layers)
         written["layers"] = str(layers)
-        say(f"{layer_scores.metadata['examples']} examples → {layers}")
+        if main:
+            layer_scores.save(layers)
+            say(f"{layer_scores.metadata['examples']} examples → {layers}")
     if output is not None:
         scores = score_neurons(session)
-        scores.save(output)
         written["output"] = str(output)
-        say(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
+        if main:
+            scores.save(output)
+            say(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
     if selections:
-        record = study.report(session, selections, parts, examples or 32)
-        people().print(_fidelity_table(record))
-        written["fidelity"] = record
+        written["fidelity"] = study.report(session, selections, parts, examples or 32)
     if signal:
-        written["signal"] = _signal(session, examples, after, at)
+        written["signal"] = signal_of(session, examples=examples, after=after, at=at)
+    if not main:
+        return
+    if selections:
+        people().print(_fidelity_table(written["fidelity"]))
+    if signal:
+        _show_signal(written["signal"])
     written |= {"picture": str(picture)} if picture is not None else {}
     if wants_json():
         emit(written)  # before the picture, which may fail
@@ -108,22 +117,17 @@ def score(
         say(str(picture))
 
 
-def _signal(session: Any, examples: int | None, after: int, at: Path | None) -> dict[str, Any]:
-    """Measure and show the signal; its record."""
+def _show_signal(record: dict[str, Any]) -> None:
     from ..cost.units import human_flops, human_seconds
     from ..report.signal import tables
-    from ..run.signal import report
 
-    record = report(session, examples=examples, after=after, at=at)
-    out = people()
     for table in tables(record):
-        out.print(table)
+        people().print(table)
     spent = sum(record["flops"].values())
     steps = spent / record["prompts"][0]["step_flops"]
     say(record["verdict"])
     took = f"{human_seconds(record['seconds'])} and {human_flops(spent)}, {steps:.0f} plain steps"
     say(f"Asked of {record['examples']} training examples: {took}.")
-    return record
 
 
 def _parts(text: str) -> list[float]:
