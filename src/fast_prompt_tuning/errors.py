@@ -39,6 +39,11 @@ def quote_hint(value: object) -> str:
     return f"; quote it: {str(value)!r}" if isinstance(value, (int, float)) else ""
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`; a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 class ConfigError(FptError):
     """A setting is unknown, malformed or contradicts another."""
 

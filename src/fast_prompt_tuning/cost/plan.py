@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError, ScheduleError
 from ..plm.configs import full_stage
@@ -17,9 +17,6 @@ from .flops import Convention, step_flops, text_flops
 from .memory import activation_bytes, text_bytes, weight_bytes
 from .shapes import BatchShape, CostModel
 from .timing import Timing
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +233,12 @@ def compare(
         ScheduleError: unknown method or too few steps. UnknownFamilyError: the architecture is not registered.
     """
     cost, full = CostModel.from_config(config), full_stage(config)
-    chosen = None if stacks is None else tuple(stacks)
+    cut = None if stacks is None else tuple(stacks)
 
     def schedule(method: str) -> Schedule:
         if method == "auto":
             return best_case(default_ladder(full, shape.batch), total_steps)
-        return Schedule.preset(method, full, total_steps=total_steps, stacks=chosen)
+        return Schedule.preset(method, full, total_steps=total_steps, stacks=cut)
 
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": dtype_bytes, "cost": cost}
     return {method: make_plan(config, schedule(method), shape, accumulate=accumulate, **common) for method in methods}

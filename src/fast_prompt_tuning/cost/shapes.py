@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, is_whole
 from ..plm import families
 from ..schedule.stages import Size, Stage
 
@@ -54,7 +54,7 @@ class BatchShape:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("input_tokens", 0), ("prompt_tokens", 0), ("target_tokens", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
         if self.prompt_tokens + self.input_tokens < 1:
             raise ConfigError("prompt_tokens=0 and input_tokens=0 leave nothing to run on; give at least one token")
@@ -62,7 +62,6 @@ class BatchShape:
             raise ConfigError(
                 f"label_tokens={self.label_tokens!r} must be between 0 and target_tokens={self.target_tokens}"
             )
-
         if self.text_apart and self.prompt_tokens < 1:
             raise ConfigError("prompt_tokens=0 leaves no prompt after the text; give at least one token")
 
@@ -70,6 +69,16 @@ class BatchShape:
     def source_tokens(self) -> int:
         """Prompt and input tokens of one example, P + input."""
         return self.prompt_tokens + self.input_tokens
+
+    @property
+    def labels(self) -> float:
+        """Positions of one example that carry a label."""
+        return self.target_tokens if self.label_tokens is None else self.label_tokens
+
+    @property
+    def texts_run(self) -> int:
+        """Of texts apart, those that run."""
+        return self.batch if self.text_examples is None else self.text_examples
 
     def apart(self, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
         """The same batch with its text run apart from the prompt.
@@ -141,6 +150,10 @@ class StackCost:
     outside: int = 0
     layer_params: int
     neuron_params: int
+
+    def linear(self, ffn: int) -> int:
+        """Weights that a token meets in a layer of `ffn` neurons, without cross-attention."""
+        return self.attention + self.neuron * ffn + self.other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +258,11 @@ class CostModel:
             vocab=head_shape[1],
             params=_params(plm) + extra_params,
         )
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return len(self.stacks) > 1
 
     @property
     def full_stage(self) -> Stage:

@@ -80,11 +80,10 @@ def random_batch(config: Any, shape: BatchShape, *, device: str = "cpu") -> dict
 
     generator = torch.Generator().manual_seed(0)
     causal = not getattr(config, "is_encoder_decoder", False)
-    ids = torch.randint(
-        min(4, config.vocab_size - 1), config.vocab_size, (shape.batch, shape.input_tokens), generator=generator
-    )
-    target = torch.randint(
-        min(4, config.vocab_size - 1), config.vocab_size, (shape.batch, shape.target_tokens), generator=generator
+    least = min(4, config.vocab_size - 1)
+    ids, target = (
+        torch.randint(least, config.vocab_size, (shape.batch, length), generator=generator)
+        for length in (shape.input_tokens, shape.target_tokens)
     )
     labels = target.clone()
     if shape.label_tokens is not None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ModelError
 from ..paths import is_path
 from ..schedule.stages import Stage
 from . import families
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_config(path_or_id: str | os.PathLike[str]) -> Any:

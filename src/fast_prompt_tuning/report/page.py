@@ -14,11 +14,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pydantic import BaseModel, Field
 
-from ..cost.units import human_flops, human_seconds, size_text
+from ..cost.units import human_flops, human_seconds
 from ..data.metrics import METRICS
 from ..errors import DataError
 from ..prompt.soft_prompt import load_prompt, placement_of, similarity_matrix
 from ..run.results import Real, RunResult, legible, load_result
+from ..schedule.stages import size_text
 from . import pictures
 from .figures import inline_svg
 from .tables import (
