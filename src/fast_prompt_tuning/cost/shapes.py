@@ -221,7 +221,7 @@ class CostModel:
 
         config: Any = plm.config
         specs = families.of(config).stacks
-        found: dict[str, tuple[Any, list[nn.Module]]] = {}
+        stack_parts: dict[str, tuple[Any, list[nn.Module]]] = {}
         for name, spec in specs.items():
             parent, attribute = layer_list(plm, spec)
             layers: Any = parent._modules.get(attribute) if parent is not None else None
@@ -230,21 +230,21 @@ class CostModel:
                     f"{type(plm).__name__} (model_type={config.model_type!r}) has no layers at {spec.layers!r}; if it "
                     "is a variant of the family, register it with its own paths"
                 )
-            found[name] = (parent, list(layers))
-        inside = {id(m) for _, layers in found.values() for layer in layers for m in layer.modules()}
+            stack_parts[name] = (parent, list(layers))
+        inside = {id(m) for _, layers in stack_parts.values() for layer in layers for m in layer.modules()}
         head = plm.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ModelError(f"{type(plm).__name__} has no LM head; load it with AutoModelForCausalLM or …Seq2SeqLM")
-        outside = dict.fromkeys(found, 0)
+        outside = dict.fromkeys(stack_parts, 0)
         for module in plm.modules():
             shape = _linear_shape(module)
             if shape and module is not head and id(module) not in inside:
-                owner = [n for n, (parent, _) in found.items() if any(module is m for m in parent.modules())]
-                outside[owner[0] if len(owner) == 1 else list(found)[-1]] += shape[0] * shape[1]
+                owner = [n for n, (parent, _) in stack_parts.items() if any(module is m for m in parent.modules())]
+                outside[owner[0] if len(owner) == 1 else list(stack_parts)[-1]] += shape[0] * shape[1]
 
         stacks = {}
         extra_params = 0
-        for name, (_, layers) in found.items():
+        for name, (_, layers) in stack_parts.items():
             count = len(layers) if depth is None else depth[name]
             stack = _read_layer(layers[-1], specs[name], config, outside[name], count)
             stacks[name] = stack
@@ -330,26 +330,26 @@ def _read_layer(layer: nn.Module, spec: families.StackSpec, config: Any, outside
     biased = sum(getattr(m, "bias", None) is not None for m in ffn_in)
     neuron = sum(i * o for i, o in in_shapes if i) // width + d_model  # type: ignore[misc]
 
-    own = list(_linears(attention))
-    attention_width = _attention_width(own, d_model)
+    attention_linears = list(_linears(attention))
+    attention_width = _attention_width(attention_linears, d_model)
     cross_module = resolve(layer, spec.cross_attention) if spec.cross_attention else None
-    cross = list(_linears(cross_module)) if cross_module is not None else []
-    kv = sum(i * o for name, _, i, o in cross if name in spec.cross_kv)
-    query = sum(i * o for name, _, i, o in cross if name == spec.cross_query)
-    known = {id(m) for _, m, _, _ in (*own, *cross)} | {id(m) for m in (*ffn_in, ffn_out)}
+    cross_linears = list(_linears(cross_module)) if cross_module is not None else []
+    kv = sum(i * o for name, _, i, o in cross_linears if name in spec.cross_kv)
+    query = sum(i * o for name, _, i, o in cross_linears if name == spec.cross_query)
+    known = {id(m) for _, m, _, _ in (*attention_linears, *cross_linears)} | {id(m) for m in (*ffn_in, ffn_out)}
     return StackCost(
         layers=count,
         ffn=width,
         d_model=d_model,
-        attention=sum(i * o for _, _, i, o in own),
+        attention=sum(i * o for _, _, i, o in attention_linears),
         attention_width=attention_width,
-        kv_width=sum(o for _, _, _, o in own) - d_model - attention_width,
+        kv_width=sum(o for _, _, _, o in attention_linears) - d_model - attention_width,
         heads=int(getattr(config, spec.heads_field)),
         token_wise=sum(i * o for p in spec.token_wise for i, o in [_linear_shape(resolve(layer, p)) or (0, 0)]),
         cross_query=query,
         cross_kv=kv,
-        cross_out=sum(i * o for _, _, i, o in cross) - kv - query,
-        cross_width=_attention_width(cross, d_model) if cross else 0,
+        cross_out=sum(i * o for _, _, i, o in cross_linears) - kv - query,
+        cross_width=_attention_width(cross_linears, d_model) if cross_linears else 0,
         neuron=neuron,
         ffn_in=round((neuron - d_model) / d_model),
         other=sum(i * o for _, m, i, o in _linears(layer) if id(m) not in known),

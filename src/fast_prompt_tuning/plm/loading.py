@@ -185,13 +185,13 @@ def loss_difference(plm: Any) -> float | None:
     ids = torch.randint(0, plm.config.vocab_size, (2, 16), generator=generator).to(plm.device)
     with torch.no_grad():
         low = float(plm(input_ids=ids, labels=ids).loss)
-        own = [(p, p.dtype) for p in plm.parameters()]
+        dtypes = [(p, p.dtype) for p in plm.parameters()]
         try:
-            for parameter, _ in own:
+            for parameter, _ in dtypes:
                 parameter.data = parameter.data.float()
             exact = float(plm(input_ids=ids, labels=ids).loss)
         finally:
-            for parameter, dtype in own:
+            for parameter, dtype in dtypes:
                 parameter.data = parameter.data.to(dtype)
     return abs(low - exact) / abs(exact) if math.isfinite(low) else math.inf
 

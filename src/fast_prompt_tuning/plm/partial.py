@@ -41,7 +41,7 @@ def cut_key(plm: Any, stack: str) -> str:
     digest = hashlib.sha256(f"{plm.dtype}{autocast}{plm.config._attn_implementation}".encode())
     for layer in getattr(parent, attribute):
         narrow = narrowed_to(resolve(layer, spec.ffn_out))
-        digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())
+        digest.update(f"{order[layer]}:{narrow.neurons_key if narrow else ''},".encode())
     return digest.hexdigest()[:16]
 
 
@@ -90,7 +90,7 @@ class PartialPLM:
         self.full_stage = Stage.of({n: Size(len(s.layers), s.width) for n, s in self._stacks.items()})
         self._stage = self.full_stage
         self._narrow: dict[nn.Module, NarrowProjection] = {}
-        self._own_forward: dict[nn.Module, Any] = {}
+        self._full_forward: dict[nn.Module, Any] = {}
         self._layer_idx = {
             name: [
                 [(m, m.__dict__["layer_idx"]) for m in layer.modules() if type(m.__dict__.get("layer_idx")) is int]
@@ -137,7 +137,7 @@ class PartialPLM:
         order = torch.sort(self._neuron_scores[stack][layer], descending=True, stable=True).indices
         return order[:k].sort().values
 
-    def _own_scores(self, scores: Any) -> dict[str, Any]:
+    def _scores_by_stack(self, scores: Any) -> dict[str, Any]:
         """Scores by stack, refused where they say that they are another model's."""
         if hasattr(scores, "check_model"):
             scores.check_model(self.plm)
@@ -148,7 +148,7 @@ class PartialPLM:
         if scores is None:
             return None
         checked = {}
-        for name, value in self._own_scores(scores).items():
+        for name, value in self._scores_by_stack(scores).items():
             if name not in self._stacks:
                 raise ScoreError(f"neuron_scores names the stack {name!r}; this model has {list(self._stacks)}")
             stack = self._stacks[name]
@@ -167,10 +167,12 @@ class PartialPLM:
         if scores is None:
             return {}
         checked = {}
-        for name, values in self._own_scores(scores).items():
+        for name, values in self._scores_by_stack(scores).items():
             if name not in self._stacks or len(values) != len(self._stacks[name].layers):
-                want = {n: len(s.layers) for n, s in self._stacks.items()}
-                raise ScoreError(f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {want}")
+                layer_counts = {n: len(s.layers) for n, s in self._stacks.items()}
+                raise ScoreError(
+                    f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {layer_counts}"
+                )
             checked[name] = [float(v) for v in values]
             if not all(math.isfinite(v) for v in checked[name]):
                 raise ScoreError(f"layer_scores[{name!r}] holds NaN or infinity; score the layers again")
@@ -213,7 +215,7 @@ class PartialPLM:
         exception (out of memory, Ctrl-C) it is the full model.
         """
         self._apply(stage)
-        self._drop_copies(keep=set(self._own_forward))
+        self._drop_copies(keep=set(self._full_forward))
 
     @contextmanager
     def at(self, stage: Stage) -> Iterator[PartialPLM]:
@@ -238,25 +240,25 @@ class PartialPLM:
         Raises:
             ScheduleError: a stack or layer that the model lacks, no layer, or T5's first one left out.
         """
-        kept = {name: list(range(len(stack.layers))) for name, stack in self._stacks.items()}
+        indices_of = {name: list(range(len(stack.layers))) for name, stack in self._stacks.items()}
         for name, indices in layers.items():
-            if name not in kept:
-                raise ScheduleError(f"layers name the stack {name!r}; this model has {list(kept)}")
+            if name not in indices_of:
+                raise ScheduleError(f"layers name the stack {name!r}; this model has {list(indices_of)}")
             must = set(self._stacks[name].spec.always_kept)
-            if not indices or sorted(set(indices) & set(kept[name])) != list(indices) or must - set(indices):
+            if not indices or sorted(set(indices) & set(indices_of[name])) != list(indices) or must - set(indices):
                 raise ScheduleError(
-                    f"layers[{name!r}]={list(indices)} must be ascending, of 0 to {len(kept[name]) - 1}"
+                    f"layers[{name!r}]={list(indices)} must be ascending, of 0 to {len(indices_of[name]) - 1}"
                     + (f", with {sorted(must)} among them" if must else "")
                 )
-            kept[name] = list(indices)
+            indices_of[name] = list(indices)
         before = self._stage
         widths = {name: stack.width for name, stack in self._stacks.items()}
-        stage = Stage({name: len(k) for name, k in kept.items()}, widths, stacks=tuple(kept))
+        stage = Stage({name: len(k) for name, k in indices_of.items()}, widths, stacks=tuple(indices_of))
         try:
-            self._cut(stage, kept)
+            self._set_size(stage, indices_of)
             yield self
         finally:
-            self._cut(before)
+            self._set_size(before)
 
     def full(self) -> Any:
         """`with partial.full():` runs a block on the full PLM: evaluation, saving, generation."""
@@ -272,29 +274,29 @@ class PartialPLM:
             return
         self.check(stage)
         try:
-            self._cut(stage)
+            self._set_size(stage)
         except BaseException:  # out of memory for a narrowed copy, Ctrl-C: never leave a model half cut
-            self._cut(self.full_stage)
+            self._set_size(self.full_stage)
             raise
 
-    def _cut(self, stage: Stage, layers: Mapping[str, list[int]] | None = None) -> None:
+    def _set_size(self, stage: Stage, layers: Mapping[str, list[int]] | None = None) -> None:
         for name, stack in self._stacks.items():
-            kept = self._kept_layers(stack, stage.layers_in(name)) if layers is None else layers[name]
-            self._shadow_layers(stack, kept)
-            self._set_counts(name, kept)
+            indices = self._kept_layers(stack, stage.layers_in(name)) if layers is None else layers[name]
+            self._shadow_layers(stack, indices)
+            self._set_counts(name, indices)
             for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):
-                self._narrow_layer(name, i, ins, out, stage.ffn_in(name) if i in kept else None)
+                self._narrow_layer(name, i, ins, out, stage.ffn_in(name) if i in indices else None)
         self._stage = stage
 
-    def _shadow_layers(self, stack: StackModules, kept: list[int]) -> None:
-        if len(kept) == len(stack.layers):
+    def _shadow_layers(self, stack: StackModules, indices: list[int]) -> None:
+        if len(indices) == len(stack.layers):
             stack.parent.__dict__.pop(stack.attribute, None)
         else:
             # An instance attribute wins over a registered module of the same name in attribute look-up, and only there.
-            stack.parent.__dict__[stack.attribute] = nn.ModuleList(stack.layers[i] for i in kept)
+            stack.parent.__dict__[stack.attribute] = nn.ModuleList(stack.layers[i] for i in indices)
         for i, modules in enumerate(self._layer_idx[stack.name]):
-            for module, own in modules:
-                module.__dict__["layer_idx"] = kept.index(i) if i in kept else own
+            for module, full_index in modules:
+                module.__dict__["layer_idx"] = indices.index(i) if i in indices else full_index
 
     def _narrow_layer(
         self, stack: str, layer: int, ins: tuple[nn.Module, ...], out: nn.Module | None, k: int | None
@@ -302,21 +304,23 @@ class PartialPLM:
         width = self._stacks[stack].width
         if k is None or k == width or out is None:
             for module in (*ins, *([out] if out is not None else [])):
-                if module in self._own_forward:
-                    own = self._own_forward.pop(module)
-                    module.__dict__.pop("forward") if own is None else module.__dict__.__setitem__("forward", own)
+                if module in self._full_forward:
+                    if (forward := self._full_forward.pop(module)) is None:
+                        del module.__dict__["forward"]
+                    else:
+                        module.__dict__["forward"] = forward
             return
-        if (ready := self._narrow.get(out)) is None or len(ready.kept) != k:
+        if (ready := self._narrow.get(out)) is None or len(ready.neurons) != k:
             for module in (*ins, out):
                 self._narrow.pop(module, None)  # freed before the new copy is made: at most one copy at any time
-            kept = self.kept_neurons(stack, layer, k)
-            fused = torch.cat([kept + part * width for part in range(self._stacks[stack].spec.fused)])
-            made = {module: NarrowProjection(module, fused, dim=0, keep_bias=False) for module in ins}
-            made[out] = NarrowProjection(out, kept, dim=1, keep_bias=True)
-            self._narrow.update(made)
+            neurons = self.kept_neurons(stack, layer, k)
+            rows = torch.cat([neurons + part * width for part in range(self._stacks[stack].spec.fused)])
+            projections = {module: NarrowProjection(module, rows, dim=0, keep_bias=False) for module in ins}
+            projections[out] = NarrowProjection(out, neurons, dim=1, keep_bias=True)
+            self._narrow.update(projections)
         for module in (*ins, out):
-            if module not in self._own_forward:
-                self._own_forward[module] = module.__dict__.get("forward")
+            if module not in self._full_forward:
+                self._full_forward[module] = module.__dict__.get("forward")
             module.__dict__["forward"] = self._narrow[module].forward
 
     def _drop_copies(self, keep: set[nn.Module]) -> None:
@@ -325,24 +329,26 @@ class PartialPLM:
 
     def _find_configs(self) -> list[tuple[str, Any, str, Any]]:
         """`(stack, config object, field, full value)` for every count or per-layer list that follows the stage."""
-        found, seen = [], set()
+        fields_of_stage, seen = [], set()
         for name, stack in self._stacks.items():
-            own = getattr(stack.parent, "config", self.plm.config)
+            stack_config = getattr(stack.parent, "config", self.plm.config)
             fields = stack.spec.own_count_fields or stack.spec.count_fields
             live = stack.spec.count_fields if stack.spec.live_fields is None else stack.spec.live_fields
             pairs = [(self.plm.config, f) for f in (*live, *stack.spec.per_layer_fields)]
-            if own is not self.plm.config:
-                pairs += [(own, f) for f in (*fields, *stack.spec.per_layer_fields)]
+            if stack_config is not self.plm.config:
+                pairs += [(stack_config, f) for f in (*fields, *stack.spec.per_layer_fields)]
             for config, field in pairs:
                 value = getattr(config, field, None)
                 if value is not None and (id(config), field) not in seen:
                     seen.add((id(config), field))
-                    found.append((name, config, field, value))
-        return found
+                    fields_of_stage.append((name, config, field, value))
+        return fields_of_stage
 
-    def _set_counts(self, stack: str, kept: list[int]) -> None:
+    def _set_counts(self, stack: str, indices: list[int]) -> None:
         for name, config, field, full in self._configs:
             if name == stack:
-                whole = len(kept) == len(self._stacks[stack].layers)
-                value = full if whole else [full[i] for i in kept] if isinstance(full, (list, tuple)) else len(kept)
+                whole = len(indices) == len(self._stacks[stack].layers)
+                value = (
+                    full if whole else [full[i] for i in indices] if isinstance(full, (list, tuple)) else len(indices)
+                )
                 setattr(config, field, value)

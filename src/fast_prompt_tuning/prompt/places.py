@@ -16,10 +16,10 @@ from .soft_prompt import prompt_length, prompt_parameter, soft_prompt_config
 from .suffix_model import SuffixPromptModel
 from .text_cache import TextCache
 
-PLACEMENTS: dict[str, type[PromptedPLM]] = {made.placement: made for made in (Front, AfterText, WithinText)}
+PLACEMENTS: dict[str, type[PromptedPLM]] = {cls.placement: cls for cls in (Front, AfterText, WithinText)}
 
 
-def placement_named(name: str) -> type[PromptedPLM]:
+def prompted_kind(name: str) -> type[PromptedPLM]:
     """The class of a placement.
 
     Raises:
@@ -41,9 +41,9 @@ def place(
     Raises:
         ConfigError: an unknown placement. ModelError, UnknownFamilyError: no prompt can stand there in this PLM.
     """
-    chosen = placement_named(placement) if prompt is not None else Front
-    chosen.check(plm)
-    return chosen(plm, prompt, cache if chosen.keeps_texts else None)
+    kind = prompted_kind(placement) if prompt is not None else Front
+    kind.check(plm)
+    return kind(plm, prompt, cache if kind.keeps_texts else None)
 
 
 def tune(
@@ -54,12 +54,12 @@ def tune(
     Raises:
         ConfigError: a prompt length the model has no room for; and as `place`.
     """
-    if (chosen := placement_named(placement)) is Front:
+    if (kind := prompted_kind(placement)) is Front:
         plm.requires_grad_(False)
         model: Any = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=num_virtual_tokens))
     else:
         model = SuffixPromptModel(plm, num_virtual_tokens, placement=placement, cache=cache)
-    return chosen(plm, prompt_parameter(model), cache if chosen.keeps_texts else None, model)
+    return kind(plm, prompt_parameter(model), cache if kind.keeps_texts else None, model)
 
 
 def prompted_of(model: Any) -> PromptedPLM:

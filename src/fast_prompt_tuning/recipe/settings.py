@@ -293,6 +293,10 @@ class RunConfig(_Section):
                         raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
         return self
 
+    def cut_stacks(self, full: Stage, task_stacks: Iterable[str] | None = None) -> tuple[str, ...]:
+        """The stacks to cut: those named, else the task's that the model has, else all of the model's."""
+        return tuple(self.stacks or (s for s in full.stacks if s in (task_stacks or ()))) or full.stacks
+
     def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule | AutoSchedule:
         """The run's schedule for a model whose full size is `full`.
 
@@ -302,8 +306,7 @@ class RunConfig(_Section):
         Raises:
             ScheduleError: a size that does not fit the model, or too few steps.
         """
-        stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
-        stacks = stacks or full.stacks
+        stacks = self.cut_stacks(full, task_stacks)
         schedule: Schedule | AutoSchedule
         if self.method == "auto":
             own = [s.stage(full, stacks) for s in self.stages or ()]

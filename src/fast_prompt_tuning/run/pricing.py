@@ -14,7 +14,7 @@ from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape
 from ..data.batches import LengthBatchSampler, input_lengths
 from ..prompt.front import batch_shape
-from ..prompt.places import placement_named
+from ..prompt.places import prompted_kind
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
@@ -37,8 +37,8 @@ def usual_shape(session: Session) -> BatchShape:
     batch = calibration_batches(session, config.train.batch_size)[0]
     shape = batch_shape(batch, config.prompt.tokens, decoder=session.decoder)
     tail = int(median_high(session.encoded["train"]["n_tail"]))
-    chosen = placement_named(config.prompt.placement)
-    return chosen.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
+    kind = prompted_kind(config.prompt.placement)
+    return kind.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
 
 
 def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:

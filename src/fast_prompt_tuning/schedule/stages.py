@@ -288,18 +288,18 @@ class Schedule:
         if method not in METHODS:
             raise ScheduleError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
         cut_layers, cut_ffn = METHODS[method]
-        chosen = tuple(stacks) if stacks is not None else full_stage.stacks
+        cut_stacks = tuple(stacks) if stacks is not None else full_stage.stacks
         least = len(PAPER_SPLIT) if cut_layers or cut_ffn else 1
         if not is_whole(total_steps, least):
             raise ScheduleError(
                 f"total_steps={total_steps!r} must be a whole number of at least {least} for {method!r}"
             )
-        if not chosen:
+        if not cut_stacks:
             raise ScheduleError(f"stacks=[] names no stack to cut; this model has {list(full_stage.stacks)}")
-        _check_stacks(chosen, full_stage)
-        layers, ffn = ({s: full_stage.sizes[s][i] for s in chosen} for i in range(2))
+        _check_stacks(cut_stacks, full_stage)
+        layers, ffn = ({s: full_stage.sizes[s][i] for s in cut_stacks} for i in range(2))
         if not (cut_layers or cut_ffn):
-            return cls((Stage(layers, ffn, total_steps, chosen),))
+            return cls((Stage(layers, ffn, total_steps, cut_stacks),))
         for what, cut, sizes in (("layers", cut_layers, layers), ("FFN neurons", cut_ffn, ffn)):
             if cut and all(part_of(n, PAPER_FRACTIONS[0]) == n for n in sizes.values()):
                 raise ScheduleError(
@@ -316,7 +316,7 @@ class Schedule:
                 {s: part_of(n, f) if cut_layers else n for s, n in layers.items()},
                 {s: part_of(n, f) if cut_ffn else n for s, n in ffn.items()},
                 n_steps,
-                chosen,
+                cut_stacks,
             )
             for f, n_steps in zip((*PAPER_FRACTIONS, 1.0), steps, strict=True)
         )

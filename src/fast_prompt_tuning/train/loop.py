@@ -128,7 +128,7 @@ class Loop:
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
-    def run(self, found: checkpoint.Checkpoint | None = None) -> None:
+    def run(self, resume_point: checkpoint.Checkpoint | None = None) -> None:
         """Make the steps that are left, from a checkpoint or the start, until the schedule's end or a signal.
 
         Raises:
@@ -136,8 +136,8 @@ class Loop:
         """
         set_seed(self.train.seed)
         self.optimizer.zero_grad()
-        if found is not None:
-            resuming.load(self, found)
+        if resume_point is not None:
+            resuming.load(self, resume_point)
         if isinstance(self.schedule, AutoSchedule):
             self.schedule.replay(self.state.log_history)
         self._saved = time.perf_counter()
@@ -371,7 +371,7 @@ class Loop:
     def evaluate(self) -> None:
         """Evaluate the prompt, or the weights, as they are, on the full PLM, and log it."""
         if self.evaluate_prompt is not None:
-            found = self.evaluate_prompt(self.state.global_step)
-            metrics = {f"eval_{name}": value for name, value in found.items()}
+            values = self.evaluate_prompt(self.state.global_step)
+            metrics = {f"eval_{name}": value for name, value in values.items()}
             self.log(metrics)
             self._tell("on_evaluate", metrics=metrics)
