@@ -37,13 +37,13 @@ CONVENTIONS = ("all", "linear")
 every position (the authors' profiler is ptflops on `T5ForConditionalGeneration`, whose logits are never left out)."""
 
 
-def _check_convention(convention: str) -> None:
+def _check_convention(convention: Convention) -> None:
     if convention not in CONVENTIONS:
         raise ConfigError(f"convention={convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
 
 
 def _pass_flops(
-    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str, whole_last_layer: bool = False
+    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: Convention, whole_last_layer: bool = False
 ) -> tuple[float, float]:
     """FLOPs of `(forward, backward)` of one batch, as far as `stage` trains on it."""
     _check_convention(convention)
@@ -123,7 +123,9 @@ def text_flops(
     return 2 * examples * (tokens * each + once)
 
 
-def _apart_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
+def _apart_pass_flops(
+    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: Convention
+) -> tuple[float, float]:
     """As `_pass_flops`, with the prompt after the text: a gradient passes through prompt and target only."""
     products = 1 if convention == "all" else 0
     seq2seq = cost.seq2seq
@@ -151,14 +153,8 @@ def _apart_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, c
         left_out = shape.batch * (length - labels) * (stack.token_wise + stack.neuron * ffn)  # as in `_pass_flops`
         forward, backward = forward - left_out, backward - left_out
     logits = shape.batch * labels * cost.head
-    text = text_flops(
-        cost,
-        stage,
-        shape.texts_run,
-        shape.input_tokens,
-        convention=convention,  # type: ignore[arg-type]
-        kept_cross=shape.kept_cross,
-    )
+    examples, tokens, cross = shape.texts_run, shape.input_tokens, shape.kept_cross
+    text = text_flops(cost, stage, examples, tokens, convention=convention, kept_cross=cross)
     return text + 2 * (forward + logits), 2 * (backward + logits)
 
 
@@ -181,35 +177,22 @@ def forward_flops(
     return _pass_flops(cost, stage, shape, convention, whole_last_layer)[0]
 
 
-def step_flops(
-    cost: CostModel,
-    stage: Stage | None,
-    shape: BatchShape,
-    *,
-    convention: Convention = "all",
-    backward: bool = True,
-) -> float:
+def step_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, *, convention: Convention = "all") -> float:
     """FLOPs of one training step on one batch: forward, and backward with frozen weights.
 
     Args:
         stage: size of the partial PLM; None is the full model.
         shape: the padded batch.
         convention: `all` or `linear`, see `CONVENTIONS`.
-        backward: count the backward pass.
 
     Raises:
         ScheduleError: the stage does not fit the model. ConfigError: unknown convention.
     """
-    there, back = _pass_flops(cost, stage, shape, convention)
-    return there + back if backward else there
+    return sum(_pass_flops(cost, stage, shape, convention))
 
 
-def work_flops(cost: CostModel, work: Work, stage: Stage | None = None, *, whole_last_layer: bool = False) -> float:
-    """FLOPs of the passes that ran at `stage` (None: the full model).
-
-    Args:
-        whole_last_layer: as `forward_flops`.
-    """
+def work_flops(cost: CostModel, work: Work, stage: Stage | None = None) -> float:
+    """FLOPs of the passes that ran at `stage` (None: the full model)."""
     # What ran had been cut by then: neither `batch` nor `length` of the stage is to cut it once more.
     stage = stage and replace(stage, batch=None, length=None)
     total = sum(text_flops(cost, stage, t.examples, t.tokens, kept_cross=t.kept_cross) for t in work.texts)
@@ -220,7 +203,7 @@ def work_flops(cost: CostModel, work: Work, stage: Stage | None = None, *, whole
             once = step_flops(cost, stage, ran.shape)
         else:  # gradients of all weights cost one more pass than those of activations
             passes = 3 if ran.kind == "full_step" else 1
-            once = passes * forward_flops(cost, stage, ran.shape, whole_last_layer=whole_last_layer)
+            once = passes * forward_flops(cost, stage, ran.shape)
         total += ran.times * once
     return total
 

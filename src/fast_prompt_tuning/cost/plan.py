@@ -110,14 +110,8 @@ class Plan:
         """`{"relative_flops": …, "stages": […]}` in plain JSON types; `seconds` only where measured."""
         stages = []
         for s in self.stages:
-            row = {
-                **s.stage.to_dict(),
-                "flops_per_step": s.flops_per_step,
-                "relative_flops": s.relative_flops,
-                "flops": s.flops,
-                "weight_bytes": s.weight_bytes,
-                "activation_bytes": s.activation_bytes,
-            }
+            names = ("flops_per_step", "relative_flops", "flops", "weight_bytes", "activation_bytes")
+            row = {**s.stage.to_dict(), **{name: getattr(s, name) for name in names}}
             if s.seconds_per_step is not None:
                 row |= {"seconds_per_step": s.seconds_per_step, "seconds": s.seconds}
             stages.append(row)

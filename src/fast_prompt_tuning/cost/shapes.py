@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, is_whole
 from ..plm import families
+from ..plm.configs import model_class
 from ..schedule.stages import Size, Stage
 
 if TYPE_CHECKING:
@@ -184,7 +185,6 @@ class CostModel:
             ModelError: its modules are not where its family says.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         sizes = families.full_sizes(config)
         small = copy.deepcopy(config)
@@ -195,9 +195,8 @@ class CostModel:
             for field in spec.per_layer_fields:
                 if getattr(small, field, None):
                     setattr(small, field, list(getattr(small, field))[:present])
-        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         with torch.device("meta"):
-            plm = auto.from_config(small)
+            plm = model_class(config).from_config(small)
         return cls._read(plm, {name: size.layers for name, size in sizes.items()})
 
     @classmethod

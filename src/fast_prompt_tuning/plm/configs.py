@@ -47,6 +47,13 @@ def load_config(path_or_id: str | os.PathLike[str]) -> Any:
     return config
 
 
+def model_class(config: Any) -> Any:
+    """The `transformers` auto class of a config's language models."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
 def full_stage(config: Any) -> Stage:
     """The full size of the model a config describes.
 

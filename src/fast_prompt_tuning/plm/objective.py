@@ -46,11 +46,8 @@ def selected_rows(plm: Any, rows: Any) -> Iterator[None]:
         index = rows(hidden.shape[:2]).to(hidden.device)
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 def _token_wise_parts(plm: Any, layer: nn.Module) -> list[tuple[Sequence[nn.Module], nn.Module]]:

@@ -9,8 +9,7 @@ reads a contiguous copy of the kept rows or columns.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,8 +84,10 @@ class PartialPLM:
             )
         self._stacks = find_stacks(self.plm)
         self._keep_layers, self._keep_neurons = keep_layers, keep_neurons
-        self._neuron_scores = self._check_neuron_scores(neuron_scores)
-        self._layer_scores = self._check_layer_scores(layer_scores)
+        self._neuron_scores = self._checked("neuron_scores", neuron_scores, lambda s: (len(s.layers), s.width))
+        self._layer_scores = self._checked("layer_scores", layer_scores, lambda s: (len(s.layers),))
+        if self._layer_scores and (missing := set(self._stacks) - set(self._layer_scores)):
+            raise ScoreError(f"layer_scores lacks the stacks {sorted(missing)}; score every stack")
         self.full_stage = Stage.of({n: Size(len(s.layers), s.width) for n, s in self._stacks.items()})
         self._stage = self.full_stage
         self._narrow: dict[nn.Module, NarrowProjection] = {}
@@ -121,14 +122,14 @@ class PartialPLM:
                     f"layer_scores lacks the {stack.name}, but a stage leaves out layers there; pass one score per "
                     "layer: layer_scores=block_influence(model, calibration_batches), or greedy_removal(…)"
                 )
-            return selection.top(k, self._layer_scores[stack.name], stack.spec.always_kept)
+            return selection.top(k, self._layer_scores[stack.name].tolist(), stack.spec.always_kept)
         return (selection.evenly if self._keep_layers == "evenly" else selection.first)(k, n)
 
     def kept_neurons(self, stack: str, layer: int, k: int) -> torch.Tensor:
         """Ascending indices `(k,)` of the neurons that layer `layer` of `stack` keeps."""
         if self._keep_neurons == "first":
             return torch.arange(k)
-        if self._neuron_scores is None or stack not in self._neuron_scores:
+        if stack not in self._neuron_scores:
             raise ScoreError(
                 f"neuron_scores lacks the {stack}, but a stage leaves out FFN neurons there; pass neuron_scores="
                 "activation_scores(model, calibration_batches), or keep_neurons='first'"
@@ -137,47 +138,26 @@ class PartialPLM:
         order = torch.sort(self._neuron_scores[stack][layer], descending=True, stable=True).indices
         return order[:k].sort().values
 
-    def _scores_by_stack(self, scores: Any) -> dict[str, Any]:
-        """Scores by stack, refused where they say that they are another model's."""
+    def _checked(
+        self, what: str, scores: Any, shape_in: Callable[[StackModules], tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
+        """Scores by stack, float64; refused where they are another model's, of another shape or no numbers."""
         if hasattr(scores, "check_model"):
             scores.check_model(self.plm)
             scores = scores.scores
-        return dict(scores)
-
-    def _check_neuron_scores(self, scores: Any) -> dict[str, torch.Tensor] | None:
-        if scores is None:
-            return None
         checked = {}
-        for name, value in self._scores_by_stack(scores).items():
+        for name, values in dict(scores or {}).items():
             if name not in self._stacks:
-                raise ScoreError(f"neuron_scores names the stack {name!r}; this model has {list(self._stacks)}")
-            stack = self._stacks[name]
-            tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
-            if tuple(tensor.shape) != (len(stack.layers), stack.width):
+                raise ScoreError(f"{what} names the stack {name!r}; this model has {list(self._stacks)}")
+            tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+            if tuple(tensor.shape) != (shape := shape_in(self._stacks[name])):
                 raise ScoreError(
-                    f"neuron_scores[{name!r}] has shape {tuple(tensor.shape)}, this model needs "
-                    f"({len(stack.layers)}, {stack.width}): the scores are another model's"
+                    f"{what}[{name!r}] has shape {tuple(tensor.shape)}, this model needs {shape}: the scores are "
+                    "another model's"
                 )
             if not torch.isfinite(tensor).all():
-                raise ScoreError(f"neuron_scores[{name!r}] holds NaN or infinity; score the model again")
+                raise ScoreError(f"{what}[{name!r}] holds NaN or infinity; score the model again")
             checked[name] = tensor
-        return checked
-
-    def _check_layer_scores(self, scores: Any) -> dict[str, list[float]]:
-        if scores is None:
-            return {}
-        checked = {}
-        for name, values in self._scores_by_stack(scores).items():
-            if name not in self._stacks or len(values) != len(self._stacks[name].layers):
-                layer_counts = {n: len(s.layers) for n, s in self._stacks.items()}
-                raise ScoreError(
-                    f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {layer_counts}"
-                )
-            checked[name] = [float(v) for v in values]
-            if not all(math.isfinite(v) for v in checked[name]):
-                raise ScoreError(f"layer_scores[{name!r}] holds NaN or infinity; score the layers again")
-        if missing := set(self._stacks) - set(checked):
-            raise ScoreError(f"layer_scores lacks the stacks {sorted(missing)}; score every stack")
         return checked
 
     # -- resizing -------------------------------------------------------------------------------------------------

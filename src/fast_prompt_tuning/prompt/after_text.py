@@ -41,9 +41,9 @@ class AfterText(PromptedPLM):
         return (("prompt", "text", "target"),) if decoder else (("text",), ("prompt", "target"))
 
     @classmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
-        """As `PromptedPLM.expected`: the text runs apart, or not at all."""
-        return shape.apart(tail=tail if cls.needs_tail else 0, kept=kept, kept_cross=kept_cross)
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
+        """As `PromptedPLM.expected`: the text does not run again."""
+        return shape.apart(tail=tail if cls.needs_tail else 0, kept_cross=kept_cross)
 
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`."""

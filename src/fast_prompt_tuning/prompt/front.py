@@ -35,7 +35,7 @@ class Front(PromptedPLM):
         return (("prompt", "text", "target"),) if decoder else (("prompt", "text"), ("target",))
 
     @classmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
         """The shape as it is: everything runs behind the prompt."""
         return shape
 

@@ -40,8 +40,8 @@ def answers(plm: Any, tokenizer: Any, inputs: dict[str, Any], options: Generatio
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     probabilities, line = _TokenProbabilities(), [_LineEnd(tokenizer, plm.device)] if one_line and beams == 1 else []
     # A checkpoint's own sampling options would contradict our arguments, with a warning.
-    own = plm.generation_config
-    bare = type(own)(decoder_start_token_id=own.decoder_start_token_id, bos_token_id=own.bos_token_id)
+    full = plm.generation_config
+    bare = type(full)(decoder_start_token_id=full.decoder_start_token_id, bos_token_id=full.bos_token_id)
     with generation_config(plm, bare):
         out = plm.generate(
             **inputs,

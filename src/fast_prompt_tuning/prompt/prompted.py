@@ -104,13 +104,12 @@ class PromptedPLM(ABC):
 
     @classmethod
     @abstractmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
-        """The shape of a step on a batch, for plans.
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
+        """The shape of a step on a batch, for plans; texts are in the cache already, where this placement keeps any.
 
         Args:
             shape: the batch with its whole input in `input_tokens`, and P.
             tail: of the input tokens, those that are an input's `tail`.
-            kept: texts are in the cache already, where this placement keeps any.
             kept_cross: as `TextCache`.
         """
 

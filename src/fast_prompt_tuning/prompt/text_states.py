@@ -129,10 +129,9 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
             for i in places:
                 rows[i] = row
     states_of_each = [row for row in rows if row is not None]
-    mask = torch.zeros(len(texts), max(len(ids) for ids in texts), dtype=torch.long)
-    left = not plm.config.is_encoder_decoder
-    for i, ids in enumerate(texts):
-        mask[i, slice(mask.shape[1] - len(ids), None) if left else slice(len(ids))] = 1
+    _, mask = padded_ids(texts)
+    if left := not plm.config.is_encoder_decoder:
+        mask = mask.flip(1)
     encoded = states_of_each[0].dim() == 2
     states = (
         nn.utils.rnn.pad_sequence(states_of_each, batch_first=True)

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..cost.flops import step_flops
-from ..cost.shapes import BatchShape
+from ..cost.flops import relative_flops, step_flops
 from ..data.splits import train_calibration
 from ..errors import ConfigError
 from ..plm.modes import evaluating
@@ -167,8 +166,12 @@ def report(
     batches = _other_batches(session, examples)
     loss, measured = fidelity(prompted_of(model).calibrated, batches, cuts)
     shapes = [batch_shape(batch, session.config.prompt.tokens, decoder=session.decoder) for batch in batches]
+
+    def relative(stage: Stage) -> float:
+        return relative_flops((step_flops(session.cost, stage, s), step_flops(session.cost, None, s)) for s in shapes)
+
     rows = [
-        Fidelity(name, stage.to_dict(), *values, relative_flops=_relative(session, stage, shapes))
+        Fidelity(name, stage.to_dict(), *values, relative_flops=relative(stage))
         for name, (_, stage), values in zip(names, cuts, measured, strict=True)
     ]
     return {
@@ -181,11 +184,6 @@ def report(
         "score_flops": {kind: float(s.metadata["flops"]) for kind, s in layer_scores.items()},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _relative(session: Session, stage: Stage, shapes: Sequence[BatchShape]) -> float:
-    whole = sum(step_flops(session.cost, None, shape) for shape in shapes)
-    return sum(step_flops(session.cost, stage, shape) for shape in shapes) / whole
 
 
 def _other_batches(session: Session, examples: int) -> list[dict[str, torch.Tensor]]:

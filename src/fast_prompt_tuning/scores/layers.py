@@ -25,7 +25,7 @@ from ..plm.stacks import StackModules, find_stacks, get_plm
 from ..prompt.places import prompted_of
 from ..prompt.soft_prompt import prompt_length
 from ..schedule.stages import Stage
-from .neurons import NO_BATCHES, Scores, describe, on_device, real_masks, real_rows, run_stacks
+from .neurons import NO_BATCHES, Scores, check_finite, describe, on_device, real_masks, real_rows, run_stacks
 
 LAYER_KINDS = ("influence", "greedy")
 
@@ -74,7 +74,7 @@ def block_influence(
     if not examples:
         raise ScoreError(NO_BATCHES)
     scores = {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
-    _check_finite(scores)
+    check_finite(scores, "hidden states")
     return LayerScores(scores, describe(plm, metadata, kind="influence", examples=examples))
 
 
@@ -112,8 +112,8 @@ def greedy_removal(
     stacks = find_stacks(plm)
     for name, size in down_to.items():
         if name not in stacks or not max(1, len(stacks[name].spec.always_kept)) <= size <= len(stacks[name].layers):
-            have = {n: len(s.layers) for n, s in stacks.items()}
-            raise ScoreError(f"down_to={dict(down_to)} does not fit this model, which has layers {have}")
+            layer_counts = {n: len(s.layers) for n, s in stacks.items()}
+            raise ScoreError(f"down_to={dict(down_to)} does not fit this model, which has layers {layer_counts}")
     held = [on_device(batch, plm) for batch in batches]
     if not held:
         raise ScoreError(NO_BATCHES)
@@ -143,7 +143,7 @@ def greedy_removal(
             scores[name][layer] = turn
         for layer in search.left[name]:  # an influence is at most 2: 1 − cos
             scores[name][layer] = len(dropped[name]) + influence[name][layer]
-    _check_finite(scores)
+    check_finite(scores, "hidden states")
     examples = sum(len(batch["input_ids"]) for batch in held)
     facts = {"kind": "greedy", "examples": examples, "candidates": candidates, "flops": search.flops}
     return LayerScores(scores, describe(plm, metadata, **facts, down_to=dict(down_to)))
@@ -159,12 +159,6 @@ def _distance(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | No
     """1 − cosine similarity `(N,)` of hidden states `(B, T, H)` at the N real positions."""
     near = F.cosine_similarity(before.float(), after.float(), dim=-1)
     return 1 - real_rows(near.unsqueeze(-1), mask).squeeze(-1)
-
-
-def _check_finite(scores: Mapping[str, torch.Tensor]) -> None:
-    for name, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise ScoreError(f"hidden states of the {name} are not finite; score in bfloat16 or float32")
 
 
 class _Search:
@@ -291,8 +285,5 @@ def _input(module: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()

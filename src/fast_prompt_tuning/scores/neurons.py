@@ -193,13 +193,16 @@ def activation_scores(
     if not examples:
         raise ScoreError(NO_BATCHES)
     scores = {n: (t if kind == "max" else t / max(counted[n], 1)).float() for n, t in totals.items()}
-    for name, value in scores.items():
-        if not torch.isfinite(value).all():
-            raise ScoreError(
-                f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)"
-            )
+    check_finite(scores, "activations")
     facts = {"kind": kind, "examples": examples, "tokens": sum(tokens.values())}
     return NeuronScores(scores, describe(plm, metadata, **facts, **({} if kind == "max" else {"averaged": AVERAGED})))
+
+
+def check_finite(scores: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise `ScoreError` where the scores of a stack, made of `what`, are no numbers."""
+    for name, values in scores.items():
+        if not torch.isfinite(values).all():
+            raise ScoreError(f"{what} of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)")
 
 
 def on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:

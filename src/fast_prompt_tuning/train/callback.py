@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    DefaultFlowCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.trimming import TAIL, trim
 from ..errors import ModelError, ScheduleError
@@ -97,9 +90,7 @@ class ProgressiveCallback(TrainerCallback):
             self._model = None
         self.partial.restore()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.detach()
         model = kwargs["model"]
         self._check(model, args, state)
@@ -125,9 +116,7 @@ class ProgressiveCallback(TrainerCallback):
         self._model = model
         model.__class__ = _bracketed(type(model), self)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave()
         self._stage = stage = self.schedule.now.stage_at(state.global_step)
         if self._previous is None or not stage.same_size(self._previous):
@@ -135,20 +124,14 @@ class ProgressiveCallback(TrainerCallback):
             self._previous = stage
             self.partial.restore()  # frees the narrowed copies of the stage before
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave()
         self._stage = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.detach()
 
     @contextmanager
@@ -234,9 +217,7 @@ class AutoCallback(ProgressiveCallback):
     def _cuts_batches(self) -> bool:
         return True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.schedule.replay(state.log_history)
         super().on_train_begin(args, state, control, **kwargs)
         trainer: Any = self._trainer
@@ -259,7 +240,7 @@ class AutoCallback(ProgressiveCallback):
         self._growth.begin(state.global_step)
         self._consider(state, kwargs["optimizer"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._consider(state, kwargs["optimizer"])
         self._set_end(state)
         if state.global_step >= state.max_steps:  # the Trainer's own callback has compared with another end

@@ -91,11 +91,6 @@ def total(number: int) -> int:
     return _reduced(number, distributed.ReduceOp.SUM)
 
 
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true on any process; every process must ask."""
-    return bool(largest(int(flag)))
-
-
 def add_up(tensors: Sequence[torch.Tensor]) -> None:
     """Put the sum over all processes into each tensor; every process must ask, with as many."""
     if size() > 1:
