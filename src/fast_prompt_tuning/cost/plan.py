@@ -144,8 +144,7 @@ def make_plan(
         ConfigError: unknown convention.
     """
     cost = cost or CostModel.from_config(config)
-    plain = replace(shape, text_apart=False, text_examples=None)
-    whole = accumulate * step_flops(cost, None, plain, convention=convention)
+    whole = accumulate * step_flops(cost, None, shape.in_front, convention=convention)
     stages = []
     for stage in schedule.stages:
         flops = accumulate * step_flops(cost, stage, shape, convention=convention)
@@ -200,7 +199,7 @@ def plan_texts(
     for stage in schedule.stages:
         if not any(stage.same_size(other) for other in sizes):
             sizes.append(stage)
-    whole = step_flops(cost, None, replace(shape, text_apart=False, text_examples=None))
+    whole = step_flops(cost, None, shape.in_front)
     return TextPlan(
         bytes_per_example=each,
         bytes=each * examples,

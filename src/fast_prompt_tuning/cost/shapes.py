@@ -81,6 +81,11 @@ class BatchShape:
         """Of texts apart, those that run."""
         return self.batch if self.text_examples is None else self.text_examples
 
+    @property
+    def in_front(self) -> BatchShape:
+        """The same batch with the prompt in front of its texts."""
+        return replace(self, text_apart=False, text_examples=None)
+
     def apart(self, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
         """The same batch with its text run apart from the prompt.
 

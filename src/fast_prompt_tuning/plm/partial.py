@@ -232,8 +232,7 @@ class PartialPLM:
                 )
             indices_of[name] = list(indices)
         before = self._stage
-        widths = {name: stack.width for name, stack in self._stacks.items()}
-        stage = Stage({name: len(k) for name, k in indices_of.items()}, widths, stacks=tuple(indices_of))
+        stage = Stage.of({name: Size(len(kept), self._stacks[name].width) for name, kept in indices_of.items()})
         try:
             self._set_size(stage, indices_of)
             yield self

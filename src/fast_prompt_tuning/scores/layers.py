@@ -24,7 +24,7 @@ from ..plm.partial import PartialPLM
 from ..plm.stacks import StackModules, find_stacks, get_plm
 from ..prompt.places import prompted_of
 from ..prompt.soft_prompt import prompt_length
-from ..schedule.stages import Stage
+from ..schedule.stages import Size, Stage
 from .neurons import NO_BATCHES, Scores, check_finite, describe, on_device, real_masks, real_rows, run_stacks
 
 LAYER_KINDS = ("influence", "greedy")
@@ -235,11 +235,7 @@ class _Search:
             target_tokens=target,
             label_tokens=0,
         )
-        stage = Stage(
-            {name: len(layers) for name, layers in run.items()},
-            {name: stack.width for name, stack in self.stacks.items()},
-            stacks=tuple(run),
-        )
+        stage = Stage.of({name: Size(len(layers), self.stacks[name].width) for name, layers in run.items()})
         self.flops += forward_flops(self.cost, stage, shape, whole_last_layer=True) + 2 * labelled * self.cost.head
 
 
