@@ -180,7 +180,7 @@ def check_fits(stored: checkpoint.Checkpoint, prompted: PromptedPLM) -> None:
     if not prompted.whole:
         form = form_of(stored.folder)
         if form != (needed := prompted.form):
-            raise CheckpointError(f"{where!r} holds a prompt {form}, this run needs {needed}: place, tokens, width")
+            raise CheckpointError(f"{where!r} holds a prompt {form}, this run needs {needed}: placement, tokens, width")
 
 
 def _prepare(config: RunConfig, earlier: Earlier) -> None:
