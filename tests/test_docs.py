@@ -20,11 +20,13 @@ from typer.main import get_command
 
 from fast_prompt_tuning import soft_prompt_config
 from fast_prompt_tuning.cli import app as cli
+from fast_prompt_tuning.cost.units import human_seconds
 from fast_prompt_tuning.data import metrics, task_files, tasks
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.paper.costs import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.recipe import load
+from fast_prompt_tuning.report.signal import interval
 from fast_prompt_tuning.report.tables import table_rows
 from fast_prompt_tuning.run.results import load_result
 
@@ -62,7 +64,7 @@ def test_every_block_says_what_it_is(page):
 def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     """`...` stands for what a Trainer is usually given, and runs are short; the rest is as it stands."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(families, "_REGISTRY", dict(families._REGISTRY))
+    monkeypatch.setattr(families, "REGISTRY", dict(families.REGISTRY))
     monkeypatch.setattr(metrics, "_registry", dict(metrics.METRICS))
     family = BY_NAME["t5" if page == "README.md" else "llama"]
     batch = family.batch()
@@ -287,6 +289,11 @@ def test_the_guides_numbers_are_the_committed_ones():
         assert row.endswith("| " + " | ".join(f"{value:.1f}" for value in values) + " |"), row
 
 
+def test_the_readme_lists_every_model_type():
+    built_in = {model_type for family in families._BUILT_IN for model_type in (family.name, *family.peers)}
+    assert not {name for name in built_in if f"`{name}`" not in README}
+
+
 def test_the_reports_picture_is_of_the_committed_runs():
     plain, fpt = (load_result(ROOT / "benchmarks" / "results" / "report" / f"{name}.json") for name in ("pt", "cr"))
     guide = PAGES["docs/guides/reports.md"].read_text()
@@ -308,3 +315,29 @@ def test_the_fidelity_table_is_the_committed_one():
     for i, pair in enumerate(zip(*(f["rows"] for f in found), strict=True)):
         cells = [f"{r['relative_flops']:.0%} | {r['loss']:.2f}, {r['agreement']:.0%}" for r in pair]
         assert f"| `{pair[0]['selection']}` | {sizes[i % 4]}% | {' | '.join(cells)} |" in page
+
+
+def test_the_signals_table_is_the_committed_one():
+    page = PAGES["docs/methods/signal.md"].read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "signal_smollm2.json").read_text(encoding="utf-8"))["signal"]
+    first, second = (prompt["rows"] for prompt in found["prompts"])
+    for name, row in first.items():
+        cells = [interval(each[name][key]) for each in (first, second) for key in ("cosine", "per_flop")]
+        assert f"| {name} | {row['flops']:.0%} | {' | '.join(cells)} |" in page
+    assert f'"{found["verdict"]}"' in page
+    assert f"moved by {found['prompts'][1]['moved']:.2f} of its norm" in page
+    steps = sum(found["flops"].values()) / found["prompts"][0]["step_flops"]
+    assert f"It took {steps:.0f} plain steps: {human_seconds(found['seconds'])}" in page
+    assert (found["examples"], found["dtype"]) == (64, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["influence", "greedy"])
+def test_the_signal_of_layer_choices_is_the_committed_one(kind):
+    page = PAGES["docs/methods/signal.md"].read_text(encoding="utf-8")
+    file = ROOT / "benchmarks" / "results" / f"signal_smollm2_{kind}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))["signal"]
+    assert found["keep_layers"] == kind
+    for size in (22, 15):
+        rows = [prompt["rows"][f"{size} layers × 1536 neurons"] for prompt in found["prompts"]]
+        cells = [interval(row[key]) for row in rows for key in ("cosine", "per_flop")]
+        assert f"| {size} of 30 | `{kind}` | {' | '.join(cells)} |" in page

@@ -9,10 +9,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.errors import ConfigError, ScheduleError
-from fast_prompt_tuning.recipe import RunConfig, load, override, recipe_names
+from fast_prompt_tuning.paths import built_in
+from fast_prompt_tuning.recipe import RunConfig, load, override
 from fast_prompt_tuning.schedule.stages import Stage
+from fast_prompt_tuning.yaml_text import fields_at
 
 MINIMAL = {"model": {"path": "m"}, "data": {"task": "t"}, "train": {"steps": 100}, "output": "o"}
 FULL = {
@@ -31,7 +32,7 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("data", [MINIMAL, FULL, *recipe_names()], ids=lambda d: d if isinstance(d, str) else None)
+@pytest.mark.parametrize("data", [MINIMAL, FULL, *built_in("recipes")], ids=lambda d: d if isinstance(d, str) else None)
 def test_round_trip(tmp_path, data):
     first = load(data)
     (tmp_path / "r.yaml").write_text(first.to_yaml(), encoding="utf-8")
@@ -41,7 +42,7 @@ def test_round_trip(tmp_path, data):
 
 
 def test_recipes_that_come_with_the_package():
-    assert {"bbc_topics_smollm2", "t5_paper_large", "t5_paper_xl"} <= set(recipe_names())
+    assert {"bbc_topics_smollm2", "t5_paper_large", "t5_paper_xl"} <= set(built_in("recipes"))
     paper = load("t5_paper_large")
     assert (paper.optim.optimizer, paper.optim.lr, paper.prompt.tokens) == ("adafactor", 0.3, 20)
 
@@ -304,9 +305,9 @@ def test_any_override(text):
 
 def test_explanations_know_every_section():
     for section in ("model", "data", "prompt", "scoring", "optim", "train", "eval"):
-        assert config._fields_at((section,))
-    assert config._fields_at(("stages", 0)) == ["layers", "ffn", "batch", "length", "steps", "stacks"]
-    assert config._fields_at(("nothing", "at", "all")) == []
+        assert fields_at(RunConfig, (section,))
+    assert fields_at(RunConfig, ("stages", 0)) == ["layers", "ffn", "batch", "length", "steps", "stacks"]
+    assert fields_at(RunConfig, ("nothing", "at", "all")) == []
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

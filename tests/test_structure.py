@@ -10,11 +10,12 @@ import pytest
 import fast_prompt_tuning
 
 SOURCE = Path(fast_prompt_tuning.__file__).parent
-FOR_ALL = {"errors", "files", "paths", "yaml_text"}
+FOR_ALL = {"errors", "files", "paths", "placements", "yaml_text"}
 ARROWS = {  # a package imports only from itself, from these and from `FOR_ALL`
     "errors": "",
     "files": "",
     "paths": "",
+    "placements": "",
     "yaml_text": "",
     "schedule": "",
     "recipe": "schedule",
@@ -85,6 +86,7 @@ PURE = [
     "errors",
     "files",
     "paths",
+    "placements",
     "recipe/settings",
     "recipe/reading",
     "schedule/stages",

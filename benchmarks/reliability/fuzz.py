@@ -46,6 +46,7 @@ from fast_prompt_tuning import recipe as config  # noqa: E402
 from fast_prompt_tuning.data import patterns, task_files, tasks, templates  # noqa: E402
 from fast_prompt_tuning.data import readers as examples  # noqa: E402
 from fast_prompt_tuning.errors import FptError  # noqa: E402
+from fast_prompt_tuning.paths import built_in  # noqa: E402
 from fast_prompt_tuning.prompt import soft_prompt  # noqa: E402
 from fast_prompt_tuning.report import pictures  # noqa: E402
 from fast_prompt_tuning.report.tables import comparison_table  # noqa: E402
@@ -94,8 +95,8 @@ def targets(folder: Path) -> Iterator[Target]:
         lambda b: config.load(recipe, [b.decode("utf-8", "surrogateescape")]),
     )
     own = [toy().topics.read_bytes(), toy().words.read_bytes()]
-    built_in = [task_files._folder().joinpath(f"{n}.yaml").read_bytes() for n in task_files.task_names()]
-    yield Target("task", own + built_in, _file(folder / "task.yaml", lambda p: _use_task(task_files.load_task(str(p)))))
+    shipped = [path.read_bytes() for path in built_in("tasks").values()]
+    yield Target("task", own + shipped, _file(folder / "task.yaml", lambda p: _use_task(task_files.load_task(str(p)))))
     yield from _templates()
     for name, files in SPLITS.items():
         task = task_files.load_task(str(toy().topics) if name == "topics" else name)
@@ -379,11 +380,12 @@ def _quiet() -> None:
 # -- coverage-guided --------------------------------------------------------------------------------------------------
 
 
-def coverage(seconds: int, folder: Path) -> dict[str, dict[str, object]] | None:
+def coverage(seconds: int, folder: Path, only: str = "") -> dict[str, dict[str, object]] | None:
     """The same targets under atheris, seconds each; None where it is not installed."""
     if importlib.util.find_spec("atheris") is None:
         return None
     command = [sys.executable, str(HERE / "fuzz.py"), "--guided", str(folder), "--seconds", str(seconds)]
+    command += [f"--only={only}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -399,11 +401,11 @@ def coverage(seconds: int, folder: Path) -> dict[str, dict[str, object]] | None:
     return found
 
 
-def _guided(folder: Path, seconds: int) -> None:
+def _guided(folder: Path, seconds: int, only: str) -> None:
     """Each target in a fork of this process, whose imports are watched; what it says goes to a file."""
     _quiet()
     work = tempfile.mkdtemp()
-    for i, target in enumerate(targets(Path(work))):
+    for i, target in enumerate(t for t in targets(Path(work)) if only in t.name):
         corpus, log = folder / f"{i:02}", folder / f"{i:02}.log"
         corpus.mkdir(parents=True)
         for k, seed in enumerate(target.seeds):
@@ -450,10 +452,10 @@ def main() -> int:
     parser.add_argument("--guided", type=Path, help=argparse.SUPPRESS)  # how --coverage calls this again
     options = parser.parse_args()
     if options.guided:
-        _guided(options.guided, options.seconds)
+        _guided(options.guided, options.seconds, options.only)
         return 0
     if options.coverage:
-        found = coverage(options.seconds, Path(tempfile.mkdtemp()))
+        found = coverage(options.seconds, Path(tempfile.mkdtemp()), options.only)
     else:
         found = fuzz(options.cases, options.seed, options.only)
     print(json.dumps(found, indent=1))

@@ -137,7 +137,7 @@ def templates(folder: Path) -> None:
     row = {"text": "'\"" * 300_000, "list": ["x"] * 100_000, "other": ["z"] * 100_000, "q": '"'}
     for template in TEMPLATES:
         with refused(template[:60]):
-            task_from_templates(files={}, input_template=template, target_template="x", metric="rouge")
+            task_from_templates(files={}, input_template=template, target_template="x")
     for template in ROWS:
         with refused(template[:60]):
             render(template, row)
@@ -174,7 +174,7 @@ def data_files(folder: Path) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
         task = task_from_templates(
-            files={"train": str(folder / name)}, input_template="{{ text }}", target_template="x", metric="rouge"
+            files={"train": str(folder / name)}, input_template="{{ text }}", target_template="x"
         )
         with refused(name):
             load_examples(task, "train", decoder=True)

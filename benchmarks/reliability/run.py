@@ -92,7 +92,7 @@ def fuzzing(quick: bool, work: Path) -> dict[str, Any]:
     import fuzz
 
     try:
-        return fuzz.fuzz(10 if quick else 2000)
+        return fuzz.fuzz(10 if quick else 1000)
     finally:
         logging.disable(logging.NOTSET)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST_MESSAGE = 2000
@@ -42,6 +44,13 @@ def quote_hint(value: object) -> str:
 def is_whole(value: Any, least: int) -> bool:
     """Whether a value is a whole number of at least `least`; a truth value is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def nearest(name: str, known: Iterable[str], *, kind: str = "", all_are: str = "choose from") -> str:
+    """How a message about an unknown name ends: with the known one that was meant, or with all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {kind}{close[0]!r}?" if close else f"; {all_are} {', '.join(known)}"
 
 
 class ConfigError(FptError):

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM
 from fast_prompt_tuning import Schedule
 from fast_prompt_tuning.cli import app as cli
 from fast_prompt_tuning.cli import catalog, console, demo
-from fast_prompt_tuning.cli.demo import reporting
-from fast_prompt_tuning.cli.progress import ProgressReporter
+from fast_prompt_tuning.cli.progress import ProgressReporter, reporting
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run.session import input_ids_of, open_session
@@ -378,6 +377,29 @@ def test_fidelity(fpt, tmp_path):
     assert "exists already" in refused(fpt, *common, "--fidelity", "evenly", "--picture", picture)
     assert "must end in" in refused(fpt, *common, "--fidelity", "evenly", "--picture", tmp_path / "x.jpg")
     assert "add --fidelity" in refused(fpt, *common, "--picture", tmp_path / "x.png")
+
+
+def test_signal(fpt, tmp_path):
+    recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run")
+    picture = tmp_path / "signal.svg"
+    common = ("score", "--config", recipe, "--signal", "--examples", 8)
+    out, err = fpt(*common, "--after", 2, "--picture", picture, "--json")
+    record = only_json(out)["signal"]
+    assert [p["step"] for p in record["prompts"]] == [0, 2]
+    assert record["verdict"] in err
+    for said in ("initial prompt", "after 2 steps (the prompt has moved by ", "cr 25%", "a batch of 2", "plain steps."):
+        assert said in err
+    for said in ("initial prompt", "after 2 steps", "signal per FLOP", "cosine of mean", "FLOPs of a step", "batch"):
+        assert said in picture.read_text()
+    prompt = toy().write_recipe(tmp_path / "pt.yaml", tmp_path / "pt", method="pt")
+    shown, _ = fpt(*common, "--after", 0)
+    assert "On this model and task" in shown
+    assert "has moved" not in shown
+    assert "add --signal" in refused(fpt, "score", "--config", prompt, "--at", tmp_path, "--output", tmp_path / "s")
+    assert "one of --fidelity and --signal" in refused(
+        fpt, *common, "--fidelity", "evenly", "--picture", tmp_path / "x.png"
+    )
+    assert "not a saved soft prompt" in refused(fpt, *common, "--at", tmp_path)
 
 
 def test_similarity(fpt, made, tmp_path):

@@ -63,7 +63,7 @@ def test_mean_of_the_tasks_ratios_fits_the_paper_too():
     for row in PAPER_TABLE1:
         ratios = []
 
-        def keep(task, shape, stacks, row=row, ratios=ratios):
+        def keep(shape, stacks, row=row, ratios=ratios):
             part = step_flops(cost, row.stage(stacks), shape, convention="linear")
             whole = step_flops(cost, None, shape, convention="linear")
             ratios.append(part / whole)

@@ -82,13 +82,11 @@ GPT_LIKE = bpe()
 SLOW = Characters()
 
 TASK = task_from_templates(
-    "topics",
     files={},
     input_template="text: {{ text }}\nTopic:",
     target_template=" {{ label }}",
     labels=["sport", "business"],
-    truncate="text",
-)
+).model_copy(update={"name": "topics"})
 
 
 def rows(texts, label="sport", split="train"):

@@ -18,9 +18,7 @@ ROWS = [{"text": "a; b", "label": "x"}, {"text": "c, d", "label": "y"}]
 
 
 def read(file, **options):
-    task = task_from_templates(
-        files={"train": str(file)}, input_template="{{ text }}", target_template="{{ label }}", metric="rouge"
-    )
+    task = task_from_templates(files={"train": str(file)}, input_template="{{ text }}", target_template="{{ label }}")
     found = load_examples(task, "train", decoder=False, **options)
     return list(zip(found["input"], found["target"], strict=True))
 

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fast_prompt_tuning.data import readers as examples
-from fast_prompt_tuning.data import submissions, task_files
+from fast_prompt_tuning.data import submissions
 from fast_prompt_tuning.data.readers import load_examples, render_rows
 from fast_prompt_tuning.data.task_files import load_task, task_from_templates
-from fast_prompt_tuning.data.tasks import Replace
+from fast_prompt_tuning.data.tasks import Replace, Source, Task
 from fast_prompt_tuning.errors import ConfigError, DataError
+from fast_prompt_tuning.paths import built_in
 
 DATA = Path(__file__).parents[1] / "files"
 PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed."
@@ -42,6 +43,11 @@ def topics(tmp_path, text, name="rows.jsonl", *, split="train", **kwargs):
         labels=["business", "sport"],
     )
     return load_examples(task, split, decoder=False, **kwargs)
+
+
+def custom(**settings):
+    """A task as a file would give it."""
+    return Task(name="custom", version=1, metric="rouge", primary="rougeL", max_target_tokens=64, **settings)
 
 
 # --- the paper's texts ---
@@ -121,10 +127,11 @@ def test_other_formats():
         ('Review: a dull , airless " drama\nSentiment:', " negative"),
     ]
     assert load("boolq", "validation", "boolq.jsonl")["target"][:] == ["<extra_id_0> yes", "<extra_id_0> no"]
-    plain = task_from_templates(
-        files={"train": str(DATA / "topics.csv"), "validation": str(DATA / "topics.tsv")},
+    plain = custom(
+        source=Source(files={"train": str(DATA / "topics.csv"), "validation": str(DATA / "topics.tsv")}),
         input_template="{{ text }}\nTopic:",
         target_template=" {{ label }}",
+        label_field="label",
         labels={"business": "money", "sport": "sport"},
     )
     assert pairs(load_examples(plain, "train", decoder=True)) == [
@@ -196,7 +203,7 @@ def test_a_generation_test_split_without_targets_loads(tmp_path):
 
 
 def test_several_references_of_a_users_task():
-    task = task_from_templates(files={}, input_template="{{ q }}", target_template="{{ answer }}", answers="gold")
+    task = custom(input_template="{{ q }}", target_template="{{ answer }}", answers="gold")
     rows = render_rows(task, [{"q": "x", "gold": ["b", "a"]}], decoder=True, split="validation")
     assert rows[0]["target"] == "b"
     assert rows[0]["references"] == ["b", "a"]
@@ -213,7 +220,7 @@ def test_choices_and_postprocess():
     assert load_task("xsum").postprocess("no answer") == "no answer"
 
 
-@pytest.mark.parametrize("name", task_files.task_names())
+@pytest.mark.parametrize("name", built_in("tasks"))
 def test_built_in_tasks_serve_decoders_too(name):
     task = load_task(name)
     assert task.name == name
@@ -226,7 +233,7 @@ def test_built_in_tasks_serve_decoders_too(name):
 
 def test_all_tasks_are_there():
     expected = "bbc_headlines bbc_topics boolq cnn_dailymail mnli qqp record squad2 sst2 xsum"
-    assert task_files.task_names() == expected.split()
+    assert set(built_in("tasks")) >= set(expected.split())
     assert load_task("mnli").splits["validation_mismatched"] == "validation_mismatched"
 
 
@@ -237,9 +244,7 @@ def test_all_tasks_are_there():
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_the_cut_marks_exactly_the_field(before, text):
     (row,) = render_rows(
-        task_from_templates(
-            files={}, input_template="{{ q }}|{{ text }}\nTopic:", target_template="x", truncate="text", metric="rouge"
-        ),
+        custom(input_template="{{ q }}|{{ text }}\nTopic:", target_template="x", truncate="text"),
         [{"q": before, "text": text}],
         decoder=True,
     )
@@ -250,7 +255,7 @@ def test_the_cut_marks_exactly_the_field(before, text):
 
 @pytest.mark.parametrize("template", ["{{ text | trim }}", "{{ text }} {{ text }}", "{{ text[:3] }}"])
 def test_a_field_that_cannot_be_cut_is_refused(template):
-    task = task_from_templates(files={}, input_template=template, target_template="x", truncate="text")
+    task = custom(input_template=template, target_template="x", truncate="text")
     with pytest.raises(ConfigError, match="truncate='text'"):
         render_rows(task, [{"text": " some text"}], decoder=True)
 

@@ -10,7 +10,7 @@ from fast_prompt_tuning.data import patterns, templates
 from fast_prompt_tuning.data.patterns import substitute
 from fast_prompt_tuning.data.readers import load_examples, render_rows
 from fast_prompt_tuning.data.task_files import task_from_templates
-from fast_prompt_tuning.data.tasks import Replace
+from fast_prompt_tuning.data.tasks import Replace, Source, Task
 from fast_prompt_tuning.data.templates import compiled, render
 from fast_prompt_tuning.errors import ConfigError, DataError
 
@@ -73,8 +73,16 @@ def test_a_condition_on_a_field_that_rows_lack(tmp_path):
     table = tmp_path / "rows.csv"
     table.write_text("title,text\nT,a\n,b\n")
     files = {"train": str(file), "test": str(table)}
-    task = task_from_templates(
-        files=files, input_template=template, target_template="x", truncate="text", metric="rouge"
+    task = Task(
+        name="custom",
+        version=1,
+        source=Source(files=files),
+        input_template=template,
+        target_template="x",
+        truncate="text",
+        metric="rouge",
+        primary="rougeL",
+        max_target_tokens=64,
     )
     found = load_examples(task, "train", decoder=True)
     assert found["input"][:] == ["T: a", "b", "c", "d"]
@@ -127,7 +135,7 @@ REFUSED = {
 def test_what_is_no_part_of_the_language_is_refused_when_a_task_is_loaded(template):
     start = time.process_time()
     with pytest.raises(ConfigError, match="template"):
-        task_from_templates(files={}, input_template=template, target_template="x", metric="rouge")
+        task_from_templates(files={}, input_template=template, target_template="x")
     assert time.process_time() - start < 2
 
 
@@ -186,7 +194,7 @@ def test_deep_data_is_a_bad_row_where_it_is_shown():
 
 
 def test_a_text_of_all_private_characters_is_a_bad_row():
-    task = task_from_templates(files={}, input_template="{{ text }}", target_template="x", metric="rouge")
+    task = task_from_templates(files={}, input_template="{{ text }}", target_template="x")
     with pytest.raises(DataError, match="private use"):
         render_rows(task, [{"text": "".join(map(chr, range(0xE000, 0xF900)))}], decoder=True)
 

@@ -197,7 +197,7 @@ def test_a_family_that_is_not_registered_has_its_loss(monkeypatch):
     family = BY_NAME["llama"]
     model, batch = family.peft().double(), family.batch()
     usual = label_loss(model, batch)
-    monkeypatch.setattr(families, "_REGISTRY", {})
+    monkeypatch.setattr(families, "REGISTRY", {})
     torch.testing.assert_close(label_loss(model, batch), usual, **EXACT)
 
 

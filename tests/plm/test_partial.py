@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -339,8 +340,10 @@ def test_unknown_family_says_how_to_register_one_and_registering_works():
     mamba = MambaForCausalLM(
         MambaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=2, state_size=4, pad_token_id=0)
     )
-    with pytest.raises(UnknownFamilyError, match=r"model_type='mamba'.*families\.register"):
+    with pytest.raises(UnknownFamilyError, match=r"model_type='mamba'.*register\(Family") as error:
         PartialPLM(mamba)
+    code = re.search(r"from \S+ import [\w, ]+", str(error.value))
+    exec(code[0], {})  # the message names what is there
 
     class OddConfig(LlamaConfig):
         model_type = "odd_llama"
@@ -367,7 +370,12 @@ def test_unknown_family_says_how_to_register_one_and_registering_works():
     try:
         PartialPLM(odd, keep_neurons="first").resize(Stage(3, 10))
     finally:
-        families._REGISTRY.pop("odd_llama")
+        families.REGISTRY.pop("odd_llama")
+
+
+def test_every_family_has_its_row_of_settings():
+    built_in = {model_type for family in families._BUILT_IN for model_type in (family.name, *family.peers)}
+    assert built_in == {settings.config().model_type for settings in BY_NAME.values()}
 
 
 def test_sizes_outside_the_model_are_refused_and_change_nothing():

@@ -88,3 +88,12 @@ def test_a_forged_note_of_a_prompt_after_the_text_is_refused(tmp_path, name, val
     with pytest.raises(ConfigError, match=r"soft_prompt\.json") as caught:
         load_prompt(tmp_path)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["format", "placement", "base_model", "model_fingerprint"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_note_that_lacks_a_part_is_refused(tmp_path, name, version):
+    note = forged_prompt(tmp_path, torch.ones(3, 4), prefix=False)
+    note.write_text(json.dumps({k: v for k, v in {**NOTED, "format": version}.items() if k != name}))
+    with pytest.raises(ConfigError, match=r"soft_prompt\.json"):
+        place_of(tmp_path)

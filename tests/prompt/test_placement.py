@@ -381,7 +381,7 @@ def test_attention_to_the_text_is_ours_where_it_can_be(attention, monkeypatch):
 def test_an_architecture_without_attention_functions_is_exact_too(monkeypatch):
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    monkeypatch.setattr(families, "_REGISTRY", dict(families._REGISTRY))
+    monkeypatch.setattr(families, "REGISTRY", dict(families.REGISTRY))
     stack = families.StackSpec(
         layers="h",
         ffn_in=(("mlp.c_fc",),),

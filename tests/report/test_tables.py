@@ -10,7 +10,8 @@ from toy import FULL, result
 
 from fast_prompt_tuning.cli import progress
 from fast_prompt_tuning.errors import DataError
-from fast_prompt_tuning.report.pictures import draw_quality
+from fast_prompt_tuning.report.figures import save
+from fast_prompt_tuning.report.pictures import quality
 from fast_prompt_tuning.report.tables import comparison_table, table_rows
 from fast_prompt_tuning.run.results import load_result, save_result
 from fast_prompt_tuning.schedule.stages import Schedule
@@ -77,7 +78,7 @@ def test_table():
 @pytest.mark.parametrize("against", ["flops", "seconds"])
 def test_picture(tmp_path, name, starts, against):
     runs = [result("zero-shot", "none", 0.0, 0.0, curve=False), result(), result("fpt", "cr", 1e12, 60.0)]
-    path = draw_quality(runs, tmp_path / name, against=against)
+    path = save(quality(runs, against), tmp_path / name)
     content = path.read_bytes()
     assert content.startswith(starts)
     assert len(content) > 5000
@@ -86,8 +87,8 @@ def test_picture(tmp_path, name, starts, against):
 def test_picture_of_many_runs_of_one_point_and_of_none(tmp_path):
     one = [p for p in result().curve if p.step == 10]
     many = [result(f"run {i}", "cr", curve=True) for i in range(9)]
-    draw_quality([*many, result("one", "cr").model_copy(update={"curve": one})], tmp_path / "many.png")
-    draw_quality([result("zero-shot", "none", 0.0, 0.0, curve=False)], tmp_path / "none.png")
+    save(quality([*many, result("one", "cr").model_copy(update={"curve": one})]), tmp_path / "many.png")
+    save(quality([result("zero-shot", "none", 0.0, 0.0, curve=False)]), tmp_path / "none.png")
     assert (tmp_path / "none.png").stat().st_size > 5000
 
 

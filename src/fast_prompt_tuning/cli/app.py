@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import FptError, TrainingStopped
 from ..train.launcher import end_with_launcher
 from . import catalog, evaluate, plan, predict, report, reproduce, share, signals, study, train
-from .console import Debug, Json, Quiet, command, note, plain, state
+from .console import Debug, Json, Quiet, command, remember, state
 
 EXIT_STOPPED, EXIT_INPUT, EXIT_BUG = 1, 2, 70
 
@@ -47,7 +48,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    note(debug=debug, quiet=quiet, as_json=as_json)
+    remember(debug=debug, quiet=quiet, as_json=as_json)
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
@@ -63,7 +64,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "reproduce": (reproduce.reproduce, "fpt reproduce table2"),
     "compare": (report.compare, "fpt compare runs/plain runs/mine"),
     "report": (report.report, "fpt report runs/plain runs/mine -o report.html --pictures svg"),
-    "score": (study.score, "fpt score -c bbc_topics_smollm2 --output scores.safetensors"),
+    "score": (study.score, "fpt score -c bbc_topics_smollm2 --signal"),
     "similarity": (study.similarity, "fpt similarity runs/mine runs/other --picture similarity.svg"),
 }
 """The commands, in the order of `fpt --help`; and what to type, at the end of each one's help."""
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             code = app(args=arguments, standalone_mode=False) or 0
         except BaseException as error:
-            code = _said(error, received)
+            code = _report_end(error, received)
     if os.environ.get("WORLD_SIZE", "1") != "1" and "torch" in sys.modules and not received:
         from ..train import parallel
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _said(error: BaseException, received: list[int]) -> int:
+def _report_end(error: BaseException, received: list[int]) -> int:
     """Say on standard error how a command ended, where there is something to say; the exit code.
 
     Raises:
@@ -106,15 +107,15 @@ def _said(error: BaseException, received: list[int]) -> int:
     usage = getattr(error, "format_message", None)  # click's usage errors
     if not isinstance(error, Exception) or (state["debug"] and usage is None):
         raise error
-    said, code, hint = plain(" ".join(str(usage() if usage else error).split("\n"))), EXIT_INPUT, ""
+    message, code, hint = escape(" ".join(str(usage() if usage else error).split("\n"))), EXIT_INPUT, ""
     if isinstance(error, TrainingStopped):
         code = EXIT_STOPPED
     elif usage is None and not isinstance(error, FptError):
-        said, code = f"{type(error).__name__}: {said}", EXIT_BUG
+        message, code = f"{type(error).__name__}: {message}", EXIT_BUG
         hint = " (a bug, or a machine's trouble: fpt --debug … shows where)"
     rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    mark = "[red]error:[/red]" if processes == "1" else f"[red]error:[/red] process {plain(rank)} of {processes}:"
-    errors.print(f"{mark} {said}{hint}", highlight=False, soft_wrap=True)
+    mark = "[red]error:[/red]" if processes == "1" else f"[red]error:[/red] process {escape(rank)} of {processes}:"
+    errors.print(f"{mark} {message}{hint}", highlight=False, soft_wrap=True)
     return code
 
 

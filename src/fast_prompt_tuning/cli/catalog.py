@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import emit, people, plain, quiet_libraries, wants_json
+from ..paths import built_in
+from .console import emit, people, quiet_libraries, wants_json
 
 
 def ls(
     what: Annotated[str, typer.Argument(help="recipes, tasks, families or methods; default all.")] = "all",
 ) -> None:
     """List what is built in: recipes, tasks, model families, methods. Next: `fpt show task NAME`, `fpt plan`."""
-    from .. import recipe as config
     from ..plm import families
 
     kinds: dict[str, Any] = {
-        "recipes": lambda: {n: _first_comment(n) for n in config.recipe_names()},
-        "tasks": lambda: _task_lines(),
-        "families": lambda: {n: " + ".join(families._REGISTRY[n].stacks) for n in families.names()},
+        "recipes": lambda: {name: _first_comment(path) for name, path in built_in("recipes").items()},
+        "tasks": _task_lines,
+        "families": lambda: {name: " + ".join(families.REGISTRY[name].stacks) for name in families.names()},
         "methods": lambda: dict(METHOD_TEXTS),
     }
     if what != "all" and what not in kinds:
         raise ConfigError(f"what={what!r} is unknown; choose one of {', '.join(kinds)}")
-    found = {k: v() for k, v in kinds.items() if what in ("all", k)}
+    listed = {kind: entries() for kind, entries in kinds.items() if what in ("all", kind)}
     if wants_json():
-        emit(found)
+        emit(listed)
         return
-    for kind, entries in found.items():
+    for kind, entries in listed.items():
         table = Table(title=kind, title_justify="left", show_header=False, box=None)
         for name, text in entries.items():
-            table.add_row(f"[bold]{plain(name)}[/bold]", plain(text))
+            table.add_row(f"[bold]{escape(name)}[/bold]", escape(text))
         people().print(table)
 
 
@@ -49,18 +51,16 @@ METHOD_TEXTS = {
 }
 
 
-def _first_comment(recipe: str) -> str:
-    from importlib import resources
-
-    text = (resources.files("fast_prompt_tuning") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+def _first_comment(recipe: Path) -> str:
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
     return comment.split(". ")[0].rstrip(".") + "."
 
 
 def _task_lines() -> dict[str, str]:
-    from ..data import task_files
+    from ..data.task_files import load_task
 
-    return {name: task_files.load_task(name).description for name in task_files.task_names()}
+    return {name: load_task(name).description for name in built_in("tasks")}
 
 
 def show(
@@ -83,11 +83,11 @@ def show(
         return
     if what != "task":
         raise ConfigError(f"WHAT={what!r} is unknown; choose task or recipe")
-    from ..data import task_files
     from ..data.readers import load_examples
+    from ..data.task_files import load_task
 
     quiet_libraries()
-    task = task_files.load_task(name)
+    task = load_task(name)
     tokenizer, decoder = None, task.decoder is not None
     if model is not None:
         from transformers import AutoConfig
@@ -107,22 +107,22 @@ def show(
     console = people()
     for row in shown:
         console.rule(f"{task.name} {split} {row['id']}", align="left")
-        console.print(f"[bold]input[/bold]   {plain(_shortened(row['input']))}", highlight=False)
-        console.print(f"[bold]target[/bold]  {plain(repr(row['target']))}", highlight=False)
+        console.print(f"[bold]input[/bold]   {escape(_shortened(row['input']))}", highlight=False)
+        console.print(f"[bold]target[/bold]  {escape(repr(row['target']))}", highlight=False)
         gold = json.dumps(row["references"], ensure_ascii=False)
-        console.print(f"[bold]gold[/bold]    {plain(gold)}", highlight=False)
+        console.print(f"[bold]gold[/bold]    {escape(gold)}", highlight=False)
     table = Table(title=f"lengths of {len(rows)} examples", title_justify="left", header_style="bold")
     for column in ("", *lengths["input"]):
         table.add_column(column, justify="right" if column else "left")
-    for field, found in lengths.items():
-        table.add_row(f"{field} ({unit})", *map(str, found.values()))
+    for field, percentiles in lengths.items():
+        table.add_row(f"{field} ({unit})", *map(str, percentiles.values()))
     console.print(table)
 
 
 def _percentiles(lengths: list[int]) -> dict[str, int]:
     ordered = sorted(lengths)
-    found = {f"{p}%": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (5, 25, 50, 75, 95)}
-    return {**found, "longest": ordered[-1]}
+    percentiles = {f"{p}%": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (5, 25, 50, 75, 95)}
+    return {**percentiles, "longest": ordered[-1]}
 
 
 def _shortened(text: str, head: int = 400, tail: int = 200) -> str:

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from ..errors import ConfigError
 
@@ -33,27 +32,27 @@ Json = Annotated[
 ]
 
 
-def note(debug: Debug = False, quiet: Quiet = False, as_json: Json = False) -> None:
+def remember(debug: Debug = False, quiet: Quiet = False, as_json: Json = False) -> None:
     """Remember the options that every command has; each may stand before the command, or anywhere behind it."""
-    for name, given in (("debug", debug), ("quiet", quiet), ("json", as_json)):
-        state[name] |= given
+    for name, is_set in (("debug", debug), ("quiet", quiet), ("json", as_json)):
+        state[name] |= is_set
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` as a command that also takes the options of `note`."""
-    own, shared = (inspect.signature(f, eval_str=True).parameters for f in (function, note))
+    """`function` as a command that also takes the options of `remember`."""
+    special, shared = (inspect.signature(f, eval_str=True).parameters for f in (function, remember))
 
     @functools.wraps(function)
-    def run(**given: Any) -> None:
-        note(**{name: given.pop(name) for name in shared})
+    def run(**options: Any) -> None:
+        remember(**{name: options.pop(name) for name in shared})
         logging.basicConfig(
             level=logging.DEBUG if state["debug"] else logging.WARNING, format="%(levelname)s %(message)s"
         )
         if not state["debug"]:
             warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
-        function(**given)
+        function(**options)
 
-    run.__signature__ = inspect.Signature([*own.values(), *shared.values()])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*special.values(), *shared.values()])  # type: ignore[attr-defined]
     return run
 
 
@@ -86,6 +85,11 @@ def people() -> Console:
     return Console(quiet=state["quiet"] and wants_json(), stderr=wants_json())
 
 
+def say(text: str) -> None:
+    """A line for people: one of a file that was made, say. It is shown as it is; its brackets are no markup."""
+    people().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _finite(value: Any) -> Any:
     """A JSON value with null in place of the numbers that JSON lacks."""
     if isinstance(value, Mapping):
@@ -100,12 +104,14 @@ def emit(value: Any) -> None:
     sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_output(path: Path) -> None:
-    """Raise, before any work, where a file cannot be made.
+def check_output(path: Path | None) -> None:
+    """Raise, before any work, where a file that is asked for cannot be made.
 
     Raises:
         ConfigError: it exists already, or its folder is none or may not be written.
     """
+    if path is None:
+        return
     if path.exists():
         raise ConfigError(f"{str(path)!r} exists already; choose another name")
     folder = next(p for p in path.absolute().parents if p.exists())
@@ -113,6 +119,12 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"{str(path)!r} cannot be written: {str(folder)!r} is no folder that may be written")
 
 
-def plain(text: str) -> str:
-    """A text as it is, for `rich`: its brackets are no markup."""
-    return escape(text)
+def check_picture(path: Path | None) -> None:
+    """As `check_output`, of a picture.
+
+    Raises:
+        ConfigError: as `check_output`, or its name says no format of ours.
+    """
+    check_output(path)
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--picture {str(path)!r} must end in .png or .svg")

@@ -3,63 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import TrainerCallback
 
-from ..cost.flops import step_flops
-from ..cost.shapes import BatchShape
 from ..errors import ConfigError
 from ..files import write_atomic
 from ..recipe import RunConfig, load, override
+from ..report.figures import save
 from ..report.page import find_runs, render
-from ..report.pictures import draw_quality
+from ..report.pictures import quality
 from ..report.tables import comparison_table, table_rows
 from ..run import run
 from ..run.folder import Earlier, check_folder
 from ..run.results import RunResult, save_result
-from ..run.session import Session, open_session
-from ..schedule.auto import AutoSchedule
-from ..schedule.stages import Schedule, Stage
-from .progress import ProgressReporter
+from ..run.session import open_session
+from .progress import reporting
 
 RECIPE = "bbc_topics_smollm2"
-
-
-@contextmanager
-def reporting(
-    console: Console, title: str, session: Session
-) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule | AutoSchedule, Any], None]]]:
-    """Callbacks and a hook for `run.train`: the hook puts a progress reporter for the run's schedule among them.
-
-    However the run ends, the terminal is as it was.
-    """
-    callbacks: list[TrainerCallback] = []
-
-    def hook(schedule: Schedule | AutoSchedule, full: Any) -> None:
-        data = session.config.data
-        shape = BatchShape(
-            batch=session.config.train.batch_size,
-            input_tokens=data.max_input_tokens,
-            prompt_tokens=session.config.prompt.tokens,
-            target_tokens=min(session.max_target_tokens, 16),
-        )
-        whole = step_flops(session.cost, None, shape)
-
-        def relative(stage: Stage) -> float:
-            return step_flops(session.cost, stage, shape) / whole
-
-        callbacks.append(reporter := ProgressReporter(console, title, schedule, full, relative))
-        held.callback(reporter.close)
-
-    with ExitStack() as held:
-        yield callbacks, hook
 
 
 def demo(
@@ -88,29 +53,21 @@ def demo(
     if there and not overwrite:
         raise ConfigError(f"output={output!r} holds a {there[0]} already; add --overwrite or choose another --output")
     configs: dict[str, RunConfig] = {
-        name: load(
-            RECIPE,
-            [
-                *overrides,
-                f"method={m}",
-                override("output", str(folder / name)),
-                f"name={label}",
-            ],
-        )
+        name: load(RECIPE, [*overrides, f"method={m}", override("output", str(folder / name)), f"name={label}"])
         for name, m, label in (("plain", "pt", "plain PT"), ("fpt", method, f"FPT-{method.upper()}"))
     }
-    plain = configs["plain"]
+    baseline = configs["plain"]
     for config in configs.values():
         check_folder(config, Earlier.OVERWRITE if overwrite else Earlier.REFUSE)
-    subject = escape(f"{plain.model.path} on {plain.data.task}")
+    subject = escape(f"{baseline.model.path} on {baseline.data.task}")
     console.print(f"[bold]Fast Prompt Tuning[/bold]: {subject}", highlight=False)
     console.print("loading the model and the articles …")
-    session = open_session(plain, ("train", "validation", "test"))
+    session = open_session(baseline, ("train", "validation", "test"))
     train, validation, test = (len(session.encoded[split]) for split in ("train", "validation", "test"))
     console.print(
         f"  {session.plm.config.num_hidden_layers} layers, {session.plm.num_parameters() / 1e6:.0f}M frozen weights "
         f"({str(session.plm.dtype).removeprefix('torch.')}); {train} training articles, "
-        f"{validation} for validation, {test} for the final test, cut to {plain.data.max_input_tokens} tokens",
+        f"{validation} for validation, {test} for the final test, cut to {baseline.data.max_input_tokens} tokens",
         highlight=False,
     )
     console.print("[bold]zero-shot[/bold] …")
@@ -119,13 +76,13 @@ def demo(
     for config in configs.values():
         console.print(f"[bold]{escape(str(config.name))}[/bold], {config.train.steps} steps", highlight=False)
         with reporting(console, str(config.name), session) as (callbacks, hook):
-            found = run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook)
-        results.append(found)
-        if results[-1].status != "finished":
+            result = run.train(config, overwrite=overwrite, callbacks=callbacks, session=session, on_schedule=hook)
+        results.append(result)
+        if result.status != "finished":
             break
     answers.print()
     answers.print(comparison_table(results, f"On the full model, {test} test articles no run has seen"))
-    picture = draw_quality(results, folder / "quality.png")
+    picture = save(quality(results), folder / "quality.png")
     _show_predictions(console, Path(results[-1].config["output"]) / "predictions.jsonl")
     record = {
         "recipe": RECIPE,
@@ -141,11 +98,13 @@ def demo(
     save_result(results[0], folder / "zero-shot")
     runs = find_runs([folder / "zero-shot", *(Path(r.config["output"]) for r in results[1:])])
     write_atomic(folder / "report.html", render(runs))
-    console.print(f"report    {escape(str(folder / 'report.html'))}", highlight=False, soft_wrap=True)
-    console.print(f"picture   {escape(str(picture))}", highlight=False, soft_wrap=True)
-    console.print(f"result    {escape(str(folder / 'result.json'))}", highlight=False, soft_wrap=True)
-    saved = f"prompt    {results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)"
-    console.print(escape(saved), highlight=False, soft_wrap=True)
+    for what, where in (
+        ("report    ", folder / "report.html"),
+        ("picture   ", picture),
+        ("result    ", folder / "result.json"),
+        ("prompt    ", f"{results[-1].prompt_folder}  (PeftModel.from_pretrained(model, folder) loads it)"),
+    ):
+        console.print(f"{what}{where}", markup=False, highlight=False, soft_wrap=True)
     return record
 
 

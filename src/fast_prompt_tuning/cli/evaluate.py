@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import Sets, check_output, emit, people, plain, quiet_libraries, wants_json
+from .console import Sets, check_output, emit, people, quiet_libraries, say, wants_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ def evaluate(
 
     settings = settings_of(runs[0], sets)
     for path in (output, submission):
-        if path is not None:
-            check_output(path)
+        check_output(path)
     if (output or submission) and len(runs) > 1:
         raise ConfigError("--output and --submission are for one prompt; give one RUN")
     if submission and (output or zero_shot or partial):
@@ -67,52 +67,53 @@ def evaluate(
         placed[str(folder)] = place_of(folder)
     if ensemble:
         if len(set(placed.values())) > 1:
-            raise ConfigError("--ensemble needs prompts that stand in one place (prefix, suffix or infix)")
+            several = ", ".join(sorted(set(placed.values())))
+            raise ConfigError(f"--ensemble needs prompts that stand in one place; these stand in several: {several}")
         placed[f"ensemble ({ensemble})"] = placed[str(runs[0])]
         prompts[f"ensemble ({ensemble})"] = stack_prompts([p for p in prompts.values() if p is not None])
     if submission is not None:
         check_submission(task_of(settings))
     session = open_session(settings, (split,))
     for folder in runs:
-        _say_if_of_another_model(folder, session)
+        _warn_if_of_another_model(folder, session)
     if submission is not None:
         write_submission(session, session.prompted(prompts[str(runs[0])]), split, submission)
-        people().print(f"{plain(str(submission))} written", highlight=False)
+        say(f"{submission} written")
         if wants_json():
             emit({"split": split, "submission": str(submission)})
         return
-    at = partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
+    at_size = partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
     records = {}
     table = Table(header_style="bold")
     for column in ("prompt", "metric", "value %", "95% interval", "examples"):
         table.add_column(column)
-    with at:
+    with at_size:
         for name, prompt in prompts.items():
             prompted = session.prompted(prompt, placed.get(name))
-            found = score(session, prompted, split, voting=ensemble or "probabilities")
+            scored = score(session, prompted, split, voting=ensemble or "probabilities")
             records[name] = {
-                "metrics": found.result.values,
-                "intervals": found.result.intervals,
-                "examples": found.result.n,
-                "seconds": found.seconds,
-                "flops": found.flops,
+                "metrics": scored.result.values,
+                "intervals": scored.result.intervals,
+                "examples": scored.result.n,
+                "seconds": scored.seconds,
+                "flops": scored.flops,
             }
-            for metric, value in found.result.values.items():
-                low, high = found.result.intervals[metric]
-                table.add_row(plain(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(found.result.n))
+            for metric, value in scored.result.values.items():
+                low, high = scored.result.intervals[metric]
+                table.add_row(escape(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(scored.result.n))
             if output is not None and name == str(runs[0]):
-                write_predictions(output, session.examples[split], found)
+                write_predictions(output, session.examples[split], scored)
     people().print(table)
     if wants_json():
         emit({"split": split, "partial": partial, "results": records})
 
 
-def _say_if_of_another_model(folder: Path, session: Any) -> None:
+def _warn_if_of_another_model(folder: Path, session: Any) -> None:
     from ..plm import fingerprint
-    from ..run.results import load_result
+    from .run_folder import weights_of
 
-    if not (folder / "result.json").is_file() or session.config.method == "full":
+    tuned_on = weights_of(folder)
+    if tuned_on is None or session.config.method == "full":
         return
-    tuned_on = load_result(folder).fingerprints.get("model")
     if wrong := fingerprint.mismatch(tuned_on, fingerprint.of_model(session.plm)):
         logger.warning("%s was tuned on another model than %s: %s", folder, session.config.model.path, wrong)

@@ -1,4 +1,4 @@
-"""The commands about cost: `fpt plan` and `fpt reproduce`."""
+"""The command that says what a run will cost: `fpt plan`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
+from ..placements import PLACEMENTS
 from ..schedule.auto import AutoSchedule, best_case
 from ..schedule.stages import Stage
 from .console import Sets, emit, people, quiet_libraries, wants_json
@@ -65,10 +66,10 @@ def plan(
         ),
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help="prefix; suffix: the prompt after the text; infix: within it; default prefix.")
+        str | None, typer.Option(help=f"Where the prompt stands: {', '.join(PLACEMENTS)}; default prefix.")
     ] = None,
-    after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after an infix prompt.")] = 0,
-    examples: Annotated[int, typer.Option(help="Training examples, whose texts suffix and infix keep.")] = 1000,
+    after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after a prompt within the text.")] = 0,
+    examples: Annotated[int, typer.Option(help="Training examples, whose texts may be kept.")] = 1000,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr,auto.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
@@ -76,7 +77,7 @@ def plan(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """What a run will cost, before it is run: FLOPs, memory, seconds. Next: `fpt train`."""
-    given = {k: v for k, v in locals().items() if k in OPTIONS and v is not None}
+    options = {k: v for k, v in locals().items() if k in OPTIONS and v is not None}
     from ..cost import plan as plans
     from ..cost import timing
     from ..cost.flops import CONVENTIONS
@@ -87,15 +88,20 @@ def plan(
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    recipe = _recipe(config, given, stages, sets)
+    recipe = _recipe(config, options, stages, sets)
     placement, input_tokens, method = recipe.prompt.placement, recipe.data.max_input_tokens, recipe.method
-    if (placement == "infix") != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
+    placed = None
+    if placement != "prefix":  # the classes need PyTorch
+        from ..prompt.prompted import placement_named
+
+        placed = placement_named(placement)
+    needs_tail = placed is not None and placed.needs_tail
+    if needs_tail != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
         raise ConfigError(
-            f"--after-tokens {after_tokens} with --placement {placement}: tokens after an infix prompt, and of no "
-            f"other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
+            f"--after-tokens {after_tokens} with --placement {placement}: tokens after a prompt within the text, and "
+            f"of no other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
         )
-    kept = placement != "prefix"
-    if kept and measure:
+    if placed and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
     if method == "full":
         raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
@@ -107,10 +113,6 @@ def plan(
         name = locate(name)
     model_config = configs.load_config(name)
     full = configs.full_stage(model_config)
-    if placement == "infix" and len(full.stacks) > 1:
-        raise ConfigError(
-            "--placement infix is for decoder-only models: an encoder reads its text as a whole; use suffix"
-        )
     target, task_stacks = _of_task(recipe)
     asked = BatchShape(
         batch=recipe.train.batch_size,
@@ -118,7 +120,9 @@ def plan(
         prompt_tokens=recipe.prompt.tokens,
         target_tokens=target,
     )
-    shape = asked.apart(tail=after_tokens) if kept else asked
+    if placed:
+        placed.positions(decoder=len(full.stacks) == 1)  # raises where no prompt can stand
+    shape = placed.expected(asked, tail=after_tokens) if placed else asked
     dtype = dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16")
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {
@@ -126,28 +130,29 @@ def plan(
         "dtype_bytes": bytes_each,
         "accumulate": recipe.train.accumulate,
     }
-    out = people()
     if compare is not None:
         methods = [m.strip() for m in compare.split(",") if m.strip()]
-        if stages or measure or kept:
+        if stages or measure or placed:
             raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
-        chosen = tuple(recipe.stacks or (s for s in full.stacks if s in task_stacks)) or None
-        found = plans.compare(model_config, methods, shape, total_steps=recipe.train.steps, stacks=chosen, **common)
+        stacks_cut = tuple(recipe.stacks or (s for s in full.stacks if s in task_stacks)) or None
+        by_method = plans.compare(
+            model_config, methods, shape, total_steps=recipe.train.steps, stacks=stacks_cut, **common
+        )
         if wants_json():
-            emit({name: p.to_dict() for name, p in found.items()})
-            return
-        out.print(_comparison(found))
+            emit({name: each.to_dict() for name, each in by_method.items()})
+        else:
+            people().print(_comparison(by_method))
         return
     schedule = recipe.schedule(full, task_stacks)
     if isinstance(schedule, AutoSchedule):
         schedule = best_case(schedule.ladder, recipe.train.steps)
-    made = plans.make_plan(model_config, schedule, shape, **common)
+    run_plan = plans.make_plan(model_config, schedule, shape, **common)
     if measure:
-        made = made.with_timing(timing.measure_stages(model_config, schedule, shape, dtype=dtype))
+        run_plan = run_plan.with_timing(timing.measure_stages(model_config, schedule, shape, dtype=dtype))
     texts: dict[str, Any] = {}
-    if kept:
+    if placed and placed.keeps_texts:
         cost = CostModel.from_config(model_config)
         shapes = {"text_cache": shape}
         if len(full.stacks) > 1:
@@ -155,58 +160,58 @@ def plan(
         for name, each in shapes.items():
             texts[name] = plans.plan_texts(cost, schedule, each, examples=examples, dtype_bytes=bytes_each)
     if wants_json():
-        emit({**made.to_dict(), **{name: asdict(found) for name, found in texts.items()}})
+        emit({**run_plan.to_dict(), **{name: asdict(each) for name, each in texts.items()}})
         return
-    out.print(_stage_table(made, full, asked))
-    where = "after" if placement == "suffix" else "within"
+    out = people()
+    out.print(_stage_table(run_plan, full, asked))
     for name, each in texts.items():
         if name != "text_cache":
             out.print("\nwith cache.cross_attention: true")
-        out.print(_text_lines(each, examples, where), highlight=False)
+        out.print(_text_lines(each, examples, placement), highlight=False)
 
 
-def _recipe(config: str | None, given: dict[str, Any], stages: str | None, sets: list[str]) -> RunConfig:
+def _recipe(config: str | None, options: dict[str, Any], stages: str | None, sets: list[str]) -> RunConfig:
     """The recipe to plan: one that is given, or the least there is, with the options of the line in it."""
     from ..recipe import load, override
 
-    if config is None and "model" not in given:
+    if config is None and "model" not in options:
         raise ConfigError("there is nothing to plan; give --model, or a recipe with --config")
     source: Any = config or {
-        "model": {"path": given["model"]},
+        "model": {"path": options["model"]},
         "data": {"task": NO_TASK},
         "train": {"steps": 30_000},
         "output": "plan",
     }
-    if "stacks" in given:
-        given["stacks"] = [part.strip() for part in given["stacks"].split(",") if part.strip()]
-    chosen = [override(OPTIONS[name], value) for name, value in given.items()]
-    if "task" in given:  # it takes the place of a recipe's templates
-        chosen += [override(f"data.{name}", None) for name in ("input_template", "target_template", "labels")]
+    if "stacks" in options:
+        options["stacks"] = [part.strip() for part in options["stacks"].split(",") if part.strip()]
+    overrides = [override(OPTIONS[name], value) for name, value in options.items()]
+    if "task" in options:  # it takes the place of a recipe's templates
+        overrides += [override(f"data.{name}", None) for name in ("input_template", "target_template", "labels")]
     if stages is not None:
-        own = _parse_stages(stages)
-        total = sum(stage["steps"] for stage in own)
-        chosen += [override("stages", own), override("train.steps", total), "method=cr"]
-    elif "method" in given:
-        chosen.append("stages=null")  # a recipe's own are another method's
-    return load(source, [*sets, *chosen])
+        parsed = _parse_stages(stages)
+        total = sum(stage["steps"] for stage in parsed)
+        overrides += [override("stages", parsed), override("train.steps", total), "method=cr"]
+    elif "method" in options:
+        overrides.append("stages=null")  # a recipe's own are another method's
+    return load(source, [*sets, *overrides])
 
 
 def _of_task(recipe: RunConfig) -> tuple[int, tuple[str, ...]]:
     """Target tokens and the stacks to cut, as a recipe's task has them."""
-    target = recipe.data.max_target_tokens
-    if recipe.data.task in (None, NO_TASK):
-        return (10 if recipe.data.task == NO_TASK else 64) if target is None else target, ()
-    from ..data.task_files import load_task
+    target, stacks = 10 if recipe.data.task == NO_TASK else 64, list[str]()
+    if recipe.data.task not in (None, NO_TASK):
+        from ..data.task_files import load_task
 
-    found = load_task(str(recipe.data.task))
-    return found.max_target_tokens if target is None else target, tuple(found.stacks)
+        task = load_task(str(recipe.data.task))
+        target, stacks = task.max_target_tokens, [*task.stacks]
+    return recipe.data.max_target_tokens or target, tuple(stacks)
 
 
-def _text_lines(texts: Any, examples: int, where: str) -> str:
+def _text_lines(texts: Any, examples: int, placement: str) -> str:
     from ..cost.units import human_flops
 
     return (
-        f"prompt {where} the text, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
+        f"placement {placement}, relative to a step with the prompt in front: {_percent(texts.warm)} with the texts "
         f"kept, {_percent(texts.cold)} without\n"
         f"texts kept: {texts.bytes_per_example / 2**20:.2f} MiB an example, {_bytes(texts.bytes)} for {examples:,} "
         f"(cache.budget_mib); running them once: {human_flops(texts.fill_flops)}, not in the table"
@@ -216,15 +221,15 @@ def _text_lines(texts: Any, examples: int, where: str) -> str:
 def _parse_stages(text: str) -> list[dict[str, Any]]:
     stages: list[dict[str, Any]] = []
     for part in text.split(","):
-        found = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+)(?:x(\d+))?)?:(\d+)", part.strip())
-        if found is None:
+        match = re.fullmatch(r"(\d+)x(\d+)(?:@(\d+)(?:x(\d+))?)?:(\d+)", part.strip())
+        if match is None:
             raise ConfigError(f"--stages {part!r} is not LAYERSxFFN[@BATCH[xTOKENS]]:STEPS, for example 8x384:100")
-        numbers = dict(zip(("layers", "ffn", "batch", "length", "steps"), found.groups(), strict=True))
+        numbers = dict(zip(("layers", "ffn", "batch", "length", "steps"), match.groups(), strict=True))
         stages.append({k: int(v) for k, v in numbers.items() if v is not None})
     return stages
 
 
-def _stage_table(made: Any, full: Any, shape: Any) -> Table:
+def _stage_table(plan: Any, full: Any, shape: Any) -> Table:
     from ..cost.units import flops_unit, human_flops, human_seconds
     from ..schedule.stages import size_text
 
@@ -236,13 +241,13 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    timed = made.seconds is not None
-    unit, prefix = flops_unit(max(s.flops_per_step for s in made.stages))
-    parts = [n for n in ("batch", "length") if any(getattr(s.stage, n) is not None for s in made.stages)]
+    timed = plan.seconds is not None
+    unit, prefix = flops_unit(max(s.flops_per_step for s in plan.stages))
+    parts = [n for n in ("batch", "length") if any(getattr(s.stage, n) is not None for s in plan.stages)]
     columns = ["stage", "layers", "width", *parts, "steps", f"{prefix}FLOPs/step", "of full", "memory"]
     for name in (*columns, *(("s/step", "time") if timed else ())):
         table.add_column(name, justify="left" if name == "stage" else "right")
-    for i, stage in enumerate(made.stages, start=1):
+    for i, stage in enumerate(plan.stages, start=1):
         cells = [
             f"{i} (full)" if stage.relative_flops == 1 else str(i),
             size_text(stage.stage.layers),
@@ -257,25 +262,25 @@ def _stage_table(made: Any, full: Any, shape: Any) -> Table:
             cells += [f"{stage.seconds_per_step:.3f}", human_seconds(stage.seconds)]
         table.add_row(*cells)
     table.add_section()
-    peak = max(s.weight_bytes + s.activation_bytes for s in made.stages)
-    totals = ["run", "", "", *("" for _ in parts), str(made.total_steps), human_flops(made.flops)]
-    totals += [_percent(made.relative_flops), _bytes(peak)]
+    peak = max(s.weight_bytes + s.activation_bytes for s in plan.stages)
+    totals = ["run", "", "", *("" for _ in parts), str(plan.total_steps), human_flops(plan.flops)]
+    totals += [_percent(plan.relative_flops), _bytes(peak)]
     if timed:
-        totals += [_percent(made.relative_seconds), human_seconds(made.seconds)]
+        totals += [_percent(plan.relative_seconds), human_seconds(plan.seconds)]
     table.add_row(*totals)
     return table
 
 
-def _comparison(found: dict[str, Any]) -> Table:
+def _comparison(by_method: dict[str, Any]) -> Table:
     from ..cost.units import human_flops
 
     table = Table(title="Methods side by side, same steps and batches", title_justify="left", header_style="bold")
     for name in ("method", "stages (layers × width @ batch : steps)", "FLOPs", "of plain", "peak memory"):
         table.add_column(name, justify="left" if name[0] in "ms" else "right")
-    for name, made in found.items():
-        stages = "  ".join(_stage_text(s.stage) for s in made.stages)
-        memory = max(s.weight_bytes + s.activation_bytes for s in made.stages)
-        table.add_row(name, stages, human_flops(made.flops), _percent(made.relative_flops), _bytes(memory))
+    for name, plan in by_method.items():
+        stages = "  ".join(_stage_text(s.stage) for s in plan.stages)
+        memory = max(s.weight_bytes + s.activation_bytes for s in plan.stages)
+        table.add_row(name, stages, human_flops(plan.flops), _percent(plan.relative_flops), _bytes(memory))
     return table
 
 

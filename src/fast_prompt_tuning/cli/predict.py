@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,65 +40,48 @@ def predict(
     settings = settings_of(folder, sets)
     prompt = None if settings.method == "full" else load_prompt(folder)
     session = open_session(settings, ())
-    if texts:
-        lines = iter(texts)
-    elif file is not None:
-        lines = _file_lines(file)
-    else:
-        lines = _stdin_lines()
-    answered = 0
-    batch: list[str] = []
 
-    def answer(batch: list[str]) -> None:
+    def answer_batch(batch: list[str]) -> None:
         rows = [_fields(session.task, text, session.decoder) for text in batch]
         encoded = encode_for(session, render_rows(session.task, rows, decoder=session.decoder))
-        found, answers, _ = answers_to(session, session.prompted(prompt), encoded)
-        for text, prediction, said in zip(batch, found, answers, strict=True):
+        predictions, answers, _ = answers_to(session, session.prompted(prompt), encoded)
+        for text, prediction, answer in zip(batch, predictions, answers, strict=True):
             if wants_json():
-                record = {"input": text, "prediction": said, "score": prediction.score}
+                record = {"input": text, "prediction": answer, "score": prediction.score}
                 emit(record | ({"probabilities": shares} if (shares := prediction.probabilities) else {}))
             else:
-                sys.stdout.write(said + "\n")
+                sys.stdout.write(answer + "\n")
         sys.stdout.flush()
 
     # Typed at a terminal, every line is answered at once; piped in, in batches.
     size = 1 if sys.stdin.isatty() and not (texts or file) else settings.eval.batch_size
-    for line in lines:
-        if line.strip():
-            batch.append(line)
-        if len(batch) == size:
-            answer(batch)
-            answered, batch = answered + len(batch), []
-    if batch:
-        answer(batch)
-        answered += len(batch)
-    if not answered:
+    inputs = (line for line in texts or _lines(file) if line.strip())
+    batch = list(islice(inputs, size))
+    if not batch:
         raise DataError("there is no text to answer; give it as an argument, with --file, or on standard input")
+    while batch:
+        answer_batch(batch)
+        batch = list(islice(inputs, size))
 
 
-def _file_lines(file: Path) -> Iterator[str]:
+def _lines(file: Path | None) -> Iterator[str]:
+    """The lines of a file, or of standard input."""
     from ..data.formats import text_lines
 
     try:
-        with file.open("rb") as lines:
-            yield from text_lines(lines, str(file))
+        with file.open("rb") if file else nullcontext(sys.stdin.buffer) as lines:
+            yield from text_lines(lines, str(file or "standard input"))
     except OSError as error:
-        raise DataError(f"cannot be read: {error}", file=str(file)) from error
-
-
-def _stdin_lines() -> Iterator[str]:
-    from ..data.formats import text_lines
-
-    yield from text_lines(sys.stdin.buffer, "standard input")
+        raise DataError(f"cannot be read: {error}", file=str(file or "standard input")) from error
 
 
 def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:
     """The task's fields from one line: a JSON object, or the text of the one field a plain line can mean."""
     if text.lstrip().startswith("{"):
         try:
-            found = json.loads(text)
-            if isinstance(found, dict):
-                return found
+            row = json.loads(text)
+            if isinstance(row, dict):
+                return row
         except (ValueError, RecursionError):
             pass
     fields = sorted(task.input_fields(decoder=decoder))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
+from ..cost.flops import step_flops
+from ..cost.shapes import BatchShape
 from ..cost.units import human_seconds
+from ..run.session import Session
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
 
@@ -101,9 +105,8 @@ class ProgressReporter(TrainerCallback):
                 self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        shown = {k.removeprefix("eval_"): v for k, v in kwargs["metrics"].items() if k not in _SPEED}
-        name, value = next(iter(shown.items()))
-        self.metric = f"{name} {value:.1f}%"
+        name, value = next(iter(kwargs["metrics"].items()))
+        self.metric = f"{name.removeprefix('eval_')} {value:.1f}%"
         self.console.print(f"  step {state.global_step}: {self.metric} on the full model", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,4 +119,31 @@ class ProgressReporter(TrainerCallback):
             self.bar = None
 
 
-_SPEED = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
+@contextmanager
+def reporting(
+    console: Console, title: str, session: Session
+) -> Iterator[tuple[list[TrainerCallback], Callable[[Schedule | AutoSchedule, Any], None]]]:
+    """Callbacks and a hook for `run.train`: the hook puts a progress reporter for the run's schedule among them.
+
+    However the run ends, the terminal is as it was.
+    """
+    callbacks: list[TrainerCallback] = []
+
+    def hook(schedule: Schedule | AutoSchedule, full: Any) -> None:
+        data = session.config.data
+        shape = BatchShape(
+            batch=session.config.train.batch_size,
+            input_tokens=data.max_input_tokens,
+            prompt_tokens=session.config.prompt.tokens,
+            target_tokens=min(session.max_target_tokens, 16),
+        )
+        whole = step_flops(session.cost, None, shape)
+
+        def relative(stage: Stage) -> float:
+            return step_flops(session.cost, stage, shape) / whole
+
+        callbacks.append(reporter := ProgressReporter(console, title, schedule, full, relative))
+        at_end.callback(reporter.close)
+
+    with ExitStack() as at_end:
+        yield callbacks, hook

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ..errors import ConfigError
 from ..files import write_atomic
-from .console import emit, people, plain, wants_json
+from .console import emit, people, say, wants_json
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or a folder that holds them; plain PT first.")
@@ -17,9 +18,7 @@ Runs = Annotated[
 FORMATS = ("png", "svg")
 
 
-def compare(
-    folders: Runs,
-) -> None:
+def compare(folders: Runs) -> None:
     """Runs side by side: quality, FLOPs, time, Improve. Next: `fpt report RUN…`, `fpt eval RUN…`."""
     from ..report.page import find_runs
     from ..report.tables import average_rows, average_table, by_task, comparison_table, table_rows
@@ -32,7 +31,7 @@ def compare(
     out = people()
     for task, of_task in tasks.items():
         gains = any(row["improve"] is not None for row in table_rows(of_task))
-        out.print(comparison_table(of_task, plain(f"{task}, on the full model"), improve=gains))
+        out.print(comparison_table(of_task, escape(f"{task}, on the full model"), improve=gains))
     if len(tasks) > 1:
         out.print(average_table(results))
 
@@ -74,4 +73,4 @@ def report(
         emit({"page": str(output), "pictures": [str(p) for p in drawn], "runs": table_rows([r.result for r in runs])})
         return
     for path in (output, *drawn):
-        people().print(plain(str(path)), highlight=False, soft_wrap=True)
+        say(str(path))

@@ -41,9 +41,8 @@ def reproduce(
         raise ConfigError(f"--plm {plm!r} is unknown; choose large or xl")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    wanted = [c.strip() for c in columns.split(",") if c.strip()]
-    out = people()
-    if wanted == ["all"]:
+    column_names = [c.strip() for c in columns.split(",") if c.strip()]
+    if column_names == ["all"]:
         if model is None:
             raise ConfigError("--columns all trains T5 and needs its weights: give --model (a hub id or a folder)")
         from ..paper.quality import run_table
@@ -62,23 +61,22 @@ def reproduce(
             on_run=lambda task, row, what: progress().print(f"{task} {row}: {what}", highlight=False),
         )
         note = "Metrics of the best prompt on validation data; costs relative to pt in percent."
-    elif wanted and not set(wanted) - {"flops", "wallclock"}:
+    elif column_names and not set(column_names) - {"flops", "wallclock"}:
         quiet_libraries(transformers_only=True)
-        rows, note = cost_rows(table, wanted, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
+        rows, note = cost_rows(table, column_names, plm=plm, scale=scale, seconds=seconds, dtype=dtype)
     else:
         raise ConfigError(f"--columns {columns!r} must be flops, wallclock, both with a comma, or all")
     if wants_json():
         emit({"table": table, "plm": plm, "rows": rows, "note": note})
         return
     shown = Table(title=f"{table} of the paper, T5-{plm.upper()}", title_justify="left", header_style="bold")
-    names = list(rows[0])
 
     def text(value: object) -> str:
         return "–" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
-    for name in names:
+    for name in rows[0]:
         shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
     for row in rows:
-        shown.add_row(*(text(row[name]) for name in names))
-    out.print(shown)
-    out.print(note, highlight=False)
+        shown.add_row(*map(text, row.values()))
+    people().print(shown)
+    people().print(note, highlight=False)

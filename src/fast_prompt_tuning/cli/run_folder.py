@@ -22,8 +22,8 @@ def settings_of(folder: Path, sets: Iterable[str] = ()) -> RunConfig:
     saved = folder / "config.yaml"
     if not saved.is_file():
         raise DataError("there is no config.yaml: this is not the folder of a run", file=str(folder))
-    own = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
-    return load(saved, [*own, *sets])
+    tuned = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
+    return load(saved, [*tuned, *sets])
 
 
 def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
@@ -51,7 +51,7 @@ def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
         if not (run / "config.yaml").is_file():
             continue
         other = settings_of(run)
-        if not (_named(first) == _named(other) or (_weights(runs[0]) == _weights(run) is not None)):
+        if not (_named(first) == _named(other) or (weights_of(runs[0]) == weights_of(run) is not None)):
             raise ConfigError(
                 f"--ensemble needs prompts of one model: {str(runs[0])!r} is of {first.model.path!r}, {str(folder)!r} "
                 f"of {other.model.path!r}; leave one out"
@@ -67,7 +67,8 @@ def _named(settings: RunConfig) -> tuple[str, str | None]:
     return settings.model.path, settings.model.revision
 
 
-def _weights(run: Path) -> str | None:
+def weights_of(run: Path) -> str | None:
+    """The fingerprint of the model that a run tuned; None for a bare prompt."""
     from ..run.results import load_result
 
     return load_result(run).fingerprints.get("model") if (run / "result.json").is_file() else None

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .console import emit, people, plain, wants_json
+from ..placements import PLACEMENTS
+from .console import emit, say, wants_json
 
 
 def export(
@@ -18,17 +19,16 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="prompt-embeds is the only one.")] = "prompt-embeds",
 ) -> None:
     """Write the prompt's vectors (P, H) as one tensor `prompt_embeds`, as serving engines take them."""
-    from ..prompt.soft_prompt import PLACES, export_prompt, place_of
+    from ..prompt.soft_prompt import export_prompt, place_of
 
     if kind != "prompt-embeds":
         raise ConfigError(f"--format {kind!r} is unknown; prompt-embeds is the only one")
     shape = export_prompt(folder, output)
-    place = PLACES[place_of(folder)]
+    place = PLACEMENTS[place_of(folder)].where
     if wants_json():
         emit({"output": str(output), "shape": shape, "place": place})
         return
-    made = f"{output}: prompt_embeds {shape}, embeddings to stand {place}"
-    people().print(plain(made), highlight=False, soft_wrap=True)
+    say(f"{output}: prompt_embeds {shape}, embeddings to stand {place}")
 
 
 def push(

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import Config, Sets, check_output, emit, people, plain, quiet_libraries, wants_json
+from .console import Config, Sets, check_output, check_picture, emit, people, quiet_libraries, say, wants_json
 
 
 def score(
@@ -29,25 +30,40 @@ def score(
         ),
     ] = None,
     sizes: Annotated[str, typer.Option(help="With --fidelity: percent of the layers or neurons.")] = "90,75,50,25",
-    examples: Annotated[int, typer.Option(help="With --fidelity: training examples to measure on.", min=1)] = 32,
+    signal: Annotated[
+        bool,
+        typer.Option(
+            "--signal",
+            help="Would a smaller stage save anything? What stages (the recipe's, or those of ld, fr and cr) and parts "
+            "of the batch teach the full PLM for their cost.",
+        ),
+    ] = False,
+    after: Annotated[
+        int, typer.Option(help="With --signal: ask at the initial prompt, and after so many plain steps.", min=0)
+    ] = 8,
+    at: Annotated[Path | None, typer.Option(help="With --signal: ask at this run's prompt instead.")] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="With --fidelity or --signal: training examples to measure on; default 32.", min=1),
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="With --fidelity: draw it into this new .png or .svg file.")
+        Path | None, typer.Option(help="With --fidelity or --signal: draw it into this new .png or .svg file.")
     ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score neurons and layers once, for several runs; see which sizes are usable. Next: `fpt train`."""
+    """Score neurons and layers once, for several runs; see which sizes would pay. Next: `fpt train`."""
     from ..recipe import load
 
     settings = load(config, sets)
-    if picture and not fidelity:
-        raise ConfigError("--picture shows what --fidelity measures; add --fidelity evenly,greedy")
-    if not (output or layers or fidelity):
-        raise ConfigError("there is nothing to make; give --output, --layers or --fidelity")
-    for path in (output, layers, picture):
-        if path is not None:
-            check_output(path)
-    if picture and picture.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
+    if picture and bool(fidelity) == signal:
+        raise ConfigError("--picture shows one of --fidelity and --signal; add --fidelity evenly,greedy, or --signal")
+    if at is not None and not signal:
+        raise ConfigError(f"--at {str(at)!r} is where --signal asks; add --signal")
+    if not (output or layers or fidelity or signal):
+        raise ConfigError("there is nothing to make; give --output, --layers, --fidelity or --signal")
+    for path in (output, layers):
+        check_output(path)
+    check_picture(picture)
     if layers is not None and settings.scoring.keep_layers not in ("influence", "greedy"):
         raise ConfigError("--layers needs layers that are chosen by score: --set scoring.keep_layers=greedy")
     parts = _parts(sizes)
@@ -58,33 +74,56 @@ def score(
     selections = study.parse_selections(fidelity) if fidelity else {}
     quiet_libraries()
     session = open_session(settings, ("train",))
-    out = people()
-    made: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     if layers is not None:
-        found = score_layers_of_run(session)
-        if found is None:
+        layer_scores = score_layers_of_run(session)
+        if layer_scores is None:
             raise ConfigError(f"--layers: method={settings.method!r} leaves out no layers; use ld, cr or stages")
-        found.save(layers)
-        made["layers"] = str(layers)
-        out.print(plain(f"{found.metadata['examples']} examples → {layers}"), highlight=False, soft_wrap=True)
+        layer_scores.save(layers)
+        written["layers"] = str(layers)
+        say(f"{layer_scores.metadata['examples']} examples → {layers}")
     if output is not None:
         scores = score_neurons(session)
         scores.save(output)
-        made["output"] = str(output)
-        said = f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}"
-        out.print(plain(said), highlight=False, soft_wrap=True)
+        written["output"] = str(output)
+        say(f"{scores.metadata['examples']} examples, {scores.metadata['tokens']} activations → {output}")
     if selections:
-        record = study.report(session, selections, parts, examples)
-        out.print(_fidelity_table(record))
-        made["fidelity"] = record
-        made |= {"picture": str(picture)} if picture is not None else {}
+        record = study.report(session, selections, parts, examples or 32)
+        people().print(_fidelity_table(record))
+        written["fidelity"] = record
+    if signal:
+        written["signal"] = _signal(session, examples, after, at)
+    written |= {"picture": str(picture)} if picture is not None else {}
     if wants_json():
-        emit(made)  # before the picture, which may fail
+        emit(written)  # before the picture, which may fail
     if picture is not None:
         from ..report import figures, pictures
+        from ..report import signal as signal_report
 
-        figures.save(pictures.fidelity(made["fidelity"]["rows"], made["fidelity"]["full_loss"]), picture)
-        out.print(plain(str(picture)), highlight=False, soft_wrap=True)
+        if signal:
+            drawn = signal_report.picture(written["signal"])
+        else:
+            drawn = pictures.fidelity(written["fidelity"]["rows"], written["fidelity"]["full_loss"])
+        figures.save(drawn, picture)
+        say(str(picture))
+
+
+def _signal(session: Any, examples: int | None, after: int, at: Path | None) -> dict[str, Any]:
+    """Measure and show the signal; its record."""
+    from ..cost.units import human_flops, human_seconds
+    from ..report.signal import tables
+    from ..run.signal import report
+
+    record = report(session, examples=examples, after=after, at=at)
+    out = people()
+    for table in tables(record):
+        out.print(table)
+    spent = sum(record["flops"].values())
+    steps = spent / record["prompts"][0]["step_flops"]
+    say(record["verdict"])
+    took = f"{human_seconds(record['seconds'])} and {human_flops(spent)}, {steps:.0f} plain steps"
+    say(f"Asked of {record['examples']} training examples: {took}.")
+    return record
 
 
 def _parts(text: str) -> list[float]:
@@ -130,10 +169,7 @@ def similarity(
 
     if len(runs) < 2:
         raise ConfigError("similarity compares prompts; give at least two RUNs")
-    if picture is not None:
-        check_output(picture)
-    if picture is not None and picture.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--picture {str(picture)!r} must end in .png or .svg")
+    check_picture(picture)
     prompts = [load_prompt(run) for run in runs]
     matrix = similarity_matrix(prompts).tolist()
     records = [_run_record(run) for run in runs]
@@ -141,19 +177,18 @@ def similarity(
     if wants_json():
         tokens = [[prompt_similarity(a, b).tolist() for b in prompts] for a in prompts]
         emit({"runs": records, "similarity": matrix, "by_token": tokens})
-    out = people()
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "run", "quality of the full model", *map(str, range(1, len(runs) + 1))):
         table.add_column(column, justify="left" if column == "run" else "right")
     for i, (record, row) in enumerate(zip(records, matrix, strict=True), start=1):
         quality = "–" if record["value"] is None else f"{record['value']:.1f} {record['metric']}"
-        table.add_row(str(i), plain(record["name"]), plain(quality), *(f"{value:.2f}" for value in row))
-    out.print(table)
+        table.add_row(str(i), escape(record["name"]), escape(quality), *(f"{value:.2f}" for value in row))
+    people().print(table)
     if picture is not None:
         from ..report import figures, pictures
 
         figures.save(pictures.heat_map(names, matrix, "mean cosine similarity, token by token"), picture)
-        out.print(plain(str(picture)), highlight=False, soft_wrap=True)
+        say(str(picture))
 
 
 def _run_record(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
-from .console import Config, Sets, emit, people, plain, progress, quiet_libraries, wants_json
+from .console import Config, Sets, emit, people, progress, quiet_libraries, wants_json
 
 
 def demo(
@@ -46,18 +46,17 @@ def train(
     """Tune a soft prompt as a recipe says. Next: `fpt eval RUN`, `fpt predict RUN`."""
     from ..recipe import load, override
 
-    given = {"on_bad_row": on_bad_row, "input_template": input_template, "target_template": target_template}
-    lines = {k: v.replace("\\n", "\n") for k, v in given.items() if v is not None}
-    chosen = [override(f"data.{name}", text) for name, text in lines.items()]
+    options = {"on_bad_row": on_bad_row, "input_template": input_template, "target_template": target_template}
+    overrides = [override(f"data.{k}", v.replace("\\n", "\n")) for k, v in options.items() if v is not None]
     if input_template or target_template:
-        chosen.append("data.task=null")
-    settings = load(config, [*sets, *chosen])  # first of all: a typing error must not wait for PyTorch
+        overrides.append("data.task=null")
+    settings = load(config, [*sets, *overrides])  # first of all: a typing error must not wait for PyTorch
     from ..report.tables import comparison_table, table_rows
     from ..run import run
     from ..run.folder import Earlier, check_folder
     from ..run.session import open_session
     from ..train import parallel
-    from .demo import reporting
+    from .progress import reporting
 
     quiet_libraries()
     if allow_changed and not resume:
@@ -65,8 +64,8 @@ def train(
     check_folder(settings, Earlier.of(overwrite=overwrite, resume=resume, allow_changed=allow_changed))
     session = open_session(settings, ("train", "validation"), resume=resume)
     speaks = parallel.rank() == 0  # the main process, for all
-    told, out = (progress(), people()) if speaks else (Console(quiet=True),) * 2
-    with reporting(told, settings.name or Path(settings.output).name, session) as (callbacks, hook):
+    under_way, out = (progress(), people()) if speaks else (Console(quiet=True),) * 2
+    with reporting(under_way, settings.name or Path(settings.output).name, session) as (callbacks, hook):
         result = run.train(
             settings,
             overwrite=overwrite,
@@ -77,7 +76,7 @@ def train(
             on_schedule=hook,
         )
     out.print(comparison_table([result]))
-    out.print(f"run {plain(settings.output)}", highlight=False, soft_wrap=True)
+    out.print(f"run {settings.output}", markup=False, highlight=False, soft_wrap=True)
     if wants_json() and speaks:
         emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
     if result.status == "interrupted":

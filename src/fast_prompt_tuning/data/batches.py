@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 from ..errors import ConfigError, DataError
 from ..plm.objective import IGNORED
 from .trimming import TAIL
-
-logger = logging.getLogger(__name__)
 
 
 class Collator:
@@ -113,7 +110,7 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
             raise DataError("no examples make no batch")
         self._count = -(-len(self.lengths) // batch_size)
         if max_tokens is not None:
-            self._count = len(self._cut(np.random.default_rng(seed).permutation(len(self.lengths))))
+            self._count = len(self._batches_of(np.random.default_rng(seed).permutation(len(self.lengths))))
 
     def set_epoch(self, epoch: int) -> None:
         """Use the order of this epoch from the next iteration on."""
@@ -122,7 +119,7 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
     def __len__(self) -> int:
         return self._count
 
-    def _cut(self, order: np.ndarray) -> list[list[int]]:
+    def _batches_of(self, order: np.ndarray) -> list[list[int]]:
         """Examples in this order -> batches, in windows sorted by length."""
         batches: list[list[int]] = []
         size = self.window * self.size
@@ -147,6 +144,6 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
         rng = np.random.default_rng((self.seed, self.epoch))
         fixed = self.max_tokens is not None
         order = (np.random.default_rng(self.seed) if fixed else rng).permutation(len(self.lengths))
-        batches = self._cut(order)
+        batches = self._batches_of(order)
         for i in rng.permutation(len(batches)):
             yield batches[i]

@@ -105,7 +105,7 @@ def encode(
     max_input_tokens: int,
     max_target_tokens: int,
 ) -> datasets.Dataset:
-    """Tokenize the examples that `examples.load_examples` gives.
+    """Tokenize the examples that `readers.load_examples` gives.
 
     An input of more than `max_input_tokens` loses the end of the task's `truncate` field and nothing else; with no
     such field it loses its own end. Special tokens count and are never cut.
@@ -180,7 +180,7 @@ def encode(
             columns["input_ids"].append(ids + labels if decoder else ids)
         return columns
 
-    kept = {name: kind for name, kind in examples.features.items() if name not in ("cut_start", "cut_end")}
+    columns_kept = {name: kind for name, kind in examples.features.items() if name not in ("cut_start", "cut_end")}
     special = (before, after, target_before, target_after)
     file = _cache_file(examples, tokenizer, [decoder, max_input_tokens, max_target_tokens, *special])
 
@@ -190,7 +190,7 @@ def encode(
             batched=True,
             remove_columns=["cut_start", "cut_end"],
             features=datasets.Features(
-                {**kept, "input_ids": _IDS, "labels": _IDS, **dict.fromkeys(("n_target", "n_tail"), _INT)}
+                {**columns_kept, "input_ids": _IDS, "labels": _IDS, **dict.fromkeys(("n_target", "n_tail"), _INT)}
             ),
             load_from_cache_file=from_cache,
             cache_file_name=file and str(file),
@@ -202,10 +202,10 @@ def encode(
         return tokenized(None, False)
     if file.exists():
         try:
-            found = tokenized(file, True)
-            if len(found) == len(examples):
-                return found
-            reason = f"it holds {len(found)} of {len(examples)} examples"
+            cached = tokenized(file, True)
+            if len(cached) == len(examples):
+                return cached
+            reason = f"it holds {len(cached)} of {len(examples)} examples"
         except (OSError, pa.ArrowException) as error:
             reason = str(error)
         logger.warning("the tokenized examples in %s cannot be read (%s): tokenizing again", file, reason)

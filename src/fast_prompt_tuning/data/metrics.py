@@ -27,6 +27,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_RESAMPLES = 1000  # of a bootstrap
 _CHUNK = 1 << 22  # resampled values held at once: 32 MiB
 
 
@@ -206,9 +207,9 @@ def register_metric(
         raise ConfigError(f"scores={scores!r} of metric {name!r} must list at least one name")
 
     def checked(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
-        found = per_example(predictions, references)
+        by_score = per_example(predictions, references)
         try:
-            values = {score: np.asarray(found[score], dtype=np.float64) for score in names}
+            values = {score: np.asarray(by_score[score], dtype=np.float64) for score in names}
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"metric {name!r} must give numbers under {', '.join(names)}: {error!r}") from error
         for score, column in values.items():
@@ -226,88 +227,31 @@ def _means(scores: Scores) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
-def accuracy(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """`{"accuracy": percent}`: predictions equal to one of their references, outer white space aside.
-
-    Raises:
-        DataError: lengths differ, nothing to score, or an example without a reference.
-    """
-    return _means(METRICS["accuracy"](predictions, references))
-
-
-def squad_v2(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """SQuAD 2.0 scores as the official evaluation script gives them.
-
-    Args:
-        predictions: answers; "" means "no answer".
-        references: gold answers of each question; an empty list means it has none.
-
-    Returns:
-        `em` and `f1` in percent; the same over the answerable (`has_ans_em`, `has_ans_f1`) and the unanswerable
-        questions (`no_ans_em`, `no_ans_f1`), each left out where there are no such questions, as in the official
-        script; and the counts `total`, `has_ans_total`, `no_ans_total`.
-
-    Raises:
-        DataError: lengths differ or there is nothing to score.
-    """
-    values = _means(METRICS["squad_v2"](predictions, references))
-    answerable = sum(bool(golds) for golds in references)
-    counts = {"total": len(references), "has_ans_total": answerable, "no_ans_total": len(references) - answerable}
-    return {**values, **counts}
-
-
-def record(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """SuperGLUE ReCoRD `em` and `f1` in percent, each the best over a query's answers.
-
-    Raises:
-        DataError: lengths differ, nothing to score, or a query without an answer.
-    """
-    return _means(METRICS["record"](predictions, references))
-
-
-def rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """ROUGE-1, -2, -L and -Lsum F-measures in percent, stemmed, each the best over the references.
-
-    An empty prediction scores 0 and counts. For Lsum, lines are sentences; a text of one line is split after `.!?`.
-
-    Raises:
-        DataError: lengths differ, nothing to score, or an example without a reference.
-    """
-    return _means(METRICS["rouge"](predictions, references))
-
-
-def bootstrap_interval(per_example: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
+def bootstrap_interval(per_example: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap interval of a mean (Efron 1979), the same for the same seed.
 
     Args:
         per_example: one score per example, in any unit.
         seed: seed of the resampling.
-        resamples: number of resampled means.
 
     Returns:
         (low, high), in the unit of the scores; it always contains their mean.
 
     Raises:
         DataError: no scores.
-        ConfigError: `resamples` below 1.
     """
     scores = np.asarray(per_example, dtype=np.float64)
     if scores.size == 0:
         raise DataError("no scores to resample")
-    if resamples < 1:
-        raise ConfigError(f"resamples={resamples} must be at least 1")
     rng = np.random.default_rng(seed)
-    means = [
-        scores[rng.integers(scores.size, size=(rows, scores.size))].mean(axis=1)
-        for rows in _chunks(resamples, scores.size)
-    ]
+    means = [scores[rng.integers(scores.size, size=(rows, scores.size))].mean(axis=1) for rows in _chunks(scores.size)]
     return _interval(means, scores.mean())
 
 
-def _chunks(resamples: int, size: int) -> Iterator[int]:
+def _chunks(size: int) -> Iterator[int]:
     """Resamples of `size` values to draw at once, so that memory does not grow with the split."""
     rows = max(1, _CHUNK // size)
-    return (min(rows, resamples - done) for done in range(0, resamples, rows))
+    return (min(rows, _RESAMPLES - done) for done in range(0, _RESAMPLES, rows))
 
 
 def _interval(resampled: Sequence[np.ndarray], value: Any) -> tuple[float, float]:
@@ -315,13 +259,11 @@ def _interval(resampled: Sequence[np.ndarray], value: Any) -> tuple[float, float
     return float(min(low, value)), float(max(high, value))  # rounding, or a rare event, may leave it just outside
 
 
-def _counted_interval(
-    score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, *, seed: int, resamples: int = 1000
-) -> tuple[float, float]:
+def _counted_interval(score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> tuple[float, float]:
     """The same interval of a function of counts: drawing examples anew is drawing counts from a multinomial."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n, flat = counts.sum(), counts.reshape(-1)
-    drawn = (rng.multinomial(n, flat / n, size=rows) for rows in _chunks(resamples, flat.size))
+    drawn = (rng.multinomial(n, flat / n, size=rows) for rows in _chunks(flat.size))
     return _interval([score(each.reshape(-1, *counts.shape)) for each in drawn], score(counts))
 
 
@@ -332,7 +274,6 @@ def evaluate(
     groups: Sequence[Hashable] | None = None,
     *,
     primary: str | None = None,
-    seed: int = 0,
 ) -> MetricResult:
     """Scores with 95% bootstrap intervals.
 
@@ -343,7 +284,6 @@ def evaluate(
         groups: optional id per example. Examples with one id are one question (ReCoRD has a training example per
             answer): the first prediction is scored against all their references.
         primary: score to report first; default: the metric's own choice.
-        seed: seed of the bootstrap.
 
     Raises:
         ConfigError: unknown metric, or a `primary` it does not give.
@@ -362,9 +302,9 @@ def evaluate(
     values, intervals = {}, {}
     counts = label_counts(predictions, references) if metric.of_counts else np.zeros(0)
     for name, score in metric.of_counts.items():
-        values[name], intervals[name] = float(score(counts)), _counted_interval(score, counts, seed=seed)
+        values[name], intervals[name] = float(score(counts)), _counted_interval(score, counts)
     values.update(_means(scores))
-    intervals.update({name: bootstrap_interval(each, seed=seed) for name, each in scores.items()})
+    intervals.update({name: bootstrap_interval(each) for name, each in scores.items()})
     return MetricResult(metric_name, values, intervals, primary, len(predictions))
 
 

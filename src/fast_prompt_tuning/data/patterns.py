@@ -51,13 +51,13 @@ def substitute(pattern: str, by: str, text: str) -> str:
     Raises:
         DataError: it takes too long on this text, or makes too much of it.
     """
-    made = 0
+    length = 0
 
     def put(match: Any) -> str:
-        nonlocal made
+        nonlocal length
         piece = str(match.expand(by))
-        made += len(piece)
-        if made > LONGEST_TEXT:
+        length += len(piece)
+        if length > LONGEST_TEXT:
             raise DataError(
                 f"replacing {shown(pattern)} makes more than {LONGEST_TEXT} characters; use another pattern"
             )

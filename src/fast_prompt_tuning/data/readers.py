@@ -21,9 +21,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, nearest
 from .formats import Row, Rows, rows_of
-from .tasks import Source, Task, nearest
+from .tasks import Source, Task
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def _bbc_rows() -> list[tuple[str, dict[str, Any]]]:
 
 
 def _read_bbc(split: str) -> Rows:
-    chosen = (fields for part, fields in _bbc_rows() if part == split)
-    return (Row(fields, number) for number, fields in enumerate(chosen, start=1))
+    articles = (fields for part, fields in _bbc_rows() if part == split)
+    return (Row(fields, number) for number, fields in enumerate(articles, start=1))
 
 
 def _read_hub(source: Source, split: str, shuffle_seed: int | None) -> Rows:
@@ -143,7 +143,7 @@ def load_examples(
     place, rows, sampled = _open(task, split, files, seed if limit is not None else None)
     skipped: list[DataError] = []
 
-    def examples() -> Iterator[dict[str, Any]]:
+    def usable() -> Iterator[dict[str, Any]]:
         for row in rows:
             try:
                 if isinstance(row, DataError):
@@ -154,8 +154,7 @@ def load_examples(
                     raise
                 skipped.append(error)
 
-    found = examples()
-    dataset = _dataset(islice(found, limit) if sampled else found, place)
+    dataset = _dataset(islice(usable(), limit) if sampled else usable(), place)
     if skipped:
         logger.warning("%s: %d bad rows skipped; the first: %s", place, len(skipped), skipped[0])
         if bad_rows is not None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 
 import datasets
 import numpy as np
 
 from ..errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 
 def examples_fingerprint(dataset: datasets.Dataset) -> str:

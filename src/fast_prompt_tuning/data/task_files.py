@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from ..errors import ConfigError, DataError, quote_hint, shown
-from ..yaml_text import load_yaml, read_yaml
+from ..errors import ConfigError, DataError, nearest
+from ..paths import built_in
+from ..yaml_text import problems, read_yaml
 from .metrics import METRICS
-from .tasks import Format, Replace, Source, Task, Templates, check_apart, nearest, render_input
+from .tasks import Task, check_apart, render_input
 from .templates import compiled
-
-
-def _folder() -> Any:
-    return importlib.resources.files("fast_prompt_tuning").joinpath("tasks")
-
-
-def task_names() -> list[str]:
-    """Names of the built-in tasks, sorted."""
-    return sorted(entry.name[: -len(".yaml")] for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_task(name_or_path: str) -> Task:
@@ -32,12 +22,12 @@ def load_task(name_or_path: str) -> Task:
     Raises:
         ConfigError: unknown name, unreadable file, or a key or value that does not fit; names the nearest valid one.
     """
-    if name_or_path in task_names():
-        text = _folder().joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        return _parse(load_yaml(text, name_or_path), name_or_path, None)
+    tasks = built_in("tasks")
+    if name_or_path in tasks:
+        return _parse(read_yaml(tasks[name_or_path], name_or_path), name_or_path, None)
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, task_names())} (or give a .yaml)")
+        raise ConfigError(f"task {name_or_path!r} is unknown{nearest(name_or_path, tasks)} (or give a .yaml)")
     try:
         return _parse(read_yaml(path, f"task file {name_or_path}"), str(path), path.parent)
     except OSError as error:
@@ -61,80 +51,51 @@ def _validate(data: Mapping[str, Any], where: str) -> Task:
     try:
         return Task.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where) for e in error.errors()[:10])) from None
-
-
-_NESTED: Mapping[str, type[BaseModel]] = MappingProxyType({"source": Source, "decoder": Templates, "replace": Replace})
-
-
-def _explain(error: Any, where: str) -> str:
-    key = ".".join(map(str, error["loc"]))[:200]
-    if error["type"] == "extra_forbidden":
-        model = Task if len(error["loc"]) == 1 else _NESTED[str(error["loc"][0])]
-        return f"{where}: unknown key {key!r}{nearest(str(error['loc'][-1]), model.model_fields)}"
-    if error["type"] == "missing":
-        return f"{where}: key {key!r} is required"
-    if error["type"] == "value_error":
-        return f"{where}: {str(error['msg']).removeprefix('Value error, ')}"
-    hint = quote_hint(error["input"]) if error["type"] == "string_type" else ""
-    return f"{where}: {key}={shown(error['input'])}: {error['msg']}{hint}"
+        texts = problems(
+            error, Task, missing="key {name!r} is required", unknown="unknown key {name!r}", all_are="choose from"
+        )
+        raise ConfigError("\n".join(f"{where}: {text}" for text in texts)) from None
 
 
 def task_from_templates(
-    name: str = "custom",
     *,
     files: Mapping[str, str],
     input_template: str,
     target_template: str,
-    labels: Mapping[str, str] | Sequence[str] | None = None,
-    label_field: str | None = None,
-    answers: str | None = None,
-    truncate: str | None = None,
-    metric: str | None = None,
+    labels: Sequence[str] | None = None,
     max_target_tokens: int = 64,
-    format: Format | None = None,
 ) -> Task:
     r"""A task from the command line: the templates are used as they are for every kind of model.
 
+    What is shortened when an input is too long is the template's only field, if it stands there once and without a
+    filter; else an input loses its own end. The metric is accuracy with labels, else ROUGE.
+
     Args:
-        name: short name for logs and results.
         files: split -> local file.
         input_template: Jinja template, such as `"{{ text }}\nTopic:"`.
         target_template: Jinja template, such as `" {{ label }}"`.
-        labels: label value -> word, or the list of words, for a closed set.
-        label_field: field with the label; default `label` where labels are given.
-        answers: field with the list of acceptable answers.
-        truncate: field to shorten when an input is too long; default: the template's only one, if it stands there
-            once and without a filter. With neither, an input loses its own end.
-        metric: default: accuracy with labels, `squad_v2` with answers, else ROUGE.
+        labels: the words of a closed set, which the field `label` holds.
         max_target_tokens: longest target.
-        format: of the files, where their suffix does not say.
 
     Raises:
         ConfigError: the settings do not fit together.
     """
-    if labels is not None:
-        if not isinstance(labels, Mapping):
-            check_apart(labels)
-            labels = {word: word for word in labels}
-        label_field = label_field or "label"
-    truncate = truncate or _only_field(input_template)
-    metric = metric or ("accuracy" if label_field else "squad_v2" if answers else "rouge")
+    check_apart(labels or ())
+    metric = "rouge" if labels is None else "accuracy"
     data = {
-        "name": name,
+        "name": "custom",
         "version": 1,
-        "source": {"files": {k: str(v) for k, v in files.items()}, "format": format},
+        "source": {"files": files},
         "input_template": input_template,
         "target_template": target_template,
-        "labels": labels,
-        "label_field": label_field,
-        "answers": answers,
-        "truncate": truncate,
+        "labels": None if labels is None else {word: word for word in labels},
+        "label_field": None if labels is None else "label",
+        "truncate": _only_field(input_template),
         "metric": metric,
-        "primary": METRICS[metric].scores[0] if metric in METRICS else metric,
+        "primary": METRICS[metric].scores[0],
         "max_target_tokens": max_target_tokens,
     }
-    return _validate(data, name)
+    return _validate(data, "custom")
 
 
 def _only_field(template: str) -> str | None:
@@ -144,7 +105,7 @@ def _only_field(template: str) -> str | None:
         return None
     (field,) = fields
     try:
-        shown = render_input(template, {field: "text"}, field)[1] >= 0
+        _, start, _ = render_input(template, {field: "text"}, field)
     except (ConfigError, DataError):
         return None
-    return field if shown else None
+    return field if start >= 0 else None

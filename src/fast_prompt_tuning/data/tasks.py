@@ -1,19 +1,18 @@
 """Tasks as data: where the examples come from, how they become text, and how predictions are scored.
 
 A task is one YAML file (`tasks/*.yaml`, or the user's own). Its Jinja templates turn a row's fields into an input and
-a target text; `examples.load_examples` reads a split from the Hub or from local files in the benchmarks' formats.
+a target text; `readers.load_examples` reads a split from the Hub or from local files in the benchmarks' formats.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import ConfigError, DataError, shown
+from ..errors import ConfigError, DataError, nearest, shown
 from .metrics import METRICS
 from .patterns import LONGEST_BY, pattern_of, substitute
 from .templates import compiled, render
@@ -21,12 +20,6 @@ from .templates import compiled, render
 Format = Literal["jsonl", "csv", "tsv", "glue_tsv", "squad", "record", "bbc_package"]
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(known)}"
 
 
 def render_input(template: str, fields: Mapping[str, Any], truncate: str | None) -> tuple[str, int, int]:
@@ -279,9 +272,9 @@ class Task(_Frozen):
     def _prepare(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         row = {str(k): v for k, v in fields.items() if v is not None}  # null would render as the word "None"
         for field, others in self.aliases.items():
-            found = next((name for name in others if name in row), None)
-            if field not in row and found is not None:
-                row[field] = row.pop(found)
+            other = next((name for name in others if name in row), None)
+            if field not in row and other is not None:
+                row[field] = row.pop(other)
         for rule in self.replace:
             if isinstance(row.get(rule.field), str):
                 row[rule.field] = substitute(rule.pattern, rule.by, row[rule.field])
@@ -317,8 +310,8 @@ class Task(_Frozen):
                 if test:
                     return unlabelled
                 raise DataError(f"answers field {self.answers!r} is empty, and the task has no no_answer text")
-            chosen = list(dict.fromkeys(answers)) if self.expand and train else answers[:1]
-            return [({"answer": answer}, answers, True) for answer in chosen]
+            targets = list(dict.fromkeys(answers)) if self.expand and train else answers[:1]
+            return [({"answer": answer}, answers, True) for answer in targets]
         if test and not compiled(target_template)[1] <= set(row):
             return unlabelled
         return [({}, None, True)]

@@ -32,64 +32,15 @@ SECONDS = 10.0
 LONGEST_ARGUMENT = 100
 """Characters of a method's argument: `strip` takes a time that grows with the product of two lengths."""
 
-FILTERS = [
-    "abs",
-    "capitalize",
-    "count",
-    "d",
-    "default",
-    "first",
-    "float",
-    "int",
-    "items",
-    "join",
-    "last",
-    "length",
-    "list",
-    "lower",
-    "map",
-    "max",
-    "min",
-    "reject",
-    "rejectattr",
-    "replace",
-    "reverse",
-    "select",
-    "selectattr",
-    "sort",
-    "string",
-    "title",
-    "tojson",
-    "trim",
-    "truncate",
-    "unique",
-    "upper",
-    "wordcount",
-]
-METHODS = frozenset(
-    [
-        "strip",
-        "lstrip",
-        "rstrip",
-        "lower",
-        "upper",
-        "title",
-        "capitalize",
-        "split",
-        "rsplit",
-        "splitlines",
-        "startswith",
-        "endswith",
-        "removeprefix",
-        "removesuffix",
-        "find",
-        "count",
-        "get",
-        "items",
-        "keys",
-        "values",
-        "cycle",
-    ]
+FILTERS = (
+    *("abs", "capitalize", "count", "d", "default", "first", "float", "int", "items", "join", "last", "length"),
+    *("list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "select", "selectattr"),
+    *("sort", "string", "title", "tojson", "trim", "truncate", "unique", "upper", "wordcount"),
+)
+METHODS = (
+    *("strip", "lstrip", "rstrip", "lower", "upper", "title", "capitalize", "split", "rsplit", "splitlines"),
+    *("startswith", "endswith", "removeprefix", "removesuffix", "find", "count"),
+    *("get", "items", "keys", "values", "cycle"),
 )
 _ALLOWED: tuple[type[nodes.Node], ...] = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.If, nodes.CondExpr, nodes.For),
@@ -194,14 +145,14 @@ class _Missing(jinja2.StrictUndefined):
 
 
 _JINJA = ImmutableSandboxedEnvironment(undefined=_Missing, keep_trailing_newline=True, finalize=_shown)
-_OWN: dict[str, Any] = {
+_BOUNDED: dict[str, Any] = {
     "join": _join,
     "replace": _replace,
     "trim": _trim,
     "round": lambda value, precision=0: round(float(value), precision),
     "_add": lambda one, other: one + other,
 }
-_FILTERS: dict[str, Any] = {**{name: DEFAULT_FILTERS[name] for name in FILTERS}, **_OWN}
+_FILTERS: dict[str, Any] = {**{name: DEFAULT_FILTERS[name] for name in FILTERS}, **_BOUNDED}
 _JINJA.filters = {name: _bounded(function) for name, function in _FILTERS.items()}
 _JINJA.filters["_each"] = _each
 _TESTS: dict[str, Any] = dict(DEFAULT_TESTS)

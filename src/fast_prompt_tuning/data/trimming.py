@@ -51,25 +51,25 @@ def trim(
     cuts = stage.batch is not None or stage.length is not None
     if not cuts and (keep_tail or TAIL not in batch):
         return batch
-    found = {name: value for name, value in batch.items() if name != TAIL}
+    trimmed = {name: value for name, value in batch.items() if name != TAIL}
     if not cuts:
-        return found
-    if "input_ids" not in found:
+        return trimmed
+    if "input_ids" not in trimmed:
         raise ModelError(
             f"a stage with batch={stage.batch} and length={stage.length} cuts input_ids, and the batch has only "
-            f"{', '.join(found)}; leave batch and length out of the schedule's stages"
+            f"{', '.join(trimmed)}; leave batch and length out of the schedule's stages"
         )
     tail = batch.get(TAIL)
-    rows = len(found["input_ids"])
+    rows = len(trimmed["input_ids"])
     if stage.batch is not None and stage.batch < rows:
         picked = torch.tensor(sorted((i * rows // stage.batch + turn) % rows for i in range(stage.batch)))
-        found = {k: v[picked.to(v.device)] if _has_rows(v, rows) else v for k, v in found.items()}
+        trimmed = {k: v[picked.to(v.device)] if _has_rows(v, rows) else v for k, v in trimmed.items()}
         tail = tail[picked.to(tail.device)] if tail is not None else None
         if not decoder:
-            found = _without_empty_targets(found)
-    if stage.length is not None or len(found["input_ids"]) < rows:
-        found = _cut(found, stage.length, tail, decoder)
-    return {**found, TAIL: tail} if keep_tail and tail is not None else found
+            trimmed = _without_empty_targets(trimmed)
+    if stage.length is not None or len(trimmed["input_ids"]) < rows:
+        trimmed = _shortened(trimmed, stage.length, tail, decoder)
+    return {**trimmed, TAIL: tail} if keep_tail and tail is not None else trimmed
 
 
 def _has_rows(value: Any, rows: int) -> bool:
@@ -89,7 +89,7 @@ def _without_empty_targets(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cut(batch: dict[str, Any], length: int | None, tail: Any, decoder: bool) -> dict[str, Any]:
+def _shortened(batch: dict[str, Any], length: int | None, tail: Any, decoder: bool) -> dict[str, Any]:
     ids, labels = batch["input_ids"], batch.get("labels")
     mask = batch.get("attention_mask")
     per_token = decoder and labels is not None and labels.shape == ids.shape  # a classifier has one label a row
@@ -107,14 +107,14 @@ def _cut(batch: dict[str, Any], length: int | None, tail: Any, decoder: bool) ->
     order = torch.argsort((keep if left else ~keep).int(), dim=1, stable=True)
     size = max(int(keep.sum(1).max()), 1)
     order = order[:, -size:] if left else order[:, :size]
-    found = {
+    shortened = {
         name: value.gather(1, order) if name in _PER_TOKEN and value.shape == ids.shape else value
         for name, value in batch.items()
         if name != "labels"
     }
-    kept = keep.gather(1, order)
+    not_padding = keep.gather(1, order)
     if mask is not None:
-        found["attention_mask"] = kept.to(mask.dtype)
+        shortened["attention_mask"] = not_padding.to(mask.dtype)
     if labels is not None:
-        found["labels"] = labels.gather(1, order).masked_fill(~kept, IGNORED) if per_token else labels
-    return found
+        shortened["labels"] = labels.gather(1, order).masked_fill(~not_padding, IGNORED) if per_token else labels
+    return shortened

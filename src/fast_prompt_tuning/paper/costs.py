@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cost.flops import Convention, relative_flops, schedule_flops, step_flops
 from ..cost.shapes import BatchShape, CostModel
 from ..errors import ConfigError
 from ..schedule.stages import Schedule, Stage
-
-if TYPE_CHECKING:
-    pass
-
 
 PAPER_TASKS: Mapping[str, tuple[int, tuple[str, ...]]] = MappingProxyType(
     # name -> (target tokens, stacks that are reduced)
@@ -47,9 +44,9 @@ class PaperRow:
     flops: int | None
     wall_clock: int | None
 
-    def stage(self, stacks: tuple[str, ...], *, steps: int = 0) -> Stage:
+    def stage(self, stacks: tuple[str, ...]) -> Stage:
         """The partial PLM of the row, where `stacks` are reduced."""
-        return Stage(self.layers, self.ffn, steps, stacks)
+        return Stage(self.layers, self.ffn, 0, stacks)
 
 
 PAPER_TABLE1 = (
@@ -105,15 +102,14 @@ def paper_rows(plm: str = "large") -> tuple[PaperRow, ...]:
     return tuple(replace(row, ffn=row.ffn * width // large, flops=None, wall_clock=None) for row in PAPER_TABLE1)
 
 
-def over_tasks(flops: Callable[[str, BatchShape, tuple[str, ...]], tuple[float, float]], batch: int = 32) -> float:
+def over_tasks(flops: Callable[[BatchShape, tuple[str, ...]], tuple[float, float]]) -> float:
     """Relative FLOPs over the paper's five tasks: FLOPs summed over the tasks, over the full model's sum.
 
     Args:
-        flops: `(task, shape, stacks reduced) → (FLOPs, FLOPs of plain prompt tuning)`.
+        flops: `(shape, stacks reduced) → (FLOPs, FLOPs of plain prompt tuning)`.
     """
     return relative_flops(
-        flops(task, BatchShape(batch=batch, target_tokens=target), stacks)
-        for task, (target, stacks) in PAPER_TASKS.items()
+        flops(BatchShape(batch=32, target_tokens=target), stacks) for target, stacks in PAPER_TASKS.values()
     )
 
 
@@ -131,7 +127,7 @@ def paper_table1_flops(plm: str = "large", *, convention: Convention = "linear")
         part = step_flops(cost, row.stage(stacks), shape, convention=convention)
         return part, step_flops(cost, None, shape, convention=convention)
 
-    return [over_tasks(lambda _, shape, stacks, row=row: pair(row, shape, stacks)) for row in paper_rows(plm)]  # type: ignore[misc]
+    return [over_tasks(partial(pair, row)) for row in paper_rows(plm)]
 
 
 def paper_table2_flops(plm: str = "large", *, convention: Convention = "linear") -> dict[str, float]:
@@ -147,4 +143,4 @@ def paper_table2_flops(plm: str = "large", *, convention: Convention = "linear")
         part, whole = (schedule_flops(cost, s, shape, convention=convention) for s in schedules)
         return part, whole
 
-    return {m: over_tasks(lambda _, shape, stacks, m=m: pair(m, shape, stacks)) for m in PAPER_TABLE2[plm]}  # type: ignore[misc]
+    return {method: over_tasks(partial(pair, method)) for method in PAPER_TABLE2[plm]}

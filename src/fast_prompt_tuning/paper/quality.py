@@ -24,9 +24,6 @@ from ..run.session import open_session
 from ..schedule.stages import part_of
 from .costs import PAPER_TABLE2, PAPER_TASKS, paper_rows
 
-PAPER_METRICS = {"mnli": "accuracy", "qqp": "accuracy", "squad2": "em", "record": "em", "xsum": "rougeL"}
-"""What the paper reports for each task."""
-
 
 def files_of(data: str | Path | None, task: str) -> dict[str, str]:
     """Local files of a task: `DATA/<task>/train.*` and `validation.*`; none where `data` is None (then from the Hub).
@@ -38,13 +35,13 @@ def files_of(data: str | Path | None, task: str) -> dict[str, str]:
         return {}
     files = {}
     for split in ("train", "validation"):
-        found = sorted((Path(data) / task).glob(f"{split}.*"))
-        if len(found) != 1:
+        of_split = sorted((Path(data) / task).glob(f"{split}.*"))
+        if len(of_split) != 1:
             raise ConfigError(
                 f"--data {str(data)!r} needs exactly one file {task}/{split}.* in the benchmark's official format, "
-                f"found {len(found)}"
+                f"found {len(of_split)}"
             )
-        files[split] = str(found[0])
+        files[split] = str(of_split[0])
     return files
 
 
@@ -115,7 +112,7 @@ def _config(
     settings: dict[str, Any],
     overrides: Iterable[str],
 ) -> RunConfig:
-    chosen = {
+    values = {
         "model.path": model,
         "data.task": task,
         "data.files": files,
@@ -123,18 +120,18 @@ def _config(
         "output": str(folder),
         "name": f"{task} {folder.name}",
     }
-    config = load(f"t5_paper_{plm}", [*(override(k, v) for k, v in chosen.items()), *overrides])
+    config = load(f"t5_paper_{plm}", [*(override(k, v) for k, v in values.items()), *overrides])
     part = settings.get("part")
     if part is None:
         return config
     # A partial-only run: one stage for all steps, at the row's share of this model's layers and neurons.
     full = full_size(config)
-    cut = PAPER_TASKS[task][1]
+    _, stacks = PAPER_TASKS[task]
     stage = {
-        "layers": {s: part_of(full.layers_in(s) or 1, part["layers"]) for s in cut},
-        "ffn": {s: part_of(full.ffn_in(s) or 1, part["ffn"]) for s in cut},
+        "layers": {s: part_of(full.layers_in(s) or 1, part["layers"]) for s in stacks},
+        "ffn": {s: part_of(full.ffn_in(s) or 1, part["ffn"]) for s in stacks},
         "steps": config.train.steps,
-        "stacks": list(cut),
+        "stacks": list(stacks),
     }
     # The full PLM, on which a run's best prompt is chosen, says nothing of one that is scored on the partial PLM.
     return load(config.model_dump(mode="json"), [override("stages", [stage]), "train.keep=last"])
@@ -144,10 +141,10 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
     """The result of one run and the metric its table reports, from disk where it is done."""
     record = folder / "quality.json"
     if record.is_file():
-        found = load_result(folder)
-        if changed := changes_from(found.config, config):
+        result = load_result(folder)
+        if changed := changes_from(result.config, config):
             raise ConfigError(f"{str(folder)!r} was run otherwise: {'; '.join(changed)}; choose another --output")
-        return found, float(json.loads(record.read_text(encoding="utf-8"))["value"])
+        return result, float(json.loads(record.read_text(encoding="utf-8"))["value"])
     resume = (folder / "config.yaml").is_file()
     session = open_session(config, ("train", "validation"), resume=resume)
     result = run.train(config, resume=resume, session=session)
@@ -155,11 +152,9 @@ def _cell(config: RunConfig, folder: Path, settings: dict[str, Any]) -> tuple[Ru
         # A signal ended the run: the table ends with it, and goes on with the next command.
         number = int((result.reason or "signal 2").split()[-1])
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-    metric = PAPER_METRICS[str(config.data.task)]
-    value = result.metrics[metric]
-    if "part" in settings:
-        value = evaluate_partial(session, folder).result.values[metric]
-    write_atomic(record, json.dumps({"metric": metric, "value": value}) + "\n")
+    metrics = evaluate_partial(session, folder).result.values if "part" in settings else result.metrics
+    value = metrics[result.primary]
+    write_atomic(record, json.dumps({"metric": result.primary, "value": value}) + "\n")
     return result, value
 
 
@@ -175,10 +170,9 @@ def _row(
     entry: dict[str, Any] = {"method": row, **values[row]}
     entry["average"] = sum(values[row].values()) / len(tasks)
     entry["flops"] = 100 * spent / sum(r.flops["train"] for r in plain.values())
-    entry["wall_clock"] = (
-        100 * sum(r.train_seconds for r in mine.values()) / sum(r.train_seconds for r in plain.values())
-    )
+    seconds, of_plain = (sum(r.train_seconds for r in each.values()) for each in (mine, plain))
+    entry["wall_clock"] = 100 * seconds / of_plain
     if table == "table2":
-        gains = [values[row][t] - stopped_at(plain[t], spent_flops(mine[t]), PAPER_METRICS[t]) for t in tasks]
+        gains = [values[row][t] - stopped_at(plain[t], spent_flops(mine[t]), plain[t].primary) for t in tasks]
         entry["improve"] = None if row == "pt" else sum(gains) / len(gains)
     return entry

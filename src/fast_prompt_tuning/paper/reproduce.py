@@ -76,7 +76,7 @@ def measure_partial_plms(
     # Both batch shapes of one model, summed round by round, so that a ratio compares what ran close together.
     sums = [[a + b for a, b in zip(*samples[i : i + 2], strict=True)] for i in range(0, len(samples), 2)]
     medians = [sum(statistics.median(s) for s in samples[i : i + 2]) for i in range(0, len(samples), 2)]
-    best = [sum(min(s) for s in samples[i : i + 2]) for i in range(0, len(samples), 2)]
+    fastest = [sum(min(s) for s in samples[i : i + 2]) for i in range(0, len(samples), 2)]
     results = []
     for i, row in enumerate(rows, start=1):
         ratios = sorted(part / whole for part, whole in zip(sums[i], sums[0], strict=True))
@@ -90,7 +90,7 @@ def measure_partial_plms(
                 for shape, stacks in tasks
             )
         result["wall_clock"] = 100 * medians[i] / medians[0]
-        result["wall_clock_best"] = 100 * best[i] / best[0]  # of the fastest steps: what other load disturbs least
+        result["wall_clock_best"] = 100 * fastest[i] / fastest[0]  # what other load disturbs least
         result["wall_clock_low"], result["wall_clock_high"] = 100 * ratios[0], 100 * ratios[-1]
         result["above_flops"] = result["wall_clock"] - result["flops_all"]
         result["paper_flops"], result["paper_wall_clock"] = row.flops, row.wall_clock

@@ -196,7 +196,8 @@ _BUILT_IN = (
     Family(name="bert", stacks={"encoder": _BERT}, peers=("roberta",)),
 )
 
-_REGISTRY: dict[str, Family] = {}
+REGISTRY: dict[str, Family] = {}
+"""Every family by its `model_type`s; `register` adds one."""
 
 
 def register(family: Family) -> None:
@@ -207,7 +208,7 @@ def register(family: Family) -> None:
     ffn_in=(("mlp.gate_proj", "mlp.up_proj"),), ffn_out="mlp.down_proj")}))`.
     """
     for model_type in (family.name, *family.peers):
-        _REGISTRY[model_type] = family
+        REGISTRY[model_type] = family
 
 
 for _family in _BUILT_IN:
@@ -216,7 +217,7 @@ for _family in _BUILT_IN:
 
 def names() -> list[str]:
     """Every registered `model_type`."""
-    return sorted(_REGISTRY)
+    return sorted(REGISTRY)
 
 
 def of(config: Any) -> Family:
@@ -226,13 +227,14 @@ def of(config: Any) -> Family:
         UnknownFamilyError: nothing is registered for `config.model_type`; the message says how to register it.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in _REGISTRY:
+    if model_type not in REGISTRY:
         raise UnknownFamilyError(
             f"model_type={model_type!r} is not a registered family (known: {', '.join(names())}). Register it: "
-            "fast_prompt_tuning.families.register(Family(name=model_type, stacks={'decoder': StackSpec(layers=…, "
-            "ffn_in=…, ffn_out=…)})); the paths are those of print(model)."
+            "from fast_prompt_tuning.plm.families import Family, StackSpec, register; register(Family(name="
+            f"{model_type!r}, stacks={{'decoder': StackSpec(layers=…, ffn_in=…, ffn_out=…)}})); the paths are those of "
+            "print(model)."
         )
-    return _REGISTRY[model_type]
+    return REGISTRY[model_type]
 
 
 def layer_count(config: Any, spec: StackSpec) -> int:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, TextPass, Work
@@ -25,14 +24,10 @@ class AfterText(PromptedPLM):
     placement: ClassVar[str] = "suffix"
     keeps_texts: ClassVar[bool] = True
 
-    @property
-    def calibrated(self) -> nn.Module:
-        """The bare PLM: the text, most of a batch's tokens, does not see the prompt."""
-        return self.plm  # type: ignore[no-any-return]
-
     @classmethod
     def check(cls, plm: Any) -> None:
-        """As `text_states.check_text_apart`."""
+        """As `PromptedPLM.check`, and `text_states.check_text_apart`."""
+        super().check(plm)
         check_text_apart(plm)
 
     @classmethod
@@ -83,7 +78,7 @@ class AfterText(PromptedPLM):
             table = torch.stack([log_probability(*logits_of(ids), len(inputs)) for ids in labels], 1)
         return table, self._texts(text)
 
-    def _generation_inputs(
+    def generation_inputs(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
     ) -> tuple[dict[str, Any], Work]:
         firsts, ends = self._split(inputs)
@@ -120,15 +115,15 @@ class WithinText(AfterText):
     needs_tail: ClassVar[bool] = True
 
     @classmethod
-    def check(cls, plm: Any) -> None:
-        """As `AfterText.check`.
+    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
+        """As `PromptedPLM.positions`.
 
         Raises:
-            ModelError: also for an encoder-decoder, whose encoder reads the text as a whole.
+            ModelError: an encoder-decoder, whose encoder reads the text as a whole.
         """
-        if plm.config.is_encoder_decoder:
+        if not decoder:
             raise ModelError(
                 "placement='infix' needs a decoder-only model: an encoder reads its text as a whole; use "
                 "placement='suffix'"
             )
-        super().check(plm)
+        return super().positions(decoder)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, Work
@@ -25,9 +26,10 @@ class Front(PromptedPLM):
 
     placement: ClassVar[str] = "prefix"
 
-    @classmethod
-    def check(cls, plm: Any) -> None:
-        """Every PLM takes a prompt in front."""
+    @property
+    def calibrated(self) -> nn.Module:
+        """The module with its prompt, which all of the text sees."""
+        return self.plm if self.module is None else self.module  # type: ignore[no-any-return]
 
     @classmethod
     def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
@@ -42,9 +44,22 @@ class Front(PromptedPLM):
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`; without a `module` or a prompt the PLM's own loss."""
         inputs = {name: value for name, value in batch.items() if name != TAIL}
-        value = label_loss(self.calibrated, inputs, num_items=num_items)
+        given = inputs if self.module is not None or self.prompt is None else self._behind_prompt(inputs)
+        value = label_loss(self.calibrated, given, num_items=num_items)
         shape = batch_shape(inputs, self.prompt_tokens, decoder=not self.plm.config.is_encoder_decoder)
         return Loss(value, Work((PromptPass(shape, self._kind()),)))
+
+    def _behind_prompt(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch as the bare PLM takes it, its ids embedded behind the prompt `(P, H)`, or one each `(B, P, H)`."""
+        ids, mask, prompt = batch["input_ids"].to(self.plm.device), batch.get("attention_mask"), self.prompt
+        embeds = self.plm.get_input_embeddings()(ids)
+        front = prompt.to(embeds).expand(len(ids), *prompt.shape[-2:])  # type: ignore[union-attr]
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+        return {
+            "inputs_embeds": torch.cat([front, embeds], dim=1),
+            "attention_mask": torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1),
+            "labels": batch["labels"],
+        }
 
     def _label_scores(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]
@@ -52,7 +67,7 @@ class Front(PromptedPLM):
         score = _score_encoder_decoder if self.plm.config.is_encoder_decoder else _score_decoder
         return score(self.plm, prompt, [i.ids for i in inputs], labels), Work()
 
-    def _generation_inputs(
+    def generation_inputs(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
     ) -> tuple[dict[str, Any], Work]:
         left = not self.plm.config.is_encoder_decoder

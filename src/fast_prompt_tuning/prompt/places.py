@@ -1,4 +1,4 @@
-"""Where a prompt can stand: the table of placements, and the prompted PLM of a prompt, or of a model."""
+"""The prompted PLM of a prompt's values, of a new prompt, or of a model."""
 
 from __future__ import annotations
 
@@ -7,27 +7,12 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from ..errors import ConfigError
 from ..plm.stacks import get_plm
-from .after_text import AfterText, WithinText
 from .front import Front
-from .prompted import PromptedPLM
+from .prompted import PromptedPLM, placement_named
 from .soft_prompt import prompt_length, prompt_parameter, soft_prompt_config
 from .suffix_model import SuffixPromptModel
 from .text_cache import TextCache
-
-PLACEMENTS: dict[str, type[PromptedPLM]] = {cls.placement: cls for cls in (Front, AfterText, WithinText)}
-
-
-def prompted_kind(name: str) -> type[PromptedPLM]:
-    """The class of a placement.
-
-    Raises:
-        ConfigError: there is none of this name.
-    """
-    if name not in PLACEMENTS:
-        raise ConfigError(f"placement={name!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
-    return PLACEMENTS[name]
 
 
 def place(
@@ -41,7 +26,7 @@ def place(
     Raises:
         ConfigError: an unknown placement. ModelError, UnknownFamilyError: no prompt can stand there in this PLM.
     """
-    kind = prompted_kind(placement) if prompt is not None else Front
+    kind = placement_named(placement) if prompt is not None else Front
     kind.check(plm)
     return kind(plm, prompt, cache if kind.keeps_texts else None)
 
@@ -54,7 +39,7 @@ def tune(
     Raises:
         ConfigError: a prompt length the model has no room for; and as `place`.
     """
-    if (kind := prompted_kind(placement)) is Front:
+    if (kind := placement_named(placement)) is Front:
         plm.requires_grad_(False)
         model: Any = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=num_virtual_tokens))
     else:

@@ -1,13 +1,14 @@
 """The prompted PLM: one door to a PLM with a soft prompt, wherever the prompt stands.
 
-Each placement of the prompt is a class (`front.Front`, `after_text.AfterText`, `after_text.WithinText`). Losses, scores
-and answers go through it and return the work that was done, which `cost.flops.work_flops` prices.
+Each placement of the prompt is a class, named in `placements.PLACEMENTS`. Losses, scores and answers go through it and
+return the work that was done, which `cost.flops.work_flops` prices.
 Sizes: B batch, T text tokens, P prompt length, D target tokens, H `d_model`.
 """
 
 from __future__ import annotations
 
 import logging
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import nn
 
 from ..cost.shapes import BatchShape
 from ..cost.work import Kind, PromptPass, Work
-from ..errors import DataError
+from ..errors import ConfigError, DataError
+from ..placements import PLACEMENTS
 from ..plm.modes import inference
 from ..plm.objective import IGNORED
 from .generation import GenerationOptions, answers
@@ -89,18 +91,22 @@ class PromptedPLM(ABC):
 
     @property
     def calibrated(self) -> nn.Module:
-        """The module that neurons and layers are scored on: its forward takes a batch and sees what the text sees."""
-        return self.plm if self.module is None else self.module  # type: ignore[no-any-return]
+        """The module that neurons and layers are scored on: its forward takes a batch, with or without labels."""
+        return self.plm  # type: ignore[no-any-return]
 
     @classmethod
-    @abstractmethod
     def check(cls, plm: Any) -> None:
         """Raise unless a prompt can stand here in this PLM: a subclass of `FptError` that says why."""
+        cls.positions(decoder=not plm.config.is_encoder_decoder)
 
     @classmethod
     @abstractmethod
     def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
-        """What shares the positions of a stack, out of `prompt`, `text` and `target`; one entry per stack."""
+        """What shares the positions of a stack, out of `prompt`, `text` and `target`; one entry per stack.
+
+        Raises:
+            ModelError: no prompt can stand here in a decoder-only model, or in an encoder-decoder.
+        """
 
     @classmethod
     @abstractmethod
@@ -132,7 +138,7 @@ class PromptedPLM(ABC):
         """Summed log-probabilities `(B, number of labels)`, and the work of texts alone."""
 
     @abstractmethod
-    def _generation_inputs(
+    def generation_inputs(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
     ) -> tuple[dict[str, Any], Work]:
         """What `plm.generate` takes to answer the inputs, and the work of texts alone."""
@@ -194,12 +200,10 @@ class PromptedPLM(ABC):
         with inference(self.plm):
             for picked in batches_by_length([i.ids for i in inputs], options.batch_size):
                 rows = [inputs[i] for i in picked]
-                generation_inputs, texts = self._generation_inputs(
-                    prompts_of(self.prompt, picked), rows, options.num_beams
-                )
+                model_inputs, texts = self.generation_inputs(prompts_of(self.prompt, picked), rows, options.num_beams)
                 shape = self._shape(rows, options.max_new_tokens)
                 work += texts + Work((PromptPass(shape, "generation", options.num_beams),))
-                predictions.update(zip(picked, answers(self.plm, tokenizer, generation_inputs, options), strict=True))
+                predictions.update(zip(picked, answers(self.plm, tokenizer, model_inputs, options), strict=True))
         return [predictions[i] for i in range(len(inputs))], work
 
     def save(self, folder: str | Path) -> None:
@@ -216,6 +220,17 @@ class PromptedPLM(ABC):
         if not torch.is_grad_enabled():
             return "forward"
         return "full_step" if self.prompt is None else "step"
+
+
+def placement_named(name: str) -> type[PromptedPLM]:
+    """The class of a placement.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in PLACEMENTS:
+        raise ConfigError(f"placement={name!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
+    return pkgutil.resolve_name(PLACEMENTS[name].code)  # type: ignore[no-any-return]
 
 
 def labelled_tokens(labels: torch.Tensor) -> tuple[int, float]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import ConfigError, ModelError, is_whole, shown
 from ..files import new_file, write_atomic
+from ..placements import PLACEMENTS
 from ..plm.stacks import get_plm
 
 logger = logging.getLogger(__name__)
@@ -236,7 +237,8 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = record["format"] == 1 and record["placement"] in PLACES and record["placement"] != "prefix"
+        version, place = record["format"], record["placement"]
+        known = version == 1 and place in PLACEMENTS and place != "prefix"
         for name in ("base_model", "model_fingerprint") if known else ():
             if not isinstance(record[name], str):
                 raise TypeError(f"{name} is {shown(record[name])}, not a text")
@@ -246,8 +248,8 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
         ) from error
     if not known:
         raise ConfigError(
-            f"{str(file)!r} has format={shown(record['format'])}, placement={shown(record['placement'])}; this version "
-            "knows format 1 and the placements 'suffix' and 'infix'"
+            f"{str(file)!r} has format={shown(version)}, placement={shown(place)}; this version knows format 1 and the "
+            f"placements {', '.join(name for name in PLACEMENTS if name != 'prefix')}"
         )
     return dict(record)
 
@@ -258,7 +260,7 @@ def form_of(path: str | Path) -> tuple[str, int, int]:
 
 
 def place_of(path: str | Path) -> str:
-    """`prefix`, `suffix` or `infix`: where the prompt saved in a folder stands."""
+    """The placement of the prompt saved in a folder."""
     record = suffix_record(path)
     return "prefix" if record is None else str(record["placement"])
 
@@ -313,13 +315,6 @@ def _vectors(values: torch.Tensor, folder: Path) -> torch.Tensor:
     return values
 
 
-PLACES = {
-    "prefix": "in front of the input",
-    "suffix": "after the input (encoder-decoder: in front of the target)",
-    "infix": "within the input, after the field that may be shortened and in front of what the template has behind it",
-}
-
-
 def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     """Write a saved prompt's vectors as the tensor `prompt_embeds` `(P, H)` of a new safetensors file.
 
@@ -335,7 +330,7 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     taken = ConfigError(f"output={str(path)!r} exists already; choose another name")
     if path.exists():
         raise taken
-    metadata = {"place": PLACES[place_of(folder)]}
+    metadata = {"place": PLACEMENTS[place_of(folder)].where}
     try:
         with new_file(path, replace=False) as work:
             save_file({"prompt_embeds": values.contiguous()}, work, metadata=metadata)

@@ -16,10 +16,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ..data.trimming import TAIL
 from ..errors import ConfigError, ModelError
+from ..placements import PLACEMENTS
 from ..plm import fingerprint
-from .after_text import AfterText, WithinText
 from .generation import generation_config
-from .passes import counts, generation_inputs, split_texts
+from .passes import counts
+from .prompted import Input, PromptedPLM, placement_named
 from .soft_prompt import (
     check_prompt_tokens,
     init_soft_prompt,
@@ -29,14 +30,11 @@ from .soft_prompt import (
     suffix_record,
 )
 from .text_cache import TextCache
-from .text_states import text_states
 
 logger = logging.getLogger(__name__)
 
 AFTER = "n_after"
 """What a prompt within the text is told of each row `(B,)`: the tokens at the text's end that stand after it."""
-
-_PLACED = {cls.placement: cls for cls in (AfterText, WithinText)}
 
 
 class SuffixPromptModel(nn.Module):
@@ -47,8 +45,8 @@ class SuffixPromptModel(nn.Module):
     Args:
         plm: a bare `transformers` model, decoder-only or encoder-decoder; its weights are frozen here.
         num_virtual_tokens: prompt length P.
-        placement: `suffix`, after the text; or `infix`, before the last tokens of a decoder-only model's text, whose
-            number comes with each row (`n_after`).
+        placement: any but `prefix`: `suffix`, after the text; `infix`, before the last tokens of a decoder-only model's
+            text, whose number comes with each row (`n_after`); or one of your own.
         cache: where the texts' states are kept between steps; None computes them at every step, forward only.
         init: how the prompt starts, see `init_soft_prompt`; `vocab` needs nothing else.
         seed: of the initialisation.
@@ -71,9 +69,10 @@ class SuffixPromptModel(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        if placement not in _PLACED:
-            raise ConfigError(f"placement={placement!r} is unknown here; choose {' or '.join(_PLACED)}")
-        _PLACED[placement].check(plm)
+        others = [name for name in PLACEMENTS if name != "prefix"]
+        if placement not in others:
+            raise ConfigError(f"placement={placement!r} is unknown here; choose {' or '.join(others)}")
+        placement_named(placement).check(plm)
         check_prompt_tokens(plm, num_virtual_tokens)
         if cache is not None:
             cache.check_model(plm)
@@ -96,9 +95,9 @@ class SuffixPromptModel(nn.Module):
         return self.plm.device
 
     @property
-    def prompted(self) -> AfterText:
+    def prompted(self) -> PromptedPLM:
         """The prompted PLM that does the computing."""
-        return _PLACED[self.placement](self.plm, self.soft_prompt, self.cache, self)
+        return placement_named(self.placement)(self.plm, self.soft_prompt, self.cache, self)
 
     def get_base_model(self) -> Any:
         """The PLM, as of a PEFT model."""
@@ -127,7 +126,7 @@ class SuffixPromptModel(nn.Module):
         return CausalLMOutput(loss=self.prompted.loss(batch, num_items_in_batch).value)  # type: ignore[arg-type]
 
     def _check_after(self, n_after: Any) -> None:
-        if (n_after is not None) != (self.placement == "infix"):
+        if (n_after is not None) != self.prompted.needs_tail:
             problem = "is missing" if n_after is None else "is given"
             raise ModelError(
                 f"{AFTER} {problem} with placement={self.placement!r}: an infix prompt, and no other, is told how many "
@@ -177,9 +176,8 @@ class SuffixPromptModel(nn.Module):
         read = 1 if self.plm.config.is_encoder_decoder else input_ids.shape[1]
         config, more = _merged_options(self.plm.generation_config, options, read)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        prompt = self.soft_prompt.detach()
-        firsts, ends = split_texts(texts, after)
-        inputs = generation_inputs(self.plm, prompt, text_states(self.plm, firsts, self.cache), ends, copies)
+        rows = [Input(ids, n) for ids, n in zip(texts, after or [0] * len(texts), strict=True)]
+        inputs, _ = self.prompted.generation_inputs(self.soft_prompt.detach(), rows, copies)
         with generation_config(self.plm, config):
             generated = self.plm.generate(**inputs, **more)
         sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from .. import paths
-from ..errors import ConfigError, ScheduleError, quote_hint, shown
-from ..yaml_text import load_yaml, read_yaml
-from .settings import LONGEST_NAME, MOST_ERRORS, RunConfig
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("fast_prompt_tuning") / "recipes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+from ..errors import ConfigError, ScheduleError, nearest, shown
+from ..yaml_text import load_yaml, problems, read_yaml
+from .settings import RunConfig
 
 
 def override(key: str, value: Any) -> str:
@@ -52,7 +44,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors()[:MOST_ERRORS])) from None
+        missing = "{name} is missing; set it in the recipe or with --set {name}=…"
+        texts = problems(error, RunConfig, missing=missing, unknown="{name} is not a setting", all_are="valid:")
+        raise ConfigError("; ".join(texts)) from None
     except ScheduleError as error:
         raise ConfigError(str(error)) from error
 
@@ -79,17 +73,15 @@ def _placed(value: Any, folder: str | Path, keys: tuple[Any, ...] = ()) -> Any:
 
 
 def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    name = str(source)
-    if not path.is_file() and name in recipe_names():
-        path = Path(str(resources.files("fast_prompt_tuning") / "recipes" / f"{name}.yaml"))
+    path, name, recipes = Path(source), str(source), paths.built_in("recipes")
+    if not path.is_file():
+        path = recipes.get(name, path)
     try:
         data = read_yaml(path, f"config={name!r}")
     except ConfigError:
         raise
     except (OSError, ValueError) as error:  # not text, or a name that cannot be one
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
-        hint = f"; did you mean the recipe {near[0]!r}?" if near else f"; recipes: {', '.join(recipe_names())}"
+        hint = nearest(name, recipes, kind="the recipe ", all_are="recipes:")
         raise ConfigError(f"config={name!r} cannot be read ({type(error).__name__}){hint}") from error
     if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
         raise ConfigError(f"config={name!r} must hold settings (key: value), found {type(data).__name__}")
@@ -107,37 +99,3 @@ def _override(data: dict[str, Any], text: str) -> None:
         data[section] = dict(inner) if isinstance(inner, dict) else {}
         data = data[section]
     data[last] = _placed(parsed, "", (*sections, last))
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        candidates += [a for c in candidates for a in getattr(c, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-def _explain(error: Any) -> str:
-    location = tuple(error["loc"])
-    name = ".".join(str(part) for part in location)[:LONGEST_NAME]
-    if error["type"] == "extra_forbidden":
-        valid = _fields_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(valid)}"
-        return f"{name} is not a setting; {hint}"
-    if error["type"] == "missing":
-        return f"{name} is missing; set it in the recipe or with --set {name}=…"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type":
-        message += quote_hint(error["input"])
-    if name and error["type"] != "value_error":
-        return f"{name}={shown(error['input'])}: {message}"
-    return f"{name}: {message}".lstrip(": ")

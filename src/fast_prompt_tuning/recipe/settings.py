@@ -9,19 +9,20 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..placements import PLACEMENTS
 from ..schedule.auto import AutoSchedule, default_ladder
-from ..schedule.stages import METHODS, Schedule, Stage
-
-METHOD_NAMES = (*METHODS, "auto", "full")
-"""The methods a run can have: the paper's, `auto`, which decides itself when to grow, and `full`: fine-tuning of all
-weights, the baseline."""
-
-MOST_ERRORS, LONGEST_NAME = 10, 200
-"""What a message about a recipe names at most: settings, and characters of a setting's name."""
+from ..schedule.stages import Schedule, Stage
 
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as people write it: `~` is their home."""
+
+
+def _placed(name: str) -> str:
+    if name not in PLACEMENTS:
+        raise PydanticCustomError("placement", f"choose one of {', '.join(PLACEMENTS)}")
+    return name
 
 
 YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
@@ -79,10 +80,8 @@ class PromptConfig(_Section):
     init: Literal["uniform", "vocab", "text", "prompt"] = Field("vocab", description="how its values start")
     text: str | None = Field(None, description="the text of init: text")
     path: UserPath | None = Field(None, description="the saved prompt of init: prompt")
-    placement: Literal["prefix", "suffix", "infix"] = Field(
-        "prefix",
-        description="before the text (the paper's); after it (an encoder-decoder's: before the target); or within it, "
-        "after the task's truncate field and before what its template has behind that",
+    placement: Annotated[str, AfterValidator(_placed)] = Field(
+        "prefix", description="; ".join(f"{name}: {place.where}" for name, place in PLACEMENTS.items())
     )
 
     @model_validator(mode="after")
@@ -110,15 +109,15 @@ class CacheConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_dtype(cls, given: Any) -> Any:
+    def _without_dtype(cls, section: Any) -> Any:
         """Recipes that runs saved before `cache.dtype` was cut hold its default."""
-        if not isinstance(given, dict) or "dtype" not in given:
-            return given
-        if given["dtype"] != "model":
+        if not isinstance(section, dict) or "dtype" not in section:
+            return section
+        if section["dtype"] != "model":
             raise ValueError(
-                f"dtype={given['dtype']!r} is gone: texts kept in 8 bits ended worse and took longer; leave it out"
+                f"dtype={section['dtype']!r} is gone: texts kept in 8 bits ended worse and took longer; leave it out"
             )
-        return {name: value for name, value in given.items() if name != "dtype"}
+        return {name: value for name, value in section.items() if name != "dtype"}
 
 
 class StageConfig(_Section):
@@ -256,10 +255,7 @@ class RunConfig(_Section):
             if self.method == "full":
                 raise ValueError(f"{place} has no prompt with method='full'; leave one of them out")
             if self.train.gradient_checkpointing:
-                raise ValueError(
-                    f"train.gradient_checkpointing cannot be used with {place}, whose text keeps no activations "
-                    "anyway; leave it out"
-                )
+                raise ValueError(f"train.gradient_checkpointing cannot be used with {place}; leave it out")
             if self.train.compile:
                 raise ValueError(f"train.compile cannot be used with {place}; leave it out")
         if self.cache.cross_attention and self.cache.tier == "none":
@@ -273,29 +269,31 @@ class RunConfig(_Section):
         if self.train.compile and self.train.gradient_checkpointing:
             raise ValueError("train.compile cannot be used with train.gradient_checkpointing; leave one of them out")
         if self.stages is not None:
-            if self.method in ("pt", "full"):
-                raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
-            for i, stage in enumerate(self.stages):
-                if (stage.steps is None) != (self.method == "auto"):
-                    fix = "leave it out, for auto decides, or set method=cr" if self.method == "auto" else "set it"
-                    raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
-            total = sum(stage.steps or 0 for stage in self.stages)
-            if total != self.train.steps and self.method != "auto":
-                raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
-            for i, stage in enumerate(self.stages):
-                limits = (
-                    ("batch", "train.batch_size", self.train.batch_size),
-                    ("length", "data.max_input_tokens", self.data.max_input_tokens),
-                )
-                for name, setting, limit in limits:
-                    value = getattr(stage, name)
-                    if value is not None and value > limit:
-                        raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
+            self._check_stages(self.stages)
         return self
 
     def cut_stacks(self, full: Stage, task_stacks: Iterable[str] | None = None) -> tuple[str, ...]:
         """The stacks to cut: those named, else the task's that the model has, else all of the model's."""
         return tuple(self.stacks or (s for s in full.stacks if s in (task_stacks or ()))) or full.stacks
+
+    def _check_stages(self, stages: list[StageConfig]) -> None:
+        auto = self.method == "auto"
+        if self.method in ("pt", "full"):
+            raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
+        for i, stage in enumerate(stages):
+            if (stage.steps is None) != auto:
+                fix = "leave it out, for auto decides, or set method=cr" if auto else "set it"
+                raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
+        total = sum(stage.steps or 0 for stage in stages)
+        if total != self.train.steps and not auto:
+            raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")
+        for i, stage in enumerate(stages):
+            for name, value, setting, limit in (
+                ("batch", stage.batch, "train.batch_size", self.train.batch_size),
+                ("length", stage.length, "data.max_input_tokens", self.data.max_input_tokens),
+            ):
+                if value is not None and value > limit:
+                    raise ValueError(f"stages[{i}].{name}={value} is more than {setting}={limit}; lower it")
 
     def schedule(self, full: Stage, task_stacks: Iterable[str] | None = None) -> Schedule | AutoSchedule:
         """The run's schedule for a model whose full size is `full`.
@@ -309,9 +307,9 @@ class RunConfig(_Section):
         stacks = self.cut_stacks(full, task_stacks)
         schedule: Schedule | AutoSchedule
         if self.method == "auto":
-            own = [s.stage(full, stacks) for s in self.stages or ()]
-            plain = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
-            ladder = [*(s for s in own if s != plain), plain] if own else default_ladder(plain, self.train.batch_size)
+            whole = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
+            smaller = [stage for s in self.stages or () if (stage := s.stage(full, stacks)) != whole]
+            ladder = [*smaller, whole] if self.stages else default_ladder(whole, self.train.batch_size)
             schedule = AutoSchedule(ladder, self.train.steps)
         elif self.stages is not None:
             schedule = Schedule(s.stage(full, stacks) for s in self.stages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,8 @@ def styled(**more: Any) -> Iterator[None]:
         yield
 
 
-def blank_figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def blank_figure(height: float, width: float = WIDTH) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no display, whatever the user's default backend
     return figure
 
@@ -99,7 +99,6 @@ def inline_svg(figure: Figure, label: str, prefix: str) -> str:
     for parent in root.iter():
         for child in [c for c in parent if c.tag.endswith("}metadata")]:
             parent.remove(child)
-    recolour = _recolour()
     for element in root.iter():
         element.tag = element.tag.rsplit("}")[-1]
         for name, value in list(element.attrib.items()):
@@ -109,20 +108,18 @@ def inline_svg(figure: Figure, label: str, prefix: str) -> str:
             elif value.startswith("#"):
                 value = f"#{prefix}{value[1:]}"
             del element.attrib[name]
-            element.attrib[short] = recolour(value.replace("url(#", f"url(#{prefix}"))
+            element.attrib[short] = _in_page_colours(value.replace("url(#", f"url(#{prefix}"))
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.attrib.update({"role": "img", "aria-label": label})
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _recolour() -> Callable[[str], str]:
-    changes = {INK: "currentColor", **{c: f"var(--run-{i}, {c})" for i, c in enumerate(COLOURS)}}
+_PAGE_COLOURS = {INK: "currentColor", **{c: f"var(--run-{i}, {c})" for i, c in enumerate(COLOURS)}}
 
-    def recolour(value: str) -> str:
-        if "fill" in value or "stroke" in value:
-            for colour, new in changes.items():
-                value = value.replace(f": {colour}", f": {new}")
-        return value
 
-    return recolour
+def _in_page_colours(value: str) -> str:
+    if "fill" in value or "stroke" in value:
+        for colour, new in _PAGE_COLOURS.items():
+            value = value.replace(f": {colour}", f": {new}")
+    return value

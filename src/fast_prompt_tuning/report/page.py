@@ -22,14 +22,7 @@ from ..run.results import Real, RunResult, legible, load_result
 from ..schedule.stages import size_text
 from . import pictures
 from .figures import inline_svg
-from .tables import (
-    average_rows,
-    by_task,
-    number,
-    percent,
-    signed,
-    table_rows,
-)
+from .tables import average_rows, by_task, number, percent, signed, table_rows
 
 SAMPLES = 3
 """Sample predictions of each kind: where runs differ, right ones, wrong ones."""
@@ -53,7 +46,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     Raises:
         DataError: a path with no run, or the same run twice.
     """
-    found: list[Run] = []
+    named: list[Run] = []
     for path in map(Path, paths):
         inside = sorted(p.parent for p in path.glob("*/result.json")) if path.is_dir() else []
         try:
@@ -62,15 +55,15 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
             if not inside:
                 raise
             runs = sorted((Run(p, load_result(p)) for p in inside), key=_first)
-        found += runs
+        named += runs
     seen: set[Path] = set()
-    for run in found:
+    for run in named:
         if run.folder.resolve() in seen:
             raise DataError("the run is named twice; name every run once", file=str(run.folder))
         seen.add(run.folder.resolve())
-    if not found:
+    if not named:
         raise DataError("no run is named; give at least one folder of a run")
-    return found
+    return named
 
 
 def _first(run: Run) -> int:
@@ -80,22 +73,22 @@ def _first(run: Run) -> int:
 
 def figures(runs: Sequence[Run]) -> dict[str, tuple[str, Figure]]:
     """Every picture of the runs: file stem -> (what it shows, figure)."""
-    found: dict[str, tuple[str, Figure | None]] = {}
+    drawn: dict[str, tuple[str, Figure | None]] = {}
     for n, (task, results) in enumerate(by_task([run.result for run in runs]).items()):
         suffix = f"-{n + 1}" if n else ""
         if any(r.curve and r.steps for r in results):
             for against, what in (("flops", "training compute"), ("seconds", "training time")):
                 label = f"Quality ({results[0].primary}) on {task} against {what}"
-                found[f"quality-{against}{suffix}"] = (label, pictures.quality(results, against))
-        found[f"loss{suffix}"] = (f"Training loss on {task}", pictures.losses(results))
-    found["schedule"] = ("Layers and widths over steps", pictures.schedules([r.result for r in runs]))
+                drawn[f"quality-{against}{suffix}"] = (label, pictures.quality(results, against))
+        drawn[f"loss{suffix}"] = (f"Training loss on {task}", pictures.losses(results))
+    drawn["schedule"] = ("Layers and widths over steps", pictures.schedules([r.result for r in runs]))
     for n, (names, matrix) in enumerate(_similarities(runs)):
         label = "Mean cosine similarity of the runs' prompts, token by token"
-        found[f"similarity{f'-{n + 1}' if n else ''}"] = (label, pictures.heat_map(names, matrix, "cosine similarity"))
+        drawn[f"similarity{f'-{n + 1}' if n else ''}"] = (label, pictures.heat_map(names, matrix, "cosine similarity"))
     for n, (name, record) in enumerate(_fidelities(runs)):
         label = f"How faithful partial models are to the full one, measured for {name}"
-        found[f"fidelity{f'-{n + 1}' if n else ''}"] = (label, pictures.fidelity(record["rows"], record["full_loss"]))
-    return {name: (label, figure) for name, (label, figure) in found.items() if figure is not None}
+        drawn[f"fidelity{f'-{n + 1}' if n else ''}"] = (label, pictures.fidelity(record["rows"], record["full_loss"]))
+    return {name: (label, figure) for name, (label, figure) in drawn.items() if figure is not None}
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -104,7 +97,7 @@ def render(runs: Sequence[Run]) -> str:
     Texts from runs, predictions among them, are escaped; the only markup taken as it is, is our own pictures'.
     """
     results = [run.result for run in runs]
-    drawn = {
+    inlined = {
         name: {"label": label, "svg": Markup(inline_svg(figure, label, f"{name}-"))}
         for name, (label, figure) in figures(runs).items()
     }
@@ -115,7 +108,7 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown: dict[str, Callable[..., str]] = {
+    filters: dict[str, Callable[..., str]] = {
         "number": number,
         "percent": percent,
         "signed": signed,
@@ -123,16 +116,17 @@ def render(runs: Sequence[Run]) -> str:
         "seconds": lambda s: human_seconds(s) if s else "none",
         "size": size_text,
     }
-    environment.filters.update(shown)
+    environment.filters.update(filters)
     tasks = by_task(results)
+    samples_of = {task: samples([run for run in runs if run.result in rs]) for task, rs in tasks.items()}
     return environment.get_template("report.html").render(
         title=f"{' and '.join(_models(results))} on {', '.join(tasks)}",
         tasks={task: {"metric": rs[0].primary, "rows": table_rows(rs)} for task, rs in tasks.items()},
         averages=average_rows(results) if len(tasks) > 1 else [],
-        pictures=drawn,
+        pictures=inlined,
         runs=runs,
         stages=[(r.name, _stages(r)) for r in results if len(r.schedule) > 1],
-        samples={task: found for task, rs in tasks.items() if (found := samples(_with(runs, rs)))},
+        samples={task: groups for task, groups in samples_of.items() if groups},
         settings=_settings(results),
         recipes=[(r.name, yaml.safe_dump(r.config, sort_keys=False, allow_unicode=True)) for r in results if r.config],
         versions=_columns([r.environment for r in results]),
@@ -151,9 +145,9 @@ def _similarities(runs: Sequence[Run]) -> list[tuple[list[str], list[list[float]
             key = (run.result.fingerprints.get("model"), tuple(prompt.shape), place_of(folder))
             groups.setdefault(key, []).append((run.result.name, prompt))
     return [
-        ([name for name, _ in found], similarity_matrix([prompt for _, prompt in found]).tolist())
-        for found in groups.values()
-        if len(found) > 1
+        ([name for name, _ in prompts], similarity_matrix([prompt for _, prompt in prompts]).tolist())
+        for prompts in groups.values()
+        if len(prompts) > 1
     ]
 
 
@@ -182,7 +176,7 @@ class _Answered(BaseModel):
 
 def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
     """What `fpt score --fidelity … --json > RUN/fidelity.json` has left in runs' folders."""
-    found = []
+    records = []
     for run in runs:
         path = run.folder / "fidelity.json"
         if not path.is_file():
@@ -191,14 +185,8 @@ def _fidelities(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
             record = _Fidelity.model_validate(legible(json.loads(path.read_text(encoding="utf-8")))["fidelity"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"not what fpt score --fidelity prints ({type(error).__name__})", file=str(path)) from error
-        found.append((run.result.name, record.model_dump()))
-    return found
-
-
-def _with(runs: Sequence[Run], results: Sequence[RunResult]) -> list[Run]:
-    """The runs that have these results."""
-    wanted = set(map(id, results))
-    return [run for run in runs if id(run.result) in wanted]
+        records.append((run.result.name, record.model_dump()))
+    return records
 
 
 def _models(results: Sequence[RunResult]) -> list[str]:
@@ -218,12 +206,13 @@ def _stages(result: RunResult) -> list[dict[str, Any]]:
     ]
 
 
-def _flat(settings: dict[str, Any], at: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        name = f"{at}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
 
 
 def _settings(results: Sequence[RunResult]) -> list[tuple[str, list[str]]]:
@@ -253,18 +242,18 @@ def samples(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
     Returns:
         (heading, examples) pairs; each example has `input`, `gold` and one answer per run with its score in percent.
     """
-    answered = [(run.result, found) for run in runs if (found := _predictions(run))]
+    answered = [(run.result, by_id) for run in runs if (by_id := _predictions(run))]
     if not answered:
         return []
     names, tables = [result.name for result, _ in answered], [table for _, table in answered]
-    models = [result.config.get("model", {}).get("path") for result, _ in answered]
+    model_paths = [result.config.get("model", {}).get("path") for result, _ in answered]
 
     def same(i: str, n: int) -> bool:
         """Whether run n has answered example i of the first run, and not one of other data that is numbered alike."""
         one, other = tables[0][i], tables[n].get(i)
         # The input's template is the model family's.
         return other is not None and (
-            one["gold"] == other["gold"] and (one["input"] == other["input"] or models[0] != models[n])
+            one["gold"] == other["gold"] and (one["input"] == other["input"] or model_paths[0] != model_paths[n])
         )
 
     shared = [i for i in tables[0] if all(same(i, n) for n in range(1, len(tables)))]
@@ -300,8 +289,8 @@ def _predictions(run: Run) -> dict[str, dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [_Answered.model_validate(legible(json.loads(line))) for line in lines if line.strip()]
-        found = metric([r.prediction for r in rows], [r.gold for r in rows])
-        scores = found.get(run.result.primary) or next(iter(found.values()))  # a split's score is no example's
+        by_name = metric([r.prediction for r in rows], [r.gold for r in rows])
+        scores = by_name.get(run.result.primary) or next(iter(by_name.values()))  # a split's score is no example's
         return {str(row.id): {**row.model_dump(), "percent": score} for row, score in zip(rows, scores, strict=True)}
     except (OSError, ValueError, RecursionError, DataError) as error:
         raise DataError(f"not a run's predictions ({type(error).__name__})", file=str(path)) from error

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -15,18 +13,18 @@ from matplotlib.patches import Rectangle
 from ..cost.units import flops_unit
 from ..run.results import Point, RunResult
 from ..schedule.stages import size_text
-from .figures import COLOURS, DASHES, GREY, blank_figure, save, short_name, styled
+from .figures import COLOURS, DASHES, GREY, blank_figure, short_name, styled
 from .tables import task_of
 
 
-def _look(index: int) -> dict[str, Any]:
+def line_look(index: int) -> dict[str, Any]:
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": DASHES[index // len(COLOURS) % len(DASHES)],
     }
 
 
-def _legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def legend(figure: Figure, labels: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Above the axes, where it hides nothing."""
     if labels:
         handles = [Line2D([], [], **look) for _, look in labels]
@@ -48,7 +46,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
     """
     by_flops = against == "flops"
     curves = [(i, r) for i, r in enumerate(results) if r.curve and r.steps]
-    flat = [r for r in results if not (r.curve and r.steps)]
+    untrained = [r for r in results if not (r.curve and r.steps)]
     growing = [(i, r) for i, r in curves if len(r.boundaries) > 1]
     longest = max((_spent(r, p, by_flops) for _, r in curves for p in r.curve), default=1.0)
     scale, unit = flops_unit(longest) if by_flops else _time_unit(longest)
@@ -66,13 +64,13 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
         for i, result in curves:
             points = [(_spent(result, p, by_flops) / scale, p.metrics[result.primary]) for p in result.curve]
             xs, ys = zip(*points, strict=True)
-            look = {**_look(i), "marker": "o", "markersize": 4}
+            look = {**line_look(i), "marker": "o", "markersize": 4}
             axes.plot(xs, ys, zorder=3, **look)
             labels.append((result.name, look))
             for start in result.boundaries[1:]:
                 at = _cost_at(result, start, by_flops) / scale
                 axes.axvline(at, color=look["color"], linestyle=":", linewidth=1, alpha=0.8)
-        for result in flat:
+        for result in untrained:
             value = (result.curve[0].metrics if result.curve else result.metrics)[result.primary]
             axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
             labels.append((f"{result.name} ({value:.1f}%)", {"color": GREY, "linestyle": "--", "linewidth": 1}))
@@ -88,7 +86,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
             bottom.set_ylabel("stages", rotation=0, ha="right", va="center")
         bottom.set_xlabel(f"training compute ({unit}FLOPs)" if by_flops else f"training time ({unit})")
         bottom.set_xlim(left=0)
-        _legend(figure, labels)
+        legend(figure, labels)
     return figure
 
 
@@ -116,7 +114,7 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
         axes = figure.subplots()
         labels = []
         for i, result in logged:
-            look = {**_look(i), "linewidth": 1.2}
+            look = {**line_look(i), "linewidth": 1.2}
             axes.plot(*zip(*result.losses, strict=True), **look)
             labels.append((result.name, look))
             for start in result.boundaries[1:]:
@@ -124,7 +122,7 @@ def losses(results: Sequence[RunResult]) -> Figure | None:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss (nats per token)")
         axes.grid(alpha=0.25)
-        _legend(figure, labels)
+        legend(figure, labels)
     return figure
 
 
@@ -164,12 +162,14 @@ def schedules(results: Sequence[RunResult]) -> Figure | None:
 
 
 def _layers_over_steps(axes: Any, result: RunResult, stack: str, colour: str) -> None:
-    kept = [_kept(result, n, stack, int(_size_in(stage["layers"], stack))) for n, stage in enumerate(result.schedule)]
+    layers_of = [
+        _layers_kept(result, n, stack, int(_size_in(stage["layers"], stack))) for n, stage in enumerate(result.schedule)
+    ]
     widths = [_size_in(stage["ffn"], stack) for stage in result.schedule]
-    top = max(max(layers) for layers in kept) + 1
+    top = max(map(max, layers_of)) + 1
     total = sum(stage["steps"] for stage in result.schedule)
     start = 0
-    for stage, layers, width in zip(result.schedule, kept, widths, strict=True):
+    for stage, layers, width in zip(result.schedule, layers_of, widths, strict=True):
         for first, count in _together(layers):
             axes.add_patch(
                 Rectangle(
@@ -201,7 +201,7 @@ def _size_in(size: Any, stack: str) -> float:
     return sum(size) / len(size) if isinstance(size, Sequence) else float(size)
 
 
-def _kept(result: RunResult, stage: int, stack: str, layers: int) -> list[int]:
+def _layers_kept(result: RunResult, stage: int, stack: str, layers: int) -> list[int]:
     """0-based indices of the layers a stage keeps; without a record, a run of the whole model."""
     recorded = result.kept_layers[stage].get(stack) if stage < len(result.kept_layers) else None
     return list(range(layers)) if recorded is None else sorted(recorded)
@@ -262,13 +262,13 @@ def fidelity(rows: Sequence[Mapping[str, Any]], full_loss: float) -> Figure:
                 scale = 100 if key == "agreement" else 1
                 xs = [100 * r["relative_flops"] for r in mine] + [100.0]
                 axes.plot(
-                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **_look(i)
+                    xs, [scale * v for v in (*(r[key] for r in mine), full)], marker="o", markersize=4, **line_look(i)
                 )
         lower.axhline(full_loss, color=GREY, linewidth=0.8, linestyle=":")
         upper.set_ylabel("says what the full\nmodel says (%)")
         lower.set_ylabel("loss (nats/token)")
         lower.set_xlabel("FLOPs of a training step (% of the full model's)")
-        _legend(figure, [(name, {**_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
+        legend(figure, [(name, {**line_look(i), "marker": "o", "markersize": 4}) for i, name in enumerate(names)])
     return figure
 
 
@@ -276,8 +276,7 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str
     """A matrix of similarities, each cell with its number. Colours are those of −1 to 1."""
     size = max(3.0, 0.55 * len(names) + 1.8)
     with styled(**{"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = blank_figure(size, size + 0.8)
         axes = figure.subplots()
         drawn = axes.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
         for y, row in enumerate(values):
@@ -297,11 +296,3 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], label: str
         axes.tick_params(length=0)
         figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
     return figure
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def draw_quality(results: Sequence[RunResult], path: str | Path, *, against: str = "flops") -> Path:
-    """`quality` as a `.png` or `.svg` file."""
-    return save(quality(results, against), path)

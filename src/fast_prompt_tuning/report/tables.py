@@ -30,11 +30,11 @@ def by_task(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     metrics: dict[str, set[str]] = {}
     for result in results:
         metrics.setdefault(task_of(result), set()).add(result.primary)
-    found: dict[str, list[RunResult]] = {}
+    groups: dict[str, list[RunResult]] = {}
     for result in results:
         task = task_of(result)
-        found.setdefault(task if len(metrics[task]) == 1 else f"{task}, {result.primary}", []).append(result)
-    return found
+        groups.setdefault(task if len(metrics[task]) == 1 else f"{task}, {result.primary}", []).append(result)
+    return groups
 
 
 def spent_flops(result: RunResult) -> float:
@@ -58,7 +58,7 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
     """
     if plain is None or result.method == "none" or not (result.curve and plain.curve):
         return None
-    if result.method == "pt" and _placement(result) == _placement(plain):
+    if result.method == "pt" and _prompt_place(result) == _prompt_place(plain):
         return None
     metric = result.primary
     end = next((p for p in result.curve if p.step == result.best_step), result.curve[-1])
@@ -67,7 +67,7 @@ def improvement(result: RunResult, plain: RunResult | None) -> float | None:
     return end.metrics[metric] - stopped_at(plain, spent_flops(result), metric)
 
 
-def _placement(result: RunResult) -> str:
+def _prompt_place(result: RunResult) -> str:
     return str(result.config.get("prompt", {}).get("placement", "prefix"))
 
 
@@ -77,18 +77,18 @@ def plain_run(result: RunResult, results: Sequence[RunResult]) -> RunResult | No
     Its prompt stands in front of the text, as the paper's does, unless no such run is there.
     """
 
-    def data(found: RunResult) -> Any:
-        return task_of(found), found.fingerprints.get("validation")
+    def data(run: RunResult) -> Any:
+        return task_of(run), run.fingerprints.get("validation")
 
     def of_one_model(one: RunResult, other: RunResult) -> bool:
-        marks = [r.fingerprints.get("model") for r in (one, other)]
-        if all(marks) and "full" not in (one.method, other.method):  # of all weights tuned, the model is another one
-            return marks[0] == marks[1]
-        paths = [r.config.get("model", {}) for r in (one, other)]
-        return all(paths[0].get(key) == paths[1].get(key) for key in ("path", "revision"))
+        hashes = [r.fingerprints.get("model") for r in (one, other)]
+        if all(hashes) and "full" not in (one.method, other.method):  # of all weights tuned, the model is another one
+            return hashes[0] == hashes[1]
+        models = [r.config.get("model", {}) for r in (one, other)]
+        return all(models[0].get(key) == models[1].get(key) for key in ("path", "revision"))
 
     same = [r for r in results if r.method == "pt" and data(r) == data(result) and of_one_model(r, result)]
-    return next((r for r in same if _placement(r) == "prefix"), next(iter(same), None))
+    return next((r for r in same if _prompt_place(r) == "prefix"), next(iter(same), None))
 
 
 def table_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
@@ -138,8 +138,8 @@ def average_rows(results: Sequence[RunResult]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         # Between other characters than letters and digits alone: the task "a" is in the name "plain-a" once.
-        own = rf"(?<![^\W_]){re.escape(record['task'])}(?![^\W_])"
-        name = re.sub(own, "", record["name"]).strip(" -_/.,:") or record["method"]
+        task = rf"(?<![^\W_]){re.escape(record['task'])}(?![^\W_])"
+        name = re.sub(task, "", record["name"]).strip(" -_/.,:") or record["method"]
         groups.setdefault(name, []).append(record)
 
     def mean(runs: list[dict[str, Any]], what: str) -> float | None:

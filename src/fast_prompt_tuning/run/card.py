@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from ..cost.units import human_flops, human_seconds
 from ..paths import is_path
-from ..prompt.soft_prompt import PLACES
+from ..placements import PLACEMENTS
 from ..schedule.stages import size_text
 from .results import RunResult
 
@@ -55,7 +55,7 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")"""
 # Soft prompt for {Path(task).stem} on {base.split("/")[-1]}
 
 {config["prompt"]["tokens"]} virtual tokens for `{base}` (revision {config["model"]["revision"] or "default"}), to stand
-{PLACES[place]}; tuned with the method `{result.method}` of fast-prompt-tuning. The model's
+{PLACEMENTS[place].where}; tuned with the method `{result.method}` of fast-prompt-tuning. The model's
 weights are unchanged.
 
 ```python

@@ -15,15 +15,16 @@ from torch import nn
 
 from ..cost.flops import forward_flops
 from ..cost.ledger import FlopsLedger
+from ..data.batches import Collator
 from ..data.splits import examples_fingerprint, train_calibration
 from ..errors import ConfigError, ScoreError, shown
 from ..plm.configs import full_stage, load_config
 from ..plm.loading import locate
 from ..plm.partial import PartialPLM
 from ..prompt.front import batch_shape
-from ..prompt.places import prompted_kind, prompted_of, tune
+from ..prompt.places import prompted_of, tune
 from ..prompt.prediction import batches_by_length
-from ..prompt.prompted import PromptedPLM
+from ..prompt.prompted import PromptedPLM, placement_named
 from ..prompt.soft_prompt import init_soft_prompt, load_prompt
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
@@ -31,7 +32,6 @@ from ..schedule.stages import Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
 from ..scores.neurons import NeuronScores, activation_scores
 from ..train import parallel
-from ..train.batches import make_collator
 from .session import Evaluation, Session, evaluate
 
 AnyScores = TypeVar("AnyScores", NeuronScores, LayerScores)
@@ -48,7 +48,7 @@ def trainable(session: Session) -> PromptedPLM:
     if config.method == "full":
         session.plm.requires_grad_(True)
         return prompted_of(session.plm)
-    kind = prompted_kind(config.prompt.placement)
+    kind = placement_named(config.prompt.placement)
     cache = session.texts if kind.keeps_texts else None
     prompted = tune(session.plm, config.prompt.tokens, config.prompt.placement, cache)
     init_soft_prompt(
@@ -154,15 +154,13 @@ def scored_partial(
     layers = needed.layers
     if needed.down_to and layers is None:
         layers = _layer_scores(session, model, needed.down_to, folder, ledger)
-    partial = _partial_with(config, model, scores, layers)
+    partial = cut_by(config, model, scores, layers)
     for stage in schedule.candidates:
         partial.check(stage)
     return partial
 
 
-def _partial_with(
-    config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None
-) -> PartialPLM:
+def cut_by(config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None) -> PartialPLM:
     """The partial PLM as a recipe's `scoring` chooses layers and neurons."""
     scoring = config.scoring
     by = "score" if scoring.keep_layers in LAYER_KINDS else scoring.keep_layers
@@ -247,9 +245,9 @@ def score_flops(session: Session, batch: dict[str, Any]) -> float:
 
 
 def _forward_of(session: Session, batch: dict[str, Any]) -> float:
-    # A text that runs apart is scored without the prompt (`PromptedPLM.calibrated`).
-    apart = prompted_kind(session.config.prompt.placement).keeps_texts
-    shape = batch_shape(batch, 0 if apart else session.config.prompt.tokens, decoder=session.decoder)
+    # Only a prompt in front is there when neurons and layers are scored (`PromptedPLM.calibrated`).
+    prompt = session.config.prompt
+    shape = batch_shape(batch, prompt.tokens if prompt.placement == "prefix" else 0, decoder=session.decoder)
     return forward_flops(session.cost, None, shape, whole_last_layer=True)
 
 
@@ -261,7 +259,7 @@ def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]
 
 def collated(session: Session, rows: Dataset) -> list[dict[str, Any]]:
     """Encoded rows in batches of like length, as the model's forward takes them."""
-    collate, size = make_collator(session.tokenizer, session.plm), session.config.train.batch_size
+    collate, size = Collator(session.tokenizer, decoder=session.decoder), session.config.train.batch_size
     return [collate([rows[i] for i in picked]) for picked in batches_by_length(rows["input_ids"], size)]
 
 
@@ -274,7 +272,7 @@ def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
 
     neurons = file_of("scores.safetensors", scoring.path)
     layers = file_of("layers.safetensors", scoring.layer_path)
-    return _partial_with(
+    return cut_by(
         session.config,
         session.plm,
         NeuronScores.load(neurons) if neurons else None,

@@ -14,7 +14,7 @@ from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape
 from ..data.batches import LengthBatchSampler, input_lengths
 from ..prompt.front import batch_shape
-from ..prompt.places import prompted_kind
+from ..prompt.prompted import placement_named
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
@@ -37,7 +37,7 @@ def usual_shape(session: Session) -> BatchShape:
     batch = calibration_batches(session, config.train.batch_size)[0]
     shape = batch_shape(batch, config.prompt.tokens, decoder=session.decoder)
     tail = int(median_high(session.encoded["train"]["n_tail"]))
-    kind = prompted_kind(config.prompt.placement)
+    kind = placement_named(config.prompt.placement)
     return kind.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
 
 

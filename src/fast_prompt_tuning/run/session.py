@@ -25,9 +25,9 @@ from ..files import write_atomic
 from ..plm.loading import cache_dir, load_plm, load_tokenizer, loadable_config
 from ..plm.objective import choose_attention
 from ..prompt.generation import GenerationOptions
-from ..prompt.places import place, prompted_kind
+from ..prompt.places import place
 from ..prompt.prediction import Prediction, combine
-from ..prompt.prompted import Input, PromptedPLM
+from ..prompt.prompted import Input, PromptedPLM, placement_named
 from ..prompt.soft_prompt import context_length
 from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
@@ -79,7 +79,7 @@ class Session:
             ConfigError: vectors of another width, or a place that does not go with the task.
         """
         where = where or self.config.prompt.placement
-        kind = prompted_kind(where)
+        kind = placement_named(where)
         if prompt is None:
             return place(self.plm, None)
         width = self.plm.get_input_embeddings().weight.shape[-1]
@@ -154,7 +154,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
         plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
-    kind = prompted_kind(config.prompt.placement)
+    kind = placement_named(config.prompt.placement)
     kind.check(plm)
     if kind.keeps_texts:
         check_cross_attention(plm, config.cache.cross_attention)
@@ -194,7 +194,7 @@ def _positions(session: Session) -> list[dict[str, int]]:
         "text": ("data.max_input_tokens", config.data.max_input_tokens),
         "target": ("data.max_target_tokens", session.max_target_tokens),
     }
-    stacks = prompted_kind(config.prompt.placement).positions(session.decoder)
+    stacks = placement_named(config.prompt.placement).positions(session.decoder)
     return [dict(needs[part] for part in parts) for parts in stacks]
 
 
