@@ -40,7 +40,7 @@ def setting(name: str, placement: str = "prefix", *, size: int = 4, number: int 
     batches = [family.batch(seed=0 if alike else i, size=size) for i in range(number)]
     if placement == "infix":
         batches = [{**b, "labels": b["labels"].index_fill(1, torch.arange(4), -100)} for b in batches]
-    batches = [{**b, "n_tail": torch.tensor([1, 0, 2, 1])[:size]} for b in batches]
+    batches = [{**b, "n_tail": torch.tensor([1, 0, 1, 1])[:size]} for b in batches]
     return prompted, PartialPLM(prompted.module, keep_neurons="first"), batches
 
 

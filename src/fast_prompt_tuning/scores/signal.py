@@ -27,7 +27,7 @@ import torch
 from ..cost.flops import work_flops
 from ..cost.shapes import CostModel
 from ..cost.work import Work
-from ..data.trimming import TAIL, trim
+from ..data.trimming import trim
 from ..errors import ScoreError
 from ..plm.modes import evaluating
 from ..plm.partial import PartialPLM
@@ -178,11 +178,7 @@ def _measured(
     decoder = not prompted.plm.config.is_encoder_decoder
 
     def trimmed(stage: Stage) -> dict[str, Any]:
-        tails = (
-            {"tails": batch[TAIL]} if TAIL in batch else {}
-        )  # `trim` drops them; a prompt within the text needs them
-        rows = on_device(trim({**batch, **tails}, stage, decoder=decoder, turn=turn), prompted.plm)
-        return {TAIL if name == "tails" else name: value for name, value in rows.items()}
+        return on_device(trim(batch, stage, decoder=decoder, turn=turn, keep_tail=True), prompted.plm)
 
     rows = trimmed(run)
     spent = 0.0
