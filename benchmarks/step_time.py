@@ -184,9 +184,9 @@ class TimedPLM(PartialPLM):
 
     growth = 0.0
 
-    def _cut(self, *args: Any) -> None:
+    def _set_size(self, *args: Any) -> None:
         copies, start = len(self._narrow), time.perf_counter()
-        super()._cut(*args)
+        super()._set_size(*args)
         if len(self._narrow) > copies:
             self.growth += time.perf_counter() - start
 

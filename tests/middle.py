@@ -27,7 +27,7 @@ class Middle(PromptedPLM):
         return (("prompt", "text", "target"),)
 
     @classmethod
-    def expected(cls, shape, *, tail=0, kept=True, kept_cross=False):
+    def expected(cls, shape, *, tail=0, kept_cross=False):
         return shape
 
     def loss(self, batch, num_items=None):

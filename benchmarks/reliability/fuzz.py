@@ -272,7 +272,7 @@ def _prompts(folder: Path) -> Iterator[Target]:
                     (place / file).write_bytes(own)
                 (place / name).write_bytes(content)
                 soft_prompt.load_prompt(place)
-                soft_prompt.placement_of(place)
+                soft_prompt.place_of(place)
 
             yield Target(f"prompt: {place.name}/{name}", [kept[name]], read)
     grown = result("grown", "cr", kept_layers=[{"decoder": [0, 1]}] * 4, losses=[(1, 2.0)])

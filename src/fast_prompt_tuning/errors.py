@@ -41,6 +41,11 @@ def quote_hint(value: object) -> str:
     return f"; quote it: {str(value)!r}" if isinstance(value, (int, float)) else ""
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of at least `least`; a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def nearest(name: str, known: Iterable[str], *, kind: str = "", all_are: str = "choose from") -> str:
     """How a message about an unknown name ends: with the known one that was meant, or with all of them."""
     known = list(known)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from settings import BY_NAME
 
 from fast_prompt_tuning.errors import ConfigError, FptError
-from fast_prompt_tuning.prompt.soft_prompt import SUFFIX_FILES, load_prompt, placement_of, soft_prompt_config
+from fast_prompt_tuning.prompt.soft_prompt import SUFFIX_FILES, load_prompt, place_of, soft_prompt_config
 from fast_prompt_tuning.prompt.suffix_model import load_soft_prompt
 
 ADAPTER = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "num_transformer_submodules": 1, "token_dim": 4}
@@ -81,7 +81,7 @@ def test_an_adapter_that_peft_cannot_load_is_one_error(tmp_path, changes):
 @pytest.mark.parametrize("value", [None, 5, [], {}, "odd" * 1000])
 def test_a_forged_note_of_a_prompt_after_the_text_is_refused(tmp_path, name, value):
     note = forged_prompt(tmp_path, torch.ones(3, 4), prefix=False)
-    assert placement_of(tmp_path) == "suffix"
+    assert place_of(tmp_path) == "suffix"
     note.write_text(json.dumps({**NOTED, name: value}))
     if isinstance(value, str) and name in ("base_model", "model_fingerprint"):
         return
@@ -96,4 +96,4 @@ def test_a_note_that_lacks_a_part_is_refused(tmp_path, name, version):
     note = forged_prompt(tmp_path, torch.ones(3, 4), prefix=False)
     note.write_text(json.dumps({k: v for k, v in {**NOTED, "format": version}.items() if k != name}))
     with pytest.raises(ConfigError, match=r"soft_prompt\.json"):
-        placement_of(tmp_path)
+        place_of(tmp_path)

@@ -18,7 +18,7 @@ from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.plm.partial import PartialPLM
 from fast_prompt_tuning.prompt import text_attention
 from fast_prompt_tuning.prompt.after_text import WithinText
-from fast_prompt_tuning.prompt.soft_prompt import export_prompt, placement_of
+from fast_prompt_tuning.prompt.soft_prompt import export_prompt, place_of
 from fast_prompt_tuning.prompt.suffix_model import SuffixPromptModel, load_soft_prompt, suffix_loss
 from fast_prompt_tuning.prompt.text_cache import TextCache
 from fast_prompt_tuning.prompt.text_states import text_states
@@ -499,13 +499,13 @@ def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
     if name == "llama":
         within = SuffixPromptModel(family.plm(), PROMPT, placement="infix", seed=3).eval()
         within.save_pretrained(tmp_path / "within")
-        assert placement_of(tmp_path / "within") == "infix"
+        assert place_of(tmp_path / "within") == "infix"
         counts = {"n_after": torch.tensor(AFTER)}
         loaded = load_soft_prompt(family.plm(), tmp_path / "within")
         assert torch.equal(suffix_loss(loaded, {**batch, **counts}), suffix_loss(within, {**batch, **counts}))
     inputs = {k: batch[k][:1] for k in ("input_ids", "attention_mask")}
     assert torch.equal(again.generate(**inputs, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4))
-    assert placement_of(tmp_path / "after") == "suffix"
+    assert place_of(tmp_path / "after") == "suffix"
     assert export_prompt(tmp_path / "after", tmp_path / "export.safetensors") == (PROMPT, HIDDEN)
     with safe_open(tmp_path / "export.safetensors", "pt") as file:
         assert "after the input" in file.metadata()["place"]
@@ -519,7 +519,7 @@ def test_saved_prompts_load_wherever_they_stand(name, tmp_path, caplog):
     stock.save_pretrained(str(tmp_path / "before"))
     loaded = load_soft_prompt(family.plm(), tmp_path / "before")
     assert torch.equal(loaded(**batch).loss, stock(**batch).loss)
-    assert placement_of(tmp_path / "before") == "prefix"
+    assert place_of(tmp_path / "before") == "prefix"
 
     with pytest.raises(Exception, match=r"WITHIN THE TEXT: PEFT cannot place it; load it with .*load_soft_prompt"):
         PeftModel.from_pretrained(family.plm(), str(tmp_path / "after"))

@@ -13,7 +13,7 @@ from toy import toy
 
 from fast_prompt_tuning import SuffixPromptModel, activation_scores
 from fast_prompt_tuning.errors import CheckpointError, ConfigError, ModelError
-from fast_prompt_tuning.prompt.soft_prompt import load_prompt, placement_of
+from fast_prompt_tuning.prompt.soft_prompt import load_prompt, place_of
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.preparation import calibration_batches, score_flops, trainable
@@ -47,7 +47,7 @@ def test_a_run_ends_with_a_prompt_that_scores_what_it_says(tmp_path, model, plac
     config = suffix_run(tmp_path / "run", model, placement, data__task=str(getattr(toy(), task)), **changes)
     result = run.train(config)
     assert result.status == "finished"
-    assert placement_of(tmp_path / "run" / "prompt") == placement
+    assert place_of(tmp_path / "run" / "prompt") == placement
     session = open_session(config, ("validation",))
     found = evaluate(session, session.prompted(load_prompt(tmp_path / "run" / "prompt")))
     assert found.result.values == pytest.approx(result.metrics)

@@ -53,7 +53,7 @@ def evaluate(
         check_ensemble(ensemble, runs, settings)
     from ..data.submissions import check_submission
     from ..plm.partial import PartialPLM
-    from ..prompt.soft_prompt import load_prompt, placement_of, stack_prompts
+    from ..prompt.soft_prompt import load_prompt, place_of, stack_prompts
     from ..run.preparation import partial_of
     from ..run.session import evaluate as score
     from ..run.session import open_session, task_of, write_predictions, write_submission
@@ -64,7 +64,7 @@ def evaluate(
     for folder in runs:
         whole = settings.method == "full" and folder == runs[0]  # all weights were tuned: there is no prompt
         prompts[str(folder)] = None if whole else load_prompt(folder)
-        placed[str(folder)] = placement_of(folder)
+        placed[str(folder)] = place_of(folder)
     if ensemble:
         if len(set(placed.values())) > 1:
             several = ", ".join(sorted(set(placed.values())))

@@ -230,7 +230,8 @@ def _parse_stages(text: str) -> list[dict[str, Any]]:
 
 
 def _stage_table(plan: Any, full: Any, shape: Any) -> Table:
-    from ..cost.units import flops_unit, human_flops, human_seconds, size_text
+    from ..cost.units import flops_unit, human_flops, human_seconds
+    from ..schedule.stages import size_text
 
     table = Table(
         title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
@@ -284,7 +285,7 @@ def _comparison(by_method: dict[str, Any]) -> Table:
 
 
 def _stage_text(stage: Stage) -> str:
-    from ..cost.units import size_text
+    from ..schedule.stages import size_text
 
     batch = "" if stage.batch is None else f"@{stage.batch}"
     return f"{size_text(stage.layers)}×{size_text(stage.ffn)}{batch}:{stage.steps}"

@@ -19,12 +19,12 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="prompt-embeds is the only one.")] = "prompt-embeds",
 ) -> None:
     """Write the prompt's vectors (P, H) as one tensor `prompt_embeds`, as serving engines take them."""
-    from ..prompt.soft_prompt import export_prompt, placement_of
+    from ..prompt.soft_prompt import export_prompt, place_of
 
     if kind != "prompt-embeds":
         raise ConfigError(f"--format {kind!r} is unknown; prompt-embeds is the only one")
     shape = export_prompt(folder, output)
-    place = PLACEMENTS[placement_of(folder)].where
+    place = PLACEMENTS[place_of(folder)].where
     if wants_json():
         emit({"output": str(output), "shape": shape, "place": place})
         return

@@ -141,7 +141,7 @@ def _parts(text: str) -> list[float]:
 
 
 def _fidelity_table(record: dict[str, Any]) -> Table:
-    from ..cost.units import size_text
+    from ..schedule.stages import size_text
 
     title = f"full model: {record['full_loss']:.2f} nats per token, {record['examples']} training examples"
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

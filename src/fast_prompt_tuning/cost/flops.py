@@ -37,13 +37,13 @@ CONVENTIONS = ("all", "linear")
 every position (the authors' profiler is ptflops on `T5ForConditionalGeneration`, whose logits are never left out)."""
 
 
-def _check_convention(convention: str) -> None:
+def _check_convention(convention: Convention) -> None:
     if convention not in CONVENTIONS:
         raise ConfigError(f"convention={convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
 
 
 def _pass_flops(
-    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str, whole_last_layer: bool = False
+    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: Convention, whole_last_layer: bool = False
 ) -> tuple[float, float]:
     """FLOPs of `(forward, backward)` of one batch, as far as `stage` trains on it."""
     _check_convention(convention)
@@ -54,20 +54,18 @@ def _pass_flops(
     products = 1 if convention == "all" else 0
     full_logits = shape.full_logits or convention == "linear"
     forward = backward = 0.0
-    seq2seq = len(cost.stacks) > 1
-    source = shape.source_tokens if seq2seq else shape.source_tokens + shape.target_tokens
+    source = shape.source_tokens if cost.seq2seq else shape.source_tokens + shape.target_tokens
     for name, stack in cost.stacks.items():
         layers, ffn = sizes[name]
         cross = stack.cross_width > 0
         length = shape.target_tokens if cross else source
         tokens = shape.batch * length
-        own = tokens * stack.attention
-        own_scores = products * tokens * length * stack.attention_width  # one product; a pass has two
-        rest = tokens * (stack.neuron * ffn + stack.other)
-        forward += tokens * stack.outside + layers * (own + 2 * own_scores + rest)
+        linear = tokens * stack.linear(ffn)
+        self_scores = products * tokens * length * stack.attention_width  # one product; a pass has two
+        forward += tokens * stack.outside + layers * (linear + 2 * self_scores)
         if not cross:
             # The prompt is among the inputs of the first layer: everything after it passes a gradient back.
-            backward += tokens * stack.outside + layers * (own + 4 * own_scores + rest)
+            backward += tokens * stack.outside + layers * (linear + 4 * self_scores)
             continue
         query, out = tokens * stack.cross_query, tokens * stack.cross_out
         kv = shape.batch * source * stack.cross_kv
@@ -76,12 +74,12 @@ def _pass_flops(
         # A gradient enters the decoder through the encoder states only. In its first layer nothing before the
         # cross-attention has one: no backward for self-attention, the cross-attention's query or its score product
         # with respect to the query.
-        first = kv + out + 3 * cross_scores + rest
-        backward += first + (layers - 1) * (own + 4 * own_scores + query + kv + out + 4 * cross_scores + rest)
-    labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
+        first = linear - tokens * stack.attention + kv + out + 3 * cross_scores
+        backward += first + (layers - 1) * (linear + 4 * self_scores + query + kv + out + 4 * cross_scores)
+    labels = shape.labels
     if full_logits:
-        labels = shape.target_tokens if seq2seq else source
-    elif not seq2seq and not whole_last_layer:
+        labels = shape.target_tokens if cost.seq2seq else source
+    elif not cost.seq2seq and not whole_last_layer:
         # Queries, attention output and FFN of the last layer run where a label is (objective.last_layer_rows).
         (stack,), ((_, ffn),) = cost.stacks.values(), sizes.values()
         left_out = shape.batch * (source - labels) * (stack.token_wise + stack.neuron * ffn)
@@ -109,59 +107,54 @@ def text_flops(
         ScheduleError: the stage does not fit the model. ConfigError: unknown convention.
     """
     _check_convention(convention)
-    name = "encoder" if len(cost.stacks) > 1 else next(iter(cost.stacks))
+    name = "encoder" if cost.seq2seq else next(iter(cost.stacks))
     stack, (layers, ffn) = cost.stacks[name], cost.sizes(stage)[name]
     scores = tokens * stack.attention_width if convention == "all" else 0
-    each = stack.outside + layers * (stack.attention + 2 * scores + stack.neuron * ffn + stack.other)
+    each = stack.outside + layers * (stack.linear(ffn) + 2 * scores)
     if name == "decoder" and convention == "all":
         each -= stack.token_wise + stack.neuron * ffn  # of the last layer only keys and values are wanted
     once = 0.0
     if kept_cross and name == "encoder":
         decoder, (layers, ffn) = cost.stacks["decoder"], cost.sizes(stage)["decoder"]
         each += layers * decoder.cross_kv
-        token = decoder.attention + decoder.neuron * ffn + decoder.other + decoder.cross_query + decoder.cross_out
+        token = decoder.linear(ffn) + decoder.cross_query + decoder.cross_out
         scores = decoder.attention_width + tokens * decoder.cross_width if convention == "all" else 0
         once = decoder.outside + layers * (token + 2 * scores)
     return 2 * examples * (tokens * each + once)
 
 
-def _apart_pass_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, convention: str) -> tuple[float, float]:
+def _apart_pass_flops(
+    cost: CostModel, stage: Stage | None, shape: BatchShape, convention: Convention
+) -> tuple[float, float]:
     """As `_pass_flops`, with the prompt after the text: a gradient passes through prompt and target only."""
     products = 1 if convention == "all" else 0
-    seq2seq = len(cost.stacks) > 1
+    seq2seq = cost.seq2seq
     name = "decoder" if seq2seq else next(iter(cost.stacks))
     stack, (layers, ffn) = cost.stacks[name], cost.sizes(stage)[name]
     # A decoder-only model is not run on the last target token, from which nothing is predicted.
     length = shape.prompt_tokens + shape.target_tokens - (0 if seq2seq else 1)
     tokens = shape.batch * length
-    linear = stack.attention + stack.neuron * ffn + stack.other
+    linear = tokens * stack.linear(ffn)
     scores = products * tokens * length * stack.attention_width
     text_scores = 0 if seq2seq else products * tokens * shape.input_tokens * stack.attention_width
-    forward: float = tokens * stack.outside + layers * (tokens * linear + 2 * scores + 2 * text_scores)
+    forward: float = tokens * stack.outside + layers * (linear + 2 * scores + 2 * text_scores)
     # Scores and weights of the text pass a gradient on, its keys and values have none.
-    backward: float = tokens * stack.outside + layers * (tokens * linear + 4 * scores + 2 * text_scores)
+    backward: float = tokens * stack.outside + layers * (linear + 4 * scores + 2 * text_scores)
     if seq2seq:
         projections = tokens * (stack.cross_query + stack.cross_out)
         cross_scores = products * tokens * shape.input_tokens * stack.cross_width
         kv = 0 if shape.kept_cross else shape.batch * shape.input_tokens * stack.cross_kv
         forward += layers * (projections + kv + 2 * cross_scores)
         backward += layers * (projections + 2 * cross_scores)  # the encoder's states have no gradient
-    labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
+    labels = shape.labels
     if shape.full_logits or convention == "linear":
         labels = length
     elif not seq2seq:
         left_out = shape.batch * (length - labels) * (stack.token_wise + stack.neuron * ffn)  # as in `_pass_flops`
         forward, backward = forward - left_out, backward - left_out
     logits = shape.batch * labels * cost.head
-    examples = shape.batch if shape.text_examples is None else shape.text_examples
-    text = text_flops(
-        cost,
-        stage,
-        examples,
-        shape.input_tokens,
-        convention=convention,  # type: ignore[arg-type]
-        kept_cross=shape.kept_cross,
-    )
+    examples, tokens, cross = shape.texts_run, shape.input_tokens, shape.kept_cross
+    text = text_flops(cost, stage, examples, tokens, convention=convention, kept_cross=cross)
     return text + 2 * (forward + logits), 2 * (backward + logits)
 
 
@@ -184,35 +177,22 @@ def forward_flops(
     return _pass_flops(cost, stage, shape, convention, whole_last_layer)[0]
 
 
-def step_flops(
-    cost: CostModel,
-    stage: Stage | None,
-    shape: BatchShape,
-    *,
-    convention: Convention = "all",
-    backward: bool = True,
-) -> float:
+def step_flops(cost: CostModel, stage: Stage | None, shape: BatchShape, *, convention: Convention = "all") -> float:
     """FLOPs of one training step on one batch: forward, and backward with frozen weights.
 
     Args:
         stage: size of the partial PLM; None is the full model.
         shape: the padded batch.
         convention: `all` or `linear`, see `CONVENTIONS`.
-        backward: count the backward pass.
 
     Raises:
         ScheduleError: the stage does not fit the model. ConfigError: unknown convention.
     """
-    there, back = _pass_flops(cost, stage, shape, convention)
-    return there + back if backward else there
+    return sum(_pass_flops(cost, stage, shape, convention))
 
 
-def work_flops(cost: CostModel, work: Work, stage: Stage | None = None, *, whole_last_layer: bool = False) -> float:
-    """FLOPs of the passes that ran at `stage` (None: the full model).
-
-    Args:
-        whole_last_layer: as `forward_flops`.
-    """
+def work_flops(cost: CostModel, work: Work, stage: Stage | None = None) -> float:
+    """FLOPs of the passes that ran at `stage` (None: the full model)."""
     # What ran had been cut by then: neither `batch` nor `length` of the stage is to cut it once more.
     stage = stage and replace(stage, batch=None, length=None)
     total = sum(text_flops(cost, stage, t.examples, t.tokens, kept_cross=t.kept_cross) for t in work.texts)
@@ -223,7 +203,7 @@ def work_flops(cost: CostModel, work: Work, stage: Stage | None = None, *, whole
             once = step_flops(cost, stage, ran.shape)
         else:  # gradients of all weights cost one more pass than those of activations
             passes = 3 if ran.kind == "full_step" else 1
-            once = passes * forward_flops(cost, stage, ran.shape, whole_last_layer=whole_last_layer)
+            once = passes * forward_flops(cost, stage, ran.shape)
         total += ran.times * once
     return total
 
@@ -241,21 +221,19 @@ def generation_flops(cost: CostModel, shape: BatchShape, *, stage: Stage | None 
     of reading the input, is counted as a step of its own.
     """
     sizes = cost.sizes(stage)
-    seq2seq = len(cost.stacks) > 1
     source, new = shape.source_tokens, shape.target_tokens
     text = 0.0
     if shape.text_apart:
-        examples = shape.batch if shape.text_examples is None else shape.text_examples
-        text = text_flops(cost, stage, examples, shape.input_tokens, kept_cross=shape.kept_cross)
+        text = text_flops(cost, stage, shape.texts_run, shape.input_tokens, kept_cross=shape.kept_cross)
         source = shape.input_tokens
     macs = 0.0
     for name, stack in cost.stacks.items():
         layers, ffn = sizes[name]
-        linear = stack.attention + stack.neuron * ffn + stack.other
+        linear = stack.linear(ffn)
         cross = stack.cross_width > 0
         if not cross and not shape.text_apart:
             macs += source * (stack.outside + layers * (linear + 2 * source * stack.attention_width))
-        if cross or not seq2seq:
+        if cross or not cost.seq2seq:
             seen = 0 if cross else source
             read = shape.prompt_tokens if shape.text_apart else 0  # in one pass, after what was seen
             macs += read * (stack.outside + layers * (linear + 2 * (seen + read) * stack.attention_width))

@@ -6,15 +6,6 @@ from ..schedule.stages import Stage
 from .shapes import BatchShape, CostModel
 
 
-def stage_params(cost: CostModel, stage: Stage | None) -> int:
-    """Parameters a stage computes with (embeddings and LM head included)."""
-    total = cost.params
-    for name, (layers, ffn) in cost.sizes(stage).items():
-        s = cost.stacks[name]
-        total -= s.layers * s.layer_params - layers * (s.layer_params - (s.ffn - ffn) * s.neuron_params)
-    return total
-
-
 def weight_bytes(cost: CostModel, stage: Stage | None, *, dtype_bytes: float = 2) -> int:
     """Bytes of weights in memory at a stage: the whole model, which stays loaded, and the narrowed FFN copies."""
     copies = sum(
@@ -33,10 +24,10 @@ def text_bytes(
     Keys and values of every layer; of an encoder-decoder the encoder's output, or those of the decoder's
     cross-attention (`kept_cross`).
     """
-    if len(cost.stacks) > 1 and kept_cross:
+    if cost.seq2seq and kept_cross:
         width = 2 * cost.stacks["decoder"].cross_width
         return int(dtype_bytes * tokens * cost.sizes(stage)["decoder"].layers * width)
-    if len(cost.stacks) > 1:
+    if cost.seq2seq:
         return int(dtype_bytes * tokens * cost.stacks["encoder"].d_model)
     name = next(iter(cost.stacks))
     return int(dtype_bytes * tokens * cost.sizes(stage)[name].layers * cost.stacks[name].kv_width)
@@ -59,7 +50,7 @@ def activation_bytes(
         Bytes. An estimate: activations written in several elementary operations keep more, fused norms less.
     """
     sizes, shape = cost.sizes(stage), shape.at(stage)
-    seq2seq = len(cost.stacks) > 1
+    seq2seq = cost.seq2seq
     apart = shape.text_apart
     source = shape.source_tokens if seq2seq else shape.source_tokens + shape.target_tokens
     if apart:
@@ -82,11 +73,11 @@ def activation_bytes(
             per_token += 2 * stack.cross_width
             cross_source = 2 * stack.cross_width * source
             scores += stack.heads * length * source
-        kept = length * per_token + cross_source + (scores if keep_scores or seen else 0)
+        activations = length * per_token + cross_source + (scores if keep_scores or seen else 0)
         # Attention to a kept text keeps its weights in float32, too (`prompt.text_attention`).
         norms = 4 * length * stack.d_model * (3 if cross else 2) + (4 * scores if seen else 0)
-        total += shape.batch * layers * (dtype_bytes * kept + norms)
-    labels = shape.target_tokens if shape.label_tokens is None else shape.label_tokens
+        total += shape.batch * layers * (dtype_bytes * activations + norms)
+    labels = shape.labels
     if shape.full_logits:
         labels = length if apart else shape.target_tokens if seq2seq else source
     return int(total + shape.batch * labels * cost.vocab * (dtype_bytes + 8))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError, ScheduleError
 from ..plm.configs import full_stage
@@ -17,9 +17,6 @@ from .flops import Convention, step_flops, text_flops
 from .memory import activation_bytes, text_bytes, weight_bytes
 from .shapes import BatchShape, CostModel
 from .timing import Timing
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +110,8 @@ class Plan:
         """`{"relative_flops": …, "stages": […]}` in plain JSON types; `seconds` only where measured."""
         stages = []
         for s in self.stages:
-            row = {
-                **s.stage.to_dict(),
-                "flops_per_step": s.flops_per_step,
-                "relative_flops": s.relative_flops,
-                "flops": s.flops,
-                "weight_bytes": s.weight_bytes,
-                "activation_bytes": s.activation_bytes,
-            }
+            names = ("flops_per_step", "relative_flops", "flops", "weight_bytes", "activation_bytes")
+            row = {**s.stage.to_dict(), **{name: getattr(s, name) for name in names}}
             if s.seconds_per_step is not None:
                 row |= {"seconds_per_step": s.seconds_per_step, "seconds": s.seconds}
             stages.append(row)
@@ -153,8 +144,7 @@ def make_plan(
         ConfigError: unknown convention.
     """
     cost = cost or CostModel.from_config(config)
-    plain = replace(shape, text_apart=False, text_examples=None)
-    whole = accumulate * step_flops(cost, None, plain, convention=convention)
+    whole = accumulate * step_flops(cost, None, shape.in_front, convention=convention)
     stages = []
     for stage in schedule.stages:
         flops = accumulate * step_flops(cost, stage, shape, convention=convention)
@@ -209,7 +199,7 @@ def plan_texts(
     for stage in schedule.stages:
         if not any(stage.same_size(other) for other in sizes):
             sizes.append(stage)
-    whole = step_flops(cost, None, replace(shape, text_apart=False, text_examples=None))
+    whole = step_flops(cost, None, shape.in_front)
     return TextPlan(
         bytes_per_example=each,
         bytes=each * examples,
@@ -236,12 +226,12 @@ def compare(
         ScheduleError: unknown method or too few steps. UnknownFamilyError: the architecture is not registered.
     """
     cost, full = CostModel.from_config(config), full_stage(config)
-    chosen = None if stacks is None else tuple(stacks)
+    cut = None if stacks is None else tuple(stacks)
 
     def schedule(method: str) -> Schedule:
         if method == "auto":
             return best_case(default_ladder(full, shape.batch), total_steps)
-        return Schedule.preset(method, full, total_steps=total_steps, stacks=chosen)
+        return Schedule.preset(method, full, total_steps=total_steps, stacks=cut)
 
     common: dict[str, Any] = {"convention": convention, "dtype_bytes": dtype_bytes, "cost": cost}
     return {method: make_plan(config, schedule(method), shape, accumulate=accumulate, **common) for method in methods}

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, is_whole
 from ..plm import families
+from ..plm.configs import model_class
 from ..schedule.stages import Size, Stage
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class BatchShape:
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("input_tokens", 0), ("prompt_tokens", 0), ("target_tokens", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
         if self.prompt_tokens + self.input_tokens < 1:
             raise ConfigError("prompt_tokens=0 and input_tokens=0 leave nothing to run on; give at least one token")
@@ -62,7 +63,6 @@ class BatchShape:
             raise ConfigError(
                 f"label_tokens={self.label_tokens!r} must be between 0 and target_tokens={self.target_tokens}"
             )
-
         if self.text_apart and self.prompt_tokens < 1:
             raise ConfigError("prompt_tokens=0 leaves no prompt after the text; give at least one token")
 
@@ -70,6 +70,21 @@ class BatchShape:
     def source_tokens(self) -> int:
         """Prompt and input tokens of one example, P + input."""
         return self.prompt_tokens + self.input_tokens
+
+    @property
+    def labels(self) -> float:
+        """Positions of one example that carry a label."""
+        return self.target_tokens if self.label_tokens is None else self.label_tokens
+
+    @property
+    def texts_run(self) -> int:
+        """Of texts apart, those that run."""
+        return self.batch if self.text_examples is None else self.text_examples
+
+    @property
+    def in_front(self) -> BatchShape:
+        """The same batch with the prompt in front of its texts."""
+        return replace(self, text_apart=False, text_examples=None)
 
     def apart(self, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
         """The same batch with its text run apart from the prompt.
@@ -142,6 +157,10 @@ class StackCost:
     layer_params: int
     neuron_params: int
 
+    def linear(self, ffn: int) -> int:
+        """Weights that a token meets in a layer of `ffn` neurons, without cross-attention."""
+        return self.attention + self.neuron * ffn + self.other
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
@@ -171,7 +190,6 @@ class CostModel:
             ModelError: its modules are not where its family says.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         sizes = families.full_sizes(config)
         small = copy.deepcopy(config)
@@ -182,9 +200,8 @@ class CostModel:
             for field in spec.per_layer_fields:
                 if getattr(small, field, None):
                     setattr(small, field, list(getattr(small, field))[:present])
-        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         with torch.device("meta"):
-            plm = auto.from_config(small)
+            plm = model_class(config).from_config(small)
         return cls._read(plm, {name: size.layers for name, size in sizes.items()})
 
     @classmethod
@@ -208,7 +225,7 @@ class CostModel:
 
         config: Any = plm.config
         specs = families.of(config).stacks
-        found: dict[str, tuple[Any, list[nn.Module]]] = {}
+        stack_parts: dict[str, tuple[Any, list[nn.Module]]] = {}
         for name, spec in specs.items():
             parent, attribute = layer_list(plm, spec)
             layers: Any = parent._modules.get(attribute) if parent is not None else None
@@ -217,21 +234,21 @@ class CostModel:
                     f"{type(plm).__name__} (model_type={config.model_type!r}) has no layers at {spec.layers!r}; if it "
                     "is a variant of the family, register it with its own paths"
                 )
-            found[name] = (parent, list(layers))
-        inside = {id(m) for _, layers in found.values() for layer in layers for m in layer.modules()}
+            stack_parts[name] = (parent, list(layers))
+        inside = {id(m) for _, layers in stack_parts.values() for layer in layers for m in layer.modules()}
         head = plm.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise ModelError(f"{type(plm).__name__} has no LM head; load it with AutoModelForCausalLM or …Seq2SeqLM")
-        outside = dict.fromkeys(found, 0)
+        outside = dict.fromkeys(stack_parts, 0)
         for module in plm.modules():
             shape = _linear_shape(module)
             if shape and module is not head and id(module) not in inside:
-                owner = [n for n, (parent, _) in found.items() if any(module is m for m in parent.modules())]
-                outside[owner[0] if len(owner) == 1 else list(found)[-1]] += shape[0] * shape[1]
+                owner = [n for n, (parent, _) in stack_parts.items() if any(module is m for m in parent.modules())]
+                outside[owner[0] if len(owner) == 1 else list(stack_parts)[-1]] += shape[0] * shape[1]
 
         stacks = {}
         extra_params = 0
-        for name, (_, layers) in found.items():
+        for name, (_, layers) in stack_parts.items():
             count = len(layers) if depth is None else depth[name]
             stack = _read_layer(layers[-1], specs[name], config, outside[name], count)
             stacks[name] = stack
@@ -245,6 +262,11 @@ class CostModel:
             vocab=head_shape[1],
             params=_params(plm) + extra_params,
         )
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return len(self.stacks) > 1
 
     @property
     def full_stage(self) -> Stage:
@@ -312,26 +334,26 @@ def _read_layer(layer: nn.Module, spec: families.StackSpec, config: Any, outside
     biased = sum(getattr(m, "bias", None) is not None for m in ffn_in)
     neuron = sum(i * o for i, o in in_shapes if i) // width + d_model  # type: ignore[misc]
 
-    own = list(_linears(attention))
-    attention_width = _attention_width(own, d_model)
+    attention_linears = list(_linears(attention))
+    attention_width = _attention_width(attention_linears, d_model)
     cross_module = resolve(layer, spec.cross_attention) if spec.cross_attention else None
-    cross = list(_linears(cross_module)) if cross_module is not None else []
-    kv = sum(i * o for name, _, i, o in cross if name in spec.cross_kv)
-    query = sum(i * o for name, _, i, o in cross if name == spec.cross_query)
-    known = {id(m) for _, m, _, _ in (*own, *cross)} | {id(m) for m in (*ffn_in, ffn_out)}
+    cross_linears = list(_linears(cross_module)) if cross_module is not None else []
+    kv = sum(i * o for name, _, i, o in cross_linears if name in spec.cross_kv)
+    query = sum(i * o for name, _, i, o in cross_linears if name == spec.cross_query)
+    known = {id(m) for _, m, _, _ in (*attention_linears, *cross_linears)} | {id(m) for m in (*ffn_in, ffn_out)}
     return StackCost(
         layers=count,
         ffn=width,
         d_model=d_model,
-        attention=sum(i * o for _, _, i, o in own),
+        attention=sum(i * o for _, _, i, o in attention_linears),
         attention_width=attention_width,
-        kv_width=sum(o for _, _, _, o in own) - d_model - attention_width,
+        kv_width=sum(o for _, _, _, o in attention_linears) - d_model - attention_width,
         heads=int(getattr(config, spec.heads_field)),
         token_wise=sum(i * o for p in spec.token_wise for i, o in [_linear_shape(resolve(layer, p)) or (0, 0)]),
         cross_query=query,
         cross_kv=kv,
-        cross_out=sum(i * o for _, _, i, o in cross) - kv - query,
-        cross_width=_attention_width(cross, d_model) if cross else 0,
+        cross_out=sum(i * o for _, _, i, o in cross_linears) - kv - query,
+        cross_width=_attention_width(cross_linears, d_model) if cross_linears else 0,
         neuron=neuron,
         ffn_in=round((neuron - d_model) / d_model),
         other=sum(i * o for _, m, i, o in _linears(layer) if id(m) not in known),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError
-from ..plm.configs import full_stage
+from ..plm.configs import full_stage, model_class
 from ..schedule.stages import Schedule, Stage
 from .memory import activation_bytes, weight_bytes
 from .shapes import BatchShape, CostModel
@@ -56,12 +56,10 @@ def available_bytes(device: str) -> int:
 def random_plm(config: Any, *, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """The model of `config` with random weights, quickly: one block of noise is repeated through all of them."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.initialization import no_init_weights
 
-    auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     with torch.device(device), no_init_weights():
-        plm = auto.from_config(copy.deepcopy(config), dtype=dtype)  # a model writes into its config
+        plm = model_class(config).from_config(copy.deepcopy(config), dtype=dtype)  # a model writes into its config
     plm.tie_weights()
     noise = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).to(device, dtype)
     with torch.no_grad():
@@ -80,11 +78,10 @@ def random_batch(config: Any, shape: BatchShape, *, device: str = "cpu") -> dict
 
     generator = torch.Generator().manual_seed(0)
     causal = not getattr(config, "is_encoder_decoder", False)
-    ids = torch.randint(
-        min(4, config.vocab_size - 1), config.vocab_size, (shape.batch, shape.input_tokens), generator=generator
-    )
-    target = torch.randint(
-        min(4, config.vocab_size - 1), config.vocab_size, (shape.batch, shape.target_tokens), generator=generator
+    least = min(4, config.vocab_size - 1)
+    ids, target = (
+        torch.randint(least, config.vocab_size, (shape.batch, length), generator=generator)
+        for length in (shape.input_tokens, shape.target_tokens)
     )
     labels = target.clone()
     if shape.label_tokens is not None:

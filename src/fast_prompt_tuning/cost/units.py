@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 def human_flops(flops: float) -> str:
     """FLOPs with a metric prefix: `1.23 TFLOPs`."""
     flops = float(f"{flops:.3g}")  # first, so that 999.9 G is 1 T
-    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for limit, prefix in _PREFIXES:
         if flops >= limit:
             scaled = flops / limit
             return f"{scaled:.0f} {prefix}FLOPs" if scaled >= 1000 else f"{scaled:.3g} {prefix}FLOPs"
@@ -18,8 +17,7 @@ def human_flops(flops: float) -> str:
 
 def flops_unit(flops: float) -> tuple[float, str]:
     """One unit for a whole column: the largest of which `flops`, its largest number, is at least one."""
-    units = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-    return next((unit for unit in units if flops >= unit[0]), (1.0, ""))
+    return next((unit for unit in _PREFIXES if flops >= unit[0]), (1.0, ""))
 
 
 def human_seconds(seconds: float) -> str:
@@ -30,8 +28,3 @@ def human_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size_text(size: Any) -> str:
-    """A stage's size as text: `6`, or `6/3` where the stacks differ."""
-    return "/".join(map(str, size.values())) if isinstance(size, Mapping) else str(size)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ModelError
 from ..paths import is_path
 from ..schedule.stages import Stage
 from . import families
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_config(path_or_id: str | os.PathLike[str]) -> Any:
@@ -48,6 +45,13 @@ def load_config(path_or_id: str | os.PathLike[str]) -> Any:
         ) from error
     families.of(config)
     return config
+
+
+def model_class(config: Any) -> Any:
+    """The `transformers` auto class of a config's language models."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def full_stage(config: Any) -> Stage:

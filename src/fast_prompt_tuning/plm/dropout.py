@@ -40,7 +40,7 @@ def without_dropout(model: Any) -> Iterator[None]:
     finally:
         for layer in _checkpointed(plm):
             if isinstance(layer._gradient_checkpointing_func, _Evaluating):
-                layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.own
+                layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.checkpointing
         del plm.train
         if outer is not None:
             plm.train = outer
@@ -55,8 +55,8 @@ def _checkpointed(plm: nn.Module) -> list[Any]:
 class _Evaluating:
     """A layer's checkpointing function; the layer runs in evaluation mode, now and when it is recomputed."""
 
-    def __init__(self, layer: nn.Module, own: Callable[..., Any]):
-        self.layer, self.own = layer, own
+    def __init__(self, layer: nn.Module, checkpointing: Callable[..., Any]):
+        self.layer, self.checkpointing = layer, checkpointing
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         def run(*inputs: Any) -> Any:
@@ -66,4 +66,4 @@ class _Evaluating:
             finally:
                 self.layer.training = was
 
-        return self.own(run, *args)
+        return self.checkpointing(run, *args)

@@ -30,19 +30,19 @@ def of_model(model: torch.nn.Module) -> str:
     (on the meta device) count by name and shape alone. Where weights are sharded over processes, all must call this.
     Pass the base model: a soft prompt on top would change the hash at every step.
     """
-    found: dict[str, bytes] = {}
+    hashes: dict[str, bytes] = {}
     with torch.no_grad():
         for path, module in model.named_modules():
             with align_module_device(module):
-                own: dict[str, Any] = {}
-                module._save_to_state_dict(own, f"{path}." if path else "", keep_vars=True)
-                for name, tensor in own.items():
+                tensors: dict[str, Any] = {}
+                module._save_to_state_dict(tensors, f"{path}." if path else "", keep_vars=True)
+                for name, tensor in tensors.items():
                     # PEFT's own, trained copy of a classification head is no part of the PLM; it renames the head.
                     if isinstance(tensor, torch.Tensor) and _TRAINED_COPY not in name:
                         name = name.replace(".original_module.", ".")
-                        found[name] = str(tuple(tensor.shape)).encode() + _hash(tensor)
+                        hashes[name] = str(tuple(tensor.shape)).encode() + _hash(tensor)
     digest = xxhash.xxh3_128()
-    for name, one in sorted(found.items()):
+    for name, one in sorted(hashes.items()):
         digest.update(name.encode() + one)
     return digest.hexdigest()
 
@@ -93,12 +93,8 @@ def _hash_values(tensor: torch.Tensor) -> bytes:
 
 def of_file(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while block := handle.read(1 << 20):
-        digest.update(block)
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

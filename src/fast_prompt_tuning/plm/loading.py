@@ -16,7 +16,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedTokenizerBase,
@@ -26,6 +25,7 @@ from ..errors import ModelError
 from ..files import new_folder
 from ..paths import is_path
 from . import families, fingerprint
+from .configs import model_class
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +185,13 @@ def loss_difference(plm: Any) -> float | None:
     ids = torch.randint(0, plm.config.vocab_size, (2, 16), generator=generator).to(plm.device)
     with torch.no_grad():
         low = float(plm(input_ids=ids, labels=ids).loss)
-        own = [(p, p.dtype) for p in plm.parameters()]
+        dtypes = [(p, p.dtype) for p in plm.parameters()]
         try:
-            for parameter, _ in own:
+            for parameter, _ in dtypes:
                 parameter.data = parameter.data.float()
             exact = float(plm(input_ids=ids, labels=ids).loss)
         finally:
-            for parameter, dtype in own:
+            for parameter, dtype in dtypes:
                 parameter.data = parameter.data.to(dtype)
     return abs(low - exact) / abs(exact) if math.isfinite(low) else math.inf
 
@@ -199,7 +199,7 @@ def loss_difference(plm: Any) -> float | None:
 def _reason(error: Exception) -> str:
     """The first line of what a library said."""
     lines = str(error).strip().splitlines()
-    return f"{lines[0]}" if lines and isinstance(error, OSError) else ": ".join([type(error).__name__, *lines[:1]])
+    return lines[0] if lines and isinstance(error, OSError) else ": ".join([type(error).__name__, *lines[:1]])
 
 
 def check_device(device: str | None) -> torch.device:
@@ -266,9 +266,9 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
         kind = choose_dtype(dtype, place, config)
         if kind is torch.float16 and families.of(config).name == "t5":
             raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        loaded: Any = auto.from_pretrained(where, revision=revision, dtype=kind, output_loading_info=True)
-        plm, report = loaded
+        plm, report = model_class(config).from_pretrained(
+            where, revision=revision, dtype=kind, output_loading_info=True
+        )
         plm = plm.to(place).eval()
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -1,4 +1,4 @@
-"""How a model is put into evaluation mode, and out of it again."""
+"""How a model is put into evaluation mode and out of it again, and which modules a backward pass runs anew."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether gradient checkpointing, by `transformers` or PyTorch's wrapper, runs a module again going backward."""
+    return bool(getattr(module, "gradient_checkpointing", False)) or hasattr(module, "_checkpoint_wrapped_module")
 
 
 @contextmanager

@@ -20,17 +20,17 @@ class NarrowProjection:
     the module's weight has moved, changed dtype or been written to since.
     """
 
-    def __init__(self, module: Any, kept: torch.Tensor, dim: int, keep_bias: bool):
-        self.module, self.kept, self.dim, self.keep_bias = module, kept, dim, keep_bias
+    def __init__(self, module: Any, neurons: torch.Tensor, dim: int, keep_bias: bool):
+        self.module, self.neurons, self.dim, self.keep_bias = module, neurons, dim, keep_bias
         self.transposed = isinstance(module, Conv1D)  # stores (in, out), the reverse of nn.Linear
-        self.kept_key = hashlib.sha256(kept.cpu().numpy().tobytes()).hexdigest()[:16]
+        self.neurons_key = hashlib.sha256(neurons.cpu().numpy().tobytes()).hexdigest()[:16]
         self.refresh()
 
     def _select(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.module.weight, self.module.bias
-        kept = self.kept.to(weight.device)
-        weight = (weight.t() if self.transposed else weight).index_select(self.dim, kept)
-        return weight, bias if bias is None or self.keep_bias else bias.index_select(0, kept)
+        neurons = self.neurons.to(weight.device)
+        weight = (weight.t() if self.transposed else weight).index_select(self.dim, neurons)
+        return weight, bias if bias is None or self.keep_bias else bias.index_select(0, neurons)
 
     def _source_key(self) -> tuple[Any, ...]:
         weight = self.module.weight
@@ -59,8 +59,8 @@ def narrowed_to(module: nn.Module | None) -> NarrowProjection | None:
 
 
 def check_projection(module: nn.Module | None, shape: tuple[int, int], where: str) -> None:
-    plain = isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    if not plain:
+    is_linear = isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if not is_linear:
         raise ModelError(
             f"{where} is {type(module).__name__}, not a plain linear layer, so its neurons cannot be left out; "
             "load the model unquantized and without adapters on the FFN, or use layer dropping (method ld)"

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelError, UnknownFamilyError
 from . import families
+from .modes import recomputes
 from .stacks import ffn_projections, get_plm, layer_list, resolve
 
 IGNORED = -100
@@ -45,11 +46,8 @@ def selected_rows(plm: Any, rows: Any) -> Iterator[None]:
         index = rows(hidden.shape[:2]).to(hidden.device)
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, index), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 def _token_wise_parts(plm: Any, layer: nn.Module) -> list[tuple[Sequence[nn.Module], nn.Module]]:
@@ -88,8 +86,7 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
             layer = None if parent is None else getattr(parent, attribute)[-1]
         except UnknownFamilyError:
             pass
-    again = getattr(layer, "gradient_checkpointing", False) or hasattr(layer, "_checkpoint_wrapped_module")
-    if layer is None or again or layer._compiled_call_impl is not None:
+    if layer is None or recomputes(layer) or layer._compiled_call_impl is not None:
         yield
         return
     index: torch.Tensor | None = None
@@ -112,16 +109,27 @@ def last_layer_rows(plm: Any, rows: Callable[[torch.Size], torch.Tensor]) -> Ite
             def remember(_m: nn.Module, args: tuple[torch.Tensor, ...], whole: list[torch.Size] = whole) -> None:
                 whole[:] = [args[0].shape]
 
-            def leave(_m: nn.Module, _args: Any, found: torch.Tensor, whole: list[torch.Size] = whole) -> torch.Tensor:
+            def leave(
+                _m: nn.Module, _args: Any, labelled: torch.Tensor, whole: list[torch.Size] = whole
+            ) -> torch.Tensor:
                 (shape,) = whole
-                empty = found.new_zeros(shape[:-1].numel(), found.shape[-1])
-                return empty.index_copy(0, index, found).view(*shape[:-1], -1)  # type: ignore[arg-type]
+                empty = labelled.new_zeros(shape[:-1].numel(), labelled.shape[-1])
+                return empty.index_copy(0, index, labelled).view(*shape[:-1], -1)  # type: ignore[arg-type]
 
             hooks.callback(ins[0].register_forward_pre_hook(remember).remove)
             for module in ins:
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(out.register_forward_hook(leave).remove)
         yield
+
+
+def forward_inputs(plm: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as a forward takes it without labels; they give an encoder-decoder the decoder input that it lacks."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels, decoder_inputs = batch.get("labels"), ("decoder_input_ids", "decoder_inputs_embeds")
+    if plm.config.is_encoder_decoder and labels is not None and all(inputs.get(n) is None for n in decoder_inputs):
+        inputs["decoder_input_ids"] = plm.prepare_decoder_input_ids_from_labels(labels=labels)
+    return inputs
 
 
 def labelled_logits(
@@ -146,17 +154,14 @@ def labelled_logits(
         raise ModelError("batch['labels'] is missing: the loss needs labels")
     plm = get_plm(getattr(model, "module", model))
     labels = batch["labels"]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
     causal = not plm.config.is_encoder_decoder
     if causal and plm.get_output_embeddings() is not None and not plm.can_generate():
         raise ModelError(
             f"{type(plm).__name__} does not predict the next token, so its labels are not those of a language model; "
             "use a …ForCausalLM or …ForConditionalGeneration model, or the model's own loss"
         )
-    if not causal and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
-        inputs["decoder_input_ids"] = plm.prepare_decoder_input_ids_from_labels(labels=labels)
     # A causal model predicts token t at position t − 1; a soft prompt in front moves every position back by P.
-    found: dict[str, torch.Tensor] = {}
+    labelled: dict[str, torch.Tensor] = {}
 
     def rows(shape: torch.Size) -> torch.Tensor:
         length = shape[1]
@@ -166,17 +171,16 @@ def labelled_logits(
         else:
             targets = labels
         index = (targets.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
-        found["targets"] = targets.reshape(-1).index_select(0, index)
-        found["sequence"] = torch.div(index, length, rounding_mode="floor")
+        labelled["targets"] = targets.reshape(-1).index_select(0, index)
+        labelled["sequence"] = torch.div(index, length, rounding_mode="floor")
         return index
 
     with ExitStack() as stack:
         stack.enter_context(selected_rows(plm, rows))
         if causal and not whole_last_layer:
             stack.enter_context(last_layer_rows(plm, rows))
-        outputs = model(**inputs, use_cache=False)
-    logits = outputs.logits
-    return logits, found["targets"].to(logits.device), found["sequence"].to(logits.device)
+        logits = model(**forward_inputs(plm, batch), use_cache=False).logits
+    return logits, labelled["targets"].to(logits.device), labelled["sequence"].to(logits.device)
 
 
 def label_loss(
@@ -197,6 +201,15 @@ def label_loss(
         ModelError: as `labelled_logits`.
     """
     logits, targets, _ = labelled_logits(model, batch, whole_last_layer=whole_last_layer)
+    return loss_of(logits, targets, num_items)
+
+
+def loss_of(logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """Cross-entropy of logits `(N, V)`, summed and divided by `num_items`; None: by N.
+
+    Raises:
+        ModelError: neither targets nor a divisor.
+    """
     if targets.numel() == 0 and num_items is None:
         raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
     total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")

@@ -9,8 +9,7 @@ reads a contiguous copy of the kept rows or columns.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +40,7 @@ def cut_key(plm: Any, stack: str) -> str:
     digest = hashlib.sha256(f"{plm.dtype}{autocast}{plm.config._attn_implementation}".encode())
     for layer in getattr(parent, attribute):
         narrow = narrowed_to(resolve(layer, spec.ffn_out))
-        digest.update(f"{order[layer]}:{narrow.kept_key if narrow else ''},".encode())
+        digest.update(f"{order[layer]}:{narrow.neurons_key if narrow else ''},".encode())
     return digest.hexdigest()[:16]
 
 
@@ -85,12 +84,14 @@ class PartialPLM:
             )
         self._stacks = find_stacks(self.plm)
         self._keep_layers, self._keep_neurons = keep_layers, keep_neurons
-        self._neuron_scores = self._check_neuron_scores(neuron_scores)
-        self._layer_scores = self._check_layer_scores(layer_scores)
+        self._neuron_scores = self._checked("neuron_scores", neuron_scores, lambda s: (len(s.layers), s.width))
+        self._layer_scores = self._checked("layer_scores", layer_scores, lambda s: (len(s.layers),))
+        if self._layer_scores and (missing := set(self._stacks) - set(self._layer_scores)):
+            raise ScoreError(f"layer_scores lacks the stacks {sorted(missing)}; score every stack")
         self.full_stage = Stage.of({n: Size(len(s.layers), s.width) for n, s in self._stacks.items()})
         self._stage = self.full_stage
         self._narrow: dict[nn.Module, NarrowProjection] = {}
-        self._own_forward: dict[nn.Module, Any] = {}
+        self._full_forward: dict[nn.Module, Any] = {}
         self._layer_idx = {
             name: [
                 [(m, m.__dict__["layer_idx"]) for m in layer.modules() if type(m.__dict__.get("layer_idx")) is int]
@@ -121,14 +122,14 @@ class PartialPLM:
                     f"layer_scores lacks the {stack.name}, but a stage leaves out layers there; pass one score per "
                     "layer: layer_scores=block_influence(model, calibration_batches), or greedy_removal(…)"
                 )
-            return selection.top(k, self._layer_scores[stack.name], stack.spec.always_kept)
+            return selection.top(k, self._layer_scores[stack.name].tolist(), stack.spec.always_kept)
         return (selection.evenly if self._keep_layers == "evenly" else selection.first)(k, n)
 
     def kept_neurons(self, stack: str, layer: int, k: int) -> torch.Tensor:
         """Ascending indices `(k,)` of the neurons that layer `layer` of `stack` keeps."""
         if self._keep_neurons == "first":
             return torch.arange(k)
-        if self._neuron_scores is None or stack not in self._neuron_scores:
+        if stack not in self._neuron_scores:
             raise ScoreError(
                 f"neuron_scores lacks the {stack}, but a stage leaves out FFN neurons there; pass neuron_scores="
                 "activation_scores(model, calibration_batches), or keep_neurons='first'"
@@ -137,45 +138,26 @@ class PartialPLM:
         order = torch.sort(self._neuron_scores[stack][layer], descending=True, stable=True).indices
         return order[:k].sort().values
 
-    def _own_scores(self, scores: Any) -> dict[str, Any]:
-        """Scores by stack, refused where they say that they are another model's."""
+    def _checked(
+        self, what: str, scores: Any, shape_in: Callable[[StackModules], tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
+        """Scores by stack, float64; refused where they are another model's, of another shape or no numbers."""
         if hasattr(scores, "check_model"):
             scores.check_model(self.plm)
             scores = scores.scores
-        return dict(scores)
-
-    def _check_neuron_scores(self, scores: Any) -> dict[str, torch.Tensor] | None:
-        if scores is None:
-            return None
         checked = {}
-        for name, value in self._own_scores(scores).items():
+        for name, values in dict(scores or {}).items():
             if name not in self._stacks:
-                raise ScoreError(f"neuron_scores names the stack {name!r}; this model has {list(self._stacks)}")
-            stack = self._stacks[name]
-            tensor = torch.as_tensor(value).detach().to("cpu", torch.float64)
-            if tuple(tensor.shape) != (len(stack.layers), stack.width):
+                raise ScoreError(f"{what} names the stack {name!r}; this model has {list(self._stacks)}")
+            tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+            if tuple(tensor.shape) != (shape := shape_in(self._stacks[name])):
                 raise ScoreError(
-                    f"neuron_scores[{name!r}] has shape {tuple(tensor.shape)}, this model needs "
-                    f"({len(stack.layers)}, {stack.width}): the scores are another model's"
+                    f"{what}[{name!r}] has shape {tuple(tensor.shape)}, this model needs {shape}: the scores are "
+                    "another model's"
                 )
             if not torch.isfinite(tensor).all():
-                raise ScoreError(f"neuron_scores[{name!r}] holds NaN or infinity; score the model again")
+                raise ScoreError(f"{what}[{name!r}] holds NaN or infinity; score the model again")
             checked[name] = tensor
-        return checked
-
-    def _check_layer_scores(self, scores: Any) -> dict[str, list[float]]:
-        if scores is None:
-            return {}
-        checked = {}
-        for name, values in self._own_scores(scores).items():
-            if name not in self._stacks or len(values) != len(self._stacks[name].layers):
-                want = {n: len(s.layers) for n, s in self._stacks.items()}
-                raise ScoreError(f"layer_scores[{name!r}] has {len(values)} scores; this model has layers {want}")
-            checked[name] = [float(v) for v in values]
-            if not all(math.isfinite(v) for v in checked[name]):
-                raise ScoreError(f"layer_scores[{name!r}] holds NaN or infinity; score the layers again")
-        if missing := set(self._stacks) - set(checked):
-            raise ScoreError(f"layer_scores lacks the stacks {sorted(missing)}; score every stack")
         return checked
 
     # -- resizing -------------------------------------------------------------------------------------------------
@@ -213,7 +195,7 @@ class PartialPLM:
         exception (out of memory, Ctrl-C) it is the full model.
         """
         self._apply(stage)
-        self._drop_copies(keep=set(self._own_forward))
+        self._drop_copies(keep=set(self._full_forward))
 
     @contextmanager
     def at(self, stage: Stage) -> Iterator[PartialPLM]:
@@ -238,25 +220,24 @@ class PartialPLM:
         Raises:
             ScheduleError: a stack or layer that the model lacks, no layer, or T5's first one left out.
         """
-        kept = {name: list(range(len(stack.layers))) for name, stack in self._stacks.items()}
+        indices_of = {name: list(range(len(stack.layers))) for name, stack in self._stacks.items()}
         for name, indices in layers.items():
-            if name not in kept:
-                raise ScheduleError(f"layers name the stack {name!r}; this model has {list(kept)}")
+            if name not in indices_of:
+                raise ScheduleError(f"layers name the stack {name!r}; this model has {list(indices_of)}")
             must = set(self._stacks[name].spec.always_kept)
-            if not indices or sorted(set(indices) & set(kept[name])) != list(indices) or must - set(indices):
+            if not indices or sorted(set(indices) & set(indices_of[name])) != list(indices) or must - set(indices):
                 raise ScheduleError(
-                    f"layers[{name!r}]={list(indices)} must be ascending, of 0 to {len(kept[name]) - 1}"
+                    f"layers[{name!r}]={list(indices)} must be ascending, of 0 to {len(indices_of[name]) - 1}"
                     + (f", with {sorted(must)} among them" if must else "")
                 )
-            kept[name] = list(indices)
+            indices_of[name] = list(indices)
         before = self._stage
-        widths = {name: stack.width for name, stack in self._stacks.items()}
-        stage = Stage({name: len(k) for name, k in kept.items()}, widths, stacks=tuple(kept))
+        stage = Stage.of({name: Size(len(kept), self._stacks[name].width) for name, kept in indices_of.items()})
         try:
-            self._cut(stage, kept)
+            self._set_size(stage, indices_of)
             yield self
         finally:
-            self._cut(before)
+            self._set_size(before)
 
     def full(self) -> Any:
         """`with partial.full():` runs a block on the full PLM: evaluation, saving, generation."""
@@ -272,29 +253,29 @@ class PartialPLM:
             return
         self.check(stage)
         try:
-            self._cut(stage)
+            self._set_size(stage)
         except BaseException:  # out of memory for a narrowed copy, Ctrl-C: never leave a model half cut
-            self._cut(self.full_stage)
+            self._set_size(self.full_stage)
             raise
 
-    def _cut(self, stage: Stage, layers: Mapping[str, list[int]] | None = None) -> None:
+    def _set_size(self, stage: Stage, layers: Mapping[str, list[int]] | None = None) -> None:
         for name, stack in self._stacks.items():
-            kept = self._kept_layers(stack, stage.layers_in(name)) if layers is None else layers[name]
-            self._shadow_layers(stack, kept)
-            self._set_counts(name, kept)
+            indices = self._kept_layers(stack, stage.layers_in(name)) if layers is None else layers[name]
+            self._shadow_layers(stack, indices)
+            self._set_counts(name, indices)
             for i, (ins, out) in enumerate(zip(stack.ffn_in, stack.ffn_out, strict=True)):
-                self._narrow_layer(name, i, ins, out, stage.ffn_in(name) if i in kept else None)
+                self._narrow_layer(name, i, ins, out, stage.ffn_in(name) if i in indices else None)
         self._stage = stage
 
-    def _shadow_layers(self, stack: StackModules, kept: list[int]) -> None:
-        if len(kept) == len(stack.layers):
+    def _shadow_layers(self, stack: StackModules, indices: list[int]) -> None:
+        if len(indices) == len(stack.layers):
             stack.parent.__dict__.pop(stack.attribute, None)
         else:
             # An instance attribute wins over a registered module of the same name in attribute look-up, and only there.
-            stack.parent.__dict__[stack.attribute] = nn.ModuleList(stack.layers[i] for i in kept)
+            stack.parent.__dict__[stack.attribute] = nn.ModuleList(stack.layers[i] for i in indices)
         for i, modules in enumerate(self._layer_idx[stack.name]):
-            for module, own in modules:
-                module.__dict__["layer_idx"] = kept.index(i) if i in kept else own
+            for module, full_index in modules:
+                module.__dict__["layer_idx"] = indices.index(i) if i in indices else full_index
 
     def _narrow_layer(
         self, stack: str, layer: int, ins: tuple[nn.Module, ...], out: nn.Module | None, k: int | None
@@ -302,21 +283,23 @@ class PartialPLM:
         width = self._stacks[stack].width
         if k is None or k == width or out is None:
             for module in (*ins, *([out] if out is not None else [])):
-                if module in self._own_forward:
-                    own = self._own_forward.pop(module)
-                    module.__dict__.pop("forward") if own is None else module.__dict__.__setitem__("forward", own)
+                if module in self._full_forward:
+                    if (forward := self._full_forward.pop(module)) is None:
+                        del module.__dict__["forward"]
+                    else:
+                        module.__dict__["forward"] = forward
             return
-        if (ready := self._narrow.get(out)) is None or len(ready.kept) != k:
+        if (ready := self._narrow.get(out)) is None or len(ready.neurons) != k:
             for module in (*ins, out):
                 self._narrow.pop(module, None)  # freed before the new copy is made: at most one copy at any time
-            kept = self.kept_neurons(stack, layer, k)
-            fused = torch.cat([kept + part * width for part in range(self._stacks[stack].spec.fused)])
-            made = {module: NarrowProjection(module, fused, dim=0, keep_bias=False) for module in ins}
-            made[out] = NarrowProjection(out, kept, dim=1, keep_bias=True)
-            self._narrow.update(made)
+            neurons = self.kept_neurons(stack, layer, k)
+            rows = torch.cat([neurons + part * width for part in range(self._stacks[stack].spec.fused)])
+            projections = {module: NarrowProjection(module, rows, dim=0, keep_bias=False) for module in ins}
+            projections[out] = NarrowProjection(out, neurons, dim=1, keep_bias=True)
+            self._narrow.update(projections)
         for module in (*ins, out):
-            if module not in self._own_forward:
-                self._own_forward[module] = module.__dict__.get("forward")
+            if module not in self._full_forward:
+                self._full_forward[module] = module.__dict__.get("forward")
             module.__dict__["forward"] = self._narrow[module].forward
 
     def _drop_copies(self, keep: set[nn.Module]) -> None:
@@ -325,24 +308,26 @@ class PartialPLM:
 
     def _find_configs(self) -> list[tuple[str, Any, str, Any]]:
         """`(stack, config object, field, full value)` for every count or per-layer list that follows the stage."""
-        found, seen = [], set()
+        fields_of_stage, seen = [], set()
         for name, stack in self._stacks.items():
-            own = getattr(stack.parent, "config", self.plm.config)
+            stack_config = getattr(stack.parent, "config", self.plm.config)
             fields = stack.spec.own_count_fields or stack.spec.count_fields
             live = stack.spec.count_fields if stack.spec.live_fields is None else stack.spec.live_fields
             pairs = [(self.plm.config, f) for f in (*live, *stack.spec.per_layer_fields)]
-            if own is not self.plm.config:
-                pairs += [(own, f) for f in (*fields, *stack.spec.per_layer_fields)]
+            if stack_config is not self.plm.config:
+                pairs += [(stack_config, f) for f in (*fields, *stack.spec.per_layer_fields)]
             for config, field in pairs:
                 value = getattr(config, field, None)
                 if value is not None and (id(config), field) not in seen:
                     seen.add((id(config), field))
-                    found.append((name, config, field, value))
-        return found
+                    fields_of_stage.append((name, config, field, value))
+        return fields_of_stage
 
-    def _set_counts(self, stack: str, kept: list[int]) -> None:
+    def _set_counts(self, stack: str, indices: list[int]) -> None:
         for name, config, field, full in self._configs:
             if name == stack:
-                whole = len(kept) == len(self._stacks[stack].layers)
-                value = full if whole else [full[i] for i in kept] if isinstance(full, (list, tuple)) else len(kept)
+                whole = len(indices) == len(self._stacks[stack].layers)
+                value = (
+                    full if whole else [full[i] for i in indices] if isinstance(full, (list, tuple)) else len(indices)
+                )
                 setattr(config, field, value)

@@ -25,10 +25,10 @@ def evenly(k: int, n: int) -> list[int]:
     if k == 1:
         return [0]
     gap, wider = divmod(n - k, k - 1)
-    kept = [0]
+    indices = [0]
     for i in range(k - 1):
-        kept.append(kept[-1] + gap + 1 + (i >= k - 1 - wider))
-    return kept
+        indices.append(indices[-1] + gap + 1 + (i >= k - 1 - wider))
+    return indices
 
 
 def first(k: int, n: int) -> list[int]:
@@ -47,8 +47,8 @@ def top(k: int, scores: Sequence[float], always: Sequence[int] = ()) -> list[int
         ScheduleError: `k` outside 1…len(scores), or fewer than `always` needs.
     """
     _check(k, len(scores))
-    must = set(always)
-    if len(must) > k:
-        raise ScheduleError(f"k={k} is fewer than the {len(must)} indices {sorted(must)} that must be kept")
-    ranked = sorted(range(len(scores)), key=lambda i: (i not in must, -scores[i], i))
+    required = set(always)
+    if len(required) > k:
+        raise ScheduleError(f"k={k} is fewer than the {len(required)} indices {sorted(required)} that must be kept")
+    ranked = sorted(range(len(scores)), key=lambda i: (i not in required, -scores[i], i))
     return sorted(ranked[:k])

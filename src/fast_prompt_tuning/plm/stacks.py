@@ -48,8 +48,8 @@ def layer_list(plm: Any, spec: StackSpec) -> tuple[Any, str]:
 def ffn_projections(layer: nn.Module, spec: StackSpec) -> tuple[tuple[nn.Module, ...], nn.Module | None]:
     """A layer's FFN input projections and its output projection; empty and None where it has none of that shape."""
     choices = (tuple(resolve(layer, path) for path in paths) for paths in spec.ffn_in)
-    found = next((modules for modules in choices if all(m is not None for m in modules)), ())
-    return found, resolve(layer, spec.ffn_out)
+    inputs = next((modules for modules in choices if all(m is not None for m in modules)), ())
+    return inputs, resolve(layer, spec.ffn_out)
 
 
 @dataclass
@@ -90,9 +90,9 @@ def find_stacks(plm: Any) -> dict[str, StackModules]:
         layers = parent._modules.get(attribute) if parent is not None else None
         count = families.layer_count(config, spec)
         if not isinstance(layers, nn.ModuleList) or len(layers) != count:
-            found = "no module list" if layers is None else f"{len(layers)} layers"
+            described = "no module list" if layers is None else f"{len(layers)} layers"
             raise ModelError(
-                f"{type(plm).__name__} (model_type={config.model_type!r}) has {found} at {spec.layers!r}, but its "
+                f"{type(plm).__name__} (model_type={config.model_type!r}) has {described} at {spec.layers!r}, but its "
                 f"config counts {count}; if it is a variant of the family, register it with its own paths"
             )
         ffn_in: list[tuple[nn.Module, ...]] = []

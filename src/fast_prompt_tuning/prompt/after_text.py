@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, TextPass, Work
 from ..errors import ModelError
-from ..plm.objective import IGNORED
+from ..plm.objective import IGNORED, loss_of
 from .passes import generation_inputs, split_batch, split_texts, suffix_logits
 from .prediction import log_probability
 from .prompted import Input, Loss, PromptedPLM, labelled_tokens
@@ -37,9 +36,9 @@ class AfterText(PromptedPLM):
         return (("prompt", "text", "target"),) if decoder else (("text",), ("prompt", "target"))
 
     @classmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
-        """As `PromptedPLM.expected`: the text runs apart, or not at all."""
-        return shape.apart(tail=tail if cls.needs_tail else 0, kept=kept, kept_cross=kept_cross)
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
+        """As `PromptedPLM.expected`: the text does not run again."""
+        return shape.apart(tail=tail if cls.needs_tail else 0, kept_cross=kept_cross)
 
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`."""
@@ -48,15 +47,13 @@ class AfterText(PromptedPLM):
             self.cache.enter_stage(cut_of_texts(self.plm, self.cache))
         text = text_states(self.plm, parts.texts, self.cache)
         logits, targets, _ = suffix_logits(self.plm, self.prompt, text, parts.targets, parts.labels)
-        if targets.numel() == 0 and num_items is None:
-            raise ModelError("batch['labels'] marks no position: every label is -100, so there is no loss")
-        total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum")
+        loss = loss_of(logits, targets, num_items)
         most, mean = labelled_tokens(parts.labels)
         width = parts.labels.shape[1]
         target = width if self.plm.config.is_encoder_decoder else max(most, 1)
         shape = self._apart_shape(len(parts.texts), text.mask.shape[1], width - target, target)
         work = self._texts(text) + Work((PromptPass(replace(shape, label_tokens=mean), self._kind()),))
-        return Loss(total / (targets.numel() if num_items is None else num_items), work)
+        return Loss(loss, work)
 
     def _label_scores(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]

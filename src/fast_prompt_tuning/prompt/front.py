@@ -17,7 +17,7 @@ from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, Work
 from ..data.trimming import TAIL
 from ..plm.objective import IGNORED, label_loss, labelled_logits, last_layer_rows, selected_rows
-from .prediction import log_probability
+from .prediction import log_probability, padded_ids
 from .prompted import Input, Loss, PromptedPLM, labelled_tokens
 
 
@@ -37,7 +37,7 @@ class Front(PromptedPLM):
         return (("prompt", "text", "target"),) if decoder else (("prompt", "text"), ("target",))
 
     @classmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
         """The shape as it is: everything runs behind the prompt."""
         return shape
 
@@ -112,12 +112,7 @@ def prompted_inputs(plm: Any, prompt: torch.Tensor | None, inputs: Sequence[Sequ
         prompt: one for all inputs `(P, H)`, or one for each `(B, P, H)`.
     """
     embed = plm.get_input_embeddings()
-    length = max(len(ids) for ids in inputs)
-    ids = torch.zeros(len(inputs), length, dtype=torch.long)
-    real = torch.zeros(len(inputs), length, dtype=torch.long)
-    for row, tokens in enumerate(inputs):
-        ids[row, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
-        real[row, : len(tokens)] = 1
+    ids, real = padded_ids(inputs)
     embeds, mask = embed(ids.to(plm.device)), real.to(plm.device)
     if prompt is not None:
         front = prompt.to(embeds).expand(len(inputs), *prompt.shape[-2:])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .prediction import Prediction
 
@@ -29,7 +29,7 @@ class GenerationOptions:
     stop_at_newline: bool = False
 
 
-def answers(plm: Any, tokenizer: Any, given: dict[str, Any], options: GenerationOptions) -> list[Prediction]:
+def answers(plm: Any, tokenizer: Any, inputs: dict[str, Any], options: GenerationOptions) -> list[Prediction]:
     """The answers of one batch.
 
     Args:
@@ -38,10 +38,13 @@ def answers(plm: Any, tokenizer: Any, given: dict[str, Any], options: Generation
     """
     beams, one_line = options.num_beams, options.stop_at_newline
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    chosen, line = _Chosen(), [_LineEnd(tokenizer, plm.device)] if one_line and beams == 1 else []
-    with _no_leftover_options(plm):
+    probabilities, line = _TokenProbabilities(), [_LineEnd(tokenizer, plm.device)] if one_line and beams == 1 else []
+    # A checkpoint's own sampling options would contradict our arguments, with a warning.
+    full = plm.generation_config
+    bare = type(full)(decoder_start_token_id=full.decoder_start_token_id, bos_token_id=full.bos_token_id)
+    with generation_config(plm, bare):
         out = plm.generate(
-            **given,
+            **inputs,
             max_new_tokens=options.max_new_tokens,
             num_beams=beams,
             do_sample=False,
@@ -50,12 +53,12 @@ def answers(plm: Any, tokenizer: Any, given: dict[str, Any], options: Generation
             eos_token_id=tokenizer.eos_token_id,
             return_dict_in_generate=True,
             output_scores=beams > 1,
-            logits_processor=LogitsProcessorList([chosen] if beams == 1 else []),
+            logits_processor=LogitsProcessorList([probabilities] if beams == 1 else []),
             stopping_criteria=StoppingCriteriaList(line),
         )
     if beams == 1:
-        new = out.sequences[:, chosen.start :]
-        steps = torch.stack(chosen.steps[: new.shape[1]], 1)  # on some devices `generate` looks a step ahead
+        new = out.sequences[:, probabilities.start :]
+        steps = torch.stack(probabilities.steps[: new.shape[1]], 1)  # on some devices `generate` looks a step ahead
     else:
         steps = plm.compute_transition_scores(out.sequences, out.scores, out.beam_indices).float()
         new = out.sequences[:, -steps.shape[1] :]
@@ -67,7 +70,7 @@ def answers(plm: Any, tokenizer: Any, given: dict[str, Any], options: Generation
     return [Prediction(text, mean) for text, mean in zip(texts, means, strict=True)]
 
 
-class _Chosen(LogitsProcessor):
+class _TokenProbabilities(LogitsProcessor):
     """Log-probability of every greedily chosen token: `steps` of `(B,)`.
 
     Kept one by one, since the scores that `generate` would keep are one vocabulary a token: gigabytes.
@@ -111,11 +114,10 @@ def _line_tokens(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 @contextlib.contextmanager
-def _no_leftover_options(plm: Any) -> Iterator[None]:
-    """Generation by our arguments alone: a checkpoint's own sampling options would contradict them, with a warning."""
-    own = plm.generation_config
-    plm.generation_config = type(own)(decoder_start_token_id=own.decoder_start_token_id, bos_token_id=own.bos_token_id)
+def generation_config(plm: Any, config: GenerationConfig) -> Iterator[None]:
+    """Generate by `config` in place of the PLM's own."""
+    before, plm.generation_config = plm.generation_config, config
     try:
         yield
     finally:
-        plm.generation_config = own
+        plm.generation_config = before

@@ -26,15 +26,16 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..data.trimming import TAIL
-from ..errors import ModelError
+from ..errors import ModelError, is_whole
 from ..plm.modes import inference
 from ..plm.objective import IGNORED, last_layer_rows, selected_rows
+from .prediction import padded_ids
 from .soft_prompt import context_length
 from .text_attention import text_apart
-from .text_states import TextStates, check_text_apart, padded_states, stacked
+from .text_states import TextStates, check_text_apart, dynamic_cache, padded_states, stacked
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def split_batch(plm: Any, batch: Mapping[str, Any], *, tails: bool = False) -> P
         raise ModelError(f"batch[{lacking!r}] is missing: a prompt after the text needs token ids and labels")
     mask = batch.get("attention_mask")
     keep = [[True] * ids.shape[1]] * len(ids) if mask is None else mask.bool().tolist()
-    rows = [list(itertools.compress(row, kept)) for row, kept in zip(ids.tolist(), keep, strict=True)]
+    rows = [list(itertools.compress(row, real)) for row, real in zip(ids.tolist(), keep, strict=True)]
     if plm.config.is_encoder_decoder:
         return Parts(rows, labels, labels)
-    marks = [list(itertools.compress(row, kept)) for row, kept in zip(labels.tolist(), keep, strict=True)]
+    marks = [list(itertools.compress(row, real)) for row, real in zip(labels.tolist(), keep, strict=True)]
     ends = [next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in marks]
     if tails:
         ends = [_first_part(end, tail) for end, tail in zip(ends, counts(batch.get(TAIL), len(rows)), strict=True)]
@@ -86,15 +87,13 @@ def counts(tail: Any, rows: int) -> list[int]:
     Raises:
         ModelError: anything else.
     """
-    found = tail.tolist() if isinstance(tail, torch.Tensor) else tail
-    whole = isinstance(found, Sequence) and all(
-        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in found
-    )
-    if not whole or len(found) != rows:
+    numbers = tail.tolist() if isinstance(tail, torch.Tensor) else tail
+    if not isinstance(numbers, Sequence) or len(numbers) != rows or not all(is_whole(n, 0) for n in numbers):
         raise ModelError(
-            f"{found!r} must be a whole number of at least 0 for each of the {rows} texts: its tokens after the prompt"
+            f"{numbers!r} must be a whole number of at least 0 for each of the {rows} texts: its tokens after the "
+            "prompt"
         )
-    return list(found)
+    return list(numbers)
 
 
 def _first_part(length: int, after: int) -> int:
@@ -157,13 +156,13 @@ def suffix_logits(
         }
         aligned = F.pad(labels, (size - 1, 0), value=IGNORED)
     else:
-        encoded, kept = text.encoded()
+        encoded, text_cache = text.encoded()
         inputs = {
             "encoder_outputs": encoded,
             "attention_mask": text.mask,
             "decoder_inputs_embeds": embeds,
-            "past_key_values": kept,
-            "use_cache": kept is not None,
+            "past_key_values": text_cache,
+            "use_cache": text_cache is not None,
         }
         aligned = F.pad(labels, (size, 0), value=IGNORED)
         limit = context_length(plm)
@@ -175,8 +174,8 @@ def suffix_logits(
     index = (aligned.reshape(-1) != IGNORED).nonzero(as_tuple=True)[0]
     with selected_rows(plm, lambda _: index), last_layer_rows(plm, lambda _: index), apart:
         logits = plm(**inputs).logits
-    found = aligned.reshape(-1).index_select(0, index)
-    return logits, found, torch.div(index, aligned.shape[1], rounding_mode="floor")
+    label_ids = aligned.reshape(-1).index_select(0, index)
+    return logits, label_ids, torch.div(index, aligned.shape[1], rounding_mode="floor")
 
 
 def generation_inputs(
@@ -200,16 +199,13 @@ def generation_inputs(
     if not plm.config.is_encoder_decoder:
         text, last = _read_on(plm, text, front, ends)
         placeholders = last.new_zeros(rows, text.mask.shape[1], last.shape[-1])
-        past: Cache = DynamicCache()
-        for layer, (keys, values) in enumerate(text.states):
-            past.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), layer)
         return {
             "inputs_embeds": torch.cat([placeholders, last], dim=1),
             "attention_mask": F.pad(text.mask, (0, 1), value=1),
-            "past_key_values": past,
+            "past_key_values": dynamic_cache(text.states, copies),
         }
-    encoded, kept = text.encoded()
-    past = EncoderDecoderCache(DynamicCache(), DynamicCache()) if kept is None else kept
+    encoded, text_cache = text.encoded()
+    past = EncoderDecoderCache(DynamicCache(), DynamicCache()) if text_cache is None else text_cache
     with inference(plm), selected_rows(plm, lambda _: torch.zeros(1, dtype=torch.long)):
         plm(
             encoder_outputs=encoded,
@@ -219,8 +215,8 @@ def generation_inputs(
             use_cache=True,
         )
     past.batch_repeat_interleave(copies)
-    chosen = plm.generation_config.decoder_start_token_id
-    start = plm.config.decoder_start_token_id if chosen is None else chosen
+    own_start = plm.generation_config.decoder_start_token_id
+    start = plm.config.decoder_start_token_id if own_start is None else own_start
     ids = torch.full((rows, size + 1), start, device=plm.device)
     return {
         "encoder_outputs": encoded,
@@ -240,15 +236,11 @@ def _read_on(
     once, at the distances that a sliding window counts.
     """
     rows, size = front.shape[:2]
-    ids = torch.zeros(rows, max(map(len, ends)), dtype=torch.long)
-    for i, end in enumerate(ends):
-        ids[i, : len(end)] = torch.as_tensor(end, dtype=torch.long)
+    ids, _ = padded_ids(ends)
     embeds = torch.cat([front, plm.get_input_embeddings()(ids.to(plm.device))], dim=1)
     read = [size + len(end) - 1 for end in ends]
     positions = torch.arange(embeds.shape[1], device=plm.device).minimum(torch.tensor(read, device=plm.device)[:, None])
-    past = DynamicCache()
-    for layer, (keys, values) in enumerate(text.states):
-        past.update(keys, values, layer)
+    past = dynamic_cache(text.states)
     with inference(plm), last_layer_rows(plm, lambda _: torch.zeros(0, dtype=torch.long)):
         plm.base_model(
             inputs_embeds=embeds,

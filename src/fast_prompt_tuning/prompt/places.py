@@ -26,9 +26,9 @@ def place(
     Raises:
         ConfigError: an unknown placement. ModelError, UnknownFamilyError: no prompt can stand there in this PLM.
     """
-    chosen = placement_named(placement) if prompt is not None else Front
-    chosen.check(plm)
-    return chosen(plm, prompt, cache if chosen.keeps_texts else None)
+    kind = placement_named(placement) if prompt is not None else Front
+    kind.check(plm)
+    return kind(plm, prompt, cache if kind.keeps_texts else None)
 
 
 def tune(
@@ -39,12 +39,12 @@ def tune(
     Raises:
         ConfigError: a prompt length the model has no room for; and as `place`.
     """
-    if (chosen := placement_named(placement)) is Front:
+    if (kind := placement_named(placement)) is Front:
         plm.requires_grad_(False)
         model: Any = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=num_virtual_tokens))
     else:
         model = SuffixPromptModel(plm, num_virtual_tokens, placement=placement, cache=cache)
-    return chosen(plm, prompt_parameter(model), cache if chosen.keeps_texts else None, model)
+    return kind(plm, prompt_parameter(model), cache if kind.keeps_texts else None, model)
 
 
 def prompted_of(model: Any) -> PromptedPLM:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -36,15 +35,26 @@ class Prediction:
         return dict(zip(self.label_scores, shares.tolist(), strict=True))
 
 
-def batches_of(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def by_length(inputs: Sequence[Sequence[int]]) -> list[int]:
     """Order that brings inputs of like length together, longest first (so that memory runs out at once or never)."""
     return sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+
+
+def batches_by_length(inputs: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of at most `size` inputs at a time, in the order of `by_length`."""
+    order = by_length(inputs)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded_ids(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids as one batch `(B, T)`, T at least `least`, padded with 0 on the right; and 1 where a token is real."""
+    ids = torch.zeros(len(rows), max(least, *map(len, rows)), dtype=torch.long)
+    real = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        real[i, : len(row)] = 1
+    return ids, real
 
 
 def prompts_of(prompt: torch.Tensor | None, picked: Sequence[int]) -> torch.Tensor | None:

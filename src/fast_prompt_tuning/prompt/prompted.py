@@ -25,7 +25,7 @@ from ..placements import PLACEMENTS
 from ..plm.modes import inference
 from ..plm.objective import IGNORED
 from .generation import GenerationOptions, answers
-from .prediction import Prediction, batches_of, by_length, likeliest, prompts_of
+from .prediction import Prediction, batches_by_length, likeliest, prompts_of
 from .soft_prompt import prompt_parameter
 from .text_cache import TextCache
 
@@ -110,13 +110,12 @@ class PromptedPLM(ABC):
 
     @classmethod
     @abstractmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept: bool = True, kept_cross: bool = False) -> BatchShape:
-        """The shape of a step on a batch, for plans.
+    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
+        """The shape of a step on a batch, for plans; texts are in the cache already, where this placement keeps any.
 
         Args:
             shape: the batch with its whole input in `input_tokens`, and P.
             tail: of the input tokens, those that are an input's `tail`.
-            kept: texts are in the cache already, where this placement keeps any.
             kept_cross: as `TextCache`.
         """
 
@@ -171,10 +170,10 @@ class PromptedPLM(ABC):
         lengths = torch.tensor([len(ids) for ids in ids_of], dtype=torch.float32)
         # One pass serves all labels of one token: they compete for the same next token.
         passes = 1 if int(lengths.max()) == 1 and not self.plm.config.is_encoder_decoder else len(words)
-        found: dict[int, Prediction] = {}
+        predictions: dict[int, Prediction] = {}
         work = Work()
         with inference(self.plm):
-            for picked in batches_of(by_length([i.ids for i in inputs]), batch_size):
+            for picked in batches_by_length([i.ids for i in inputs], batch_size):
                 rows = [inputs[i] for i in picked]
                 table, texts = self._label_scores(prompts_of(self.prompt, picked), rows, ids_of)
                 work += texts + Work((PromptPass(self._shape(rows, int(lengths.max())), times=passes),))
@@ -182,11 +181,11 @@ class PromptedPLM(ABC):
                 if length_normalize:
                     table = table / lengths
                 for i, row in zip(picked, table, strict=True):
-                    found[i] = likeliest(words, row)
-        lost = sum(prediction.text == "" for prediction in found.values())
+                    predictions[i] = likeliest(words, row)
+        lost = sum(prediction.text == "" for prediction in predictions.values())
         if lost:
             logger.warning("%d of %d inputs have no answer: the model's output is not a number", lost, len(inputs))
-        return [found[i] for i in range(len(inputs))], work
+        return [predictions[i] for i in range(len(inputs))], work
 
     def generate(
         self, inputs: Sequence[Input], tokenizer: Any, options: GenerationOptions
@@ -196,16 +195,16 @@ class PromptedPLM(ABC):
         Returns:
             Texts without special tokens, stripped, each with its mean log-probability per generated token.
         """
-        found: dict[int, Prediction] = {}
+        predictions: dict[int, Prediction] = {}
         work = Work()
         with inference(self.plm):
-            for picked in batches_of(by_length([i.ids for i in inputs]), options.batch_size):
+            for picked in batches_by_length([i.ids for i in inputs], options.batch_size):
                 rows = [inputs[i] for i in picked]
-                given, texts = self.generation_inputs(prompts_of(self.prompt, picked), rows, options.num_beams)
+                model_inputs, texts = self.generation_inputs(prompts_of(self.prompt, picked), rows, options.num_beams)
                 shape = self._shape(rows, options.max_new_tokens)
                 work += texts + Work((PromptPass(shape, "generation", options.num_beams),))
-                found.update(zip(picked, answers(self.plm, tokenizer, given, options), strict=True))
-        return [found[i] for i in range(len(inputs))], work
+                predictions.update(zip(picked, answers(self.plm, tokenizer, model_inputs, options), strict=True))
+        return [predictions[i] for i in range(len(inputs))], work
 
     def save(self, folder: str | Path) -> None:
         """Save what is trained."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import ConfigError, ModelError, shown
+from ..errors import ConfigError, ModelError, is_whole, shown
 from ..files import new_file, write_atomic
 from ..placements import PLACEMENTS
 from ..plm.stacks import get_plm
@@ -43,7 +43,7 @@ def check_prompt_tokens(plm: Any, num_virtual_tokens: Any) -> None:
         ConfigError: fewer than one virtual token, or at least as many as the model has positions.
     """
     limit = context_length(plm)
-    if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
+    if not is_whole(num_virtual_tokens, 1):
         raise ConfigError(f"num_virtual_tokens={num_virtual_tokens!r} must be a whole number of at least 1")
     if limit is not None and num_virtual_tokens >= limit:
         raise ConfigError(
@@ -84,8 +84,8 @@ def prompt_parameter(model: Any) -> nn.Parameter:
     Raises:
         ModelError: the model has no soft prompt.
     """
-    if isinstance(own := getattr(model, "soft_prompt", None), nn.Parameter):  # a prompt after the text
-        return own
+    if isinstance(after_text := getattr(model, "soft_prompt", None), nn.Parameter):  # a prompt after the text
+        return after_text
     encoder = getattr(model, "prompt_encoder", None)
     if not isinstance(encoder, nn.ModuleDict) or model.active_adapter not in encoder:
         raise ModelError(
@@ -136,21 +136,21 @@ def init_soft_prompt(
         else:
             if tokenizer is None or not text:
                 raise ConfigError(f"prompt.init='text' needs a tokenizer and a text, got text={text!r}")
-            found = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if not found:
+            text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not text_ids:
                 raise ConfigError(f"prompt.text={text!r} has no tokens; choose a longer text")
-            if max(found) >= embed.num_embeddings:
+            if max(text_ids) >= embed.num_embeddings:
                 raise ConfigError(
-                    f"prompt.text={text!r} has the token id {max(found)}, and the model {embed.num_embeddings} "
+                    f"prompt.text={text!r} has the token id {max(text_ids)}, and the model {embed.num_embeddings} "
                     "embeddings: its tokenizer is another model's; choose another text"
                 )
-            if set(found) == {getattr(tokenizer, "unk_token_id", None)}:
+            if set(text_ids) == {getattr(tokenizer, "unk_token_id", None)}:
                 logger.warning(
                     "prompt.text=%r has only tokens that the tokenizer does not know: every vector is the same; choose "
                     "words it knows",
                     text,
                 )
-            ids = torch.tensor((found * math.ceil(size / len(found)))[:size])
+            ids = torch.tensor((text_ids * math.ceil(size / len(text_ids)))[:size])
         with torch.no_grad():
             values = embed(ids.to(embed.weight.device))
     elif init == "prompt":
@@ -256,10 +256,10 @@ def suffix_record(path: str | Path) -> dict[str, Any] | None:
 
 def form_of(path: str | Path) -> tuple[str, int, int]:
     """Where the prompt saved in a folder stands, and its P and H."""
-    return placement_of(path), *load_prompt(path).shape  # type: ignore[return-value]
+    return place_of(path), *load_prompt(path).shape  # type: ignore[return-value]
 
 
-def placement_of(path: str | Path) -> str:
+def place_of(path: str | Path) -> str:
     """The placement of the prompt saved in a folder."""
     record = suffix_record(path)
     return "prefix" if record is None else str(record["placement"])
@@ -274,13 +274,13 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     folder = prompt_folder(path)
     if suffix_record(folder) is not None:
         try:
-            found = load_file(folder / SUFFIX_FILES[2])["prompt_embeddings"]
+            vectors = load_file(folder / SUFFIX_FILES[2])["prompt_embeddings"]
         except (OSError, KeyError, SafetensorError) as error:
             raise ConfigError(
                 f"{str(folder)!r} lacks the vectors of its prompt ({type(error).__name__}: {error}); it needs "
                 f"{SUFFIX_FILES[2]} with prompt_embeddings"
             ) from error
-        return _vectors(found, folder)
+        return _vectors(vectors, folder)
     file = folder / "adapter_model.safetensors"
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -294,7 +294,7 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     if kind != "PROMPT_TUNING":
         raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {shown(kind)}, not a soft prompt")
     values = _vectors(values, folder)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= len(values):
+    if not is_whole(tokens, 1) or tokens > len(values):
         raise ConfigError(
             f"{str(folder)!r}: num_virtual_tokens={shown(tokens)} in adapter_config.json must be a whole number of 1 "
             f"to {len(values)}, the vectors it has; save the prompt again"
@@ -330,7 +330,7 @@ def export_prompt(folder: str | Path, output: str | Path) -> tuple[int, int]:
     taken = ConfigError(f"output={str(path)!r} exists already; choose another name")
     if path.exists():
         raise taken
-    metadata = {"place": PLACEMENTS[placement_of(folder)].where}
+    metadata = {"place": PLACEMENTS[place_of(folder)].where}
     try:
         with new_file(path, replace=False) as work:
             save_file({"prompt_embeds": values.contiguous()}, work, metadata=metadata)

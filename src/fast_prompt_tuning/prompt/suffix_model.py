@@ -18,6 +18,7 @@ from ..data.trimming import TAIL
 from ..errors import ConfigError, ModelError
 from ..placements import PLACEMENTS
 from ..plm import fingerprint
+from .generation import generation_config
 from .passes import counts
 from .prompted import Input, PromptedPLM, placement_named
 from .soft_prompt import (
@@ -73,8 +74,8 @@ class SuffixPromptModel(nn.Module):
             raise ConfigError(f"placement={placement!r} is unknown here; choose {' or '.join(others)}")
         placement_named(placement).check(plm)
         check_prompt_tokens(plm, num_virtual_tokens)
-        if cache is not None and cache.plm is not plm:
-            raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
+        if cache is not None:
+            cache.check_model(plm)
         self.plm = plm.requires_grad_(False)
         self.placement, self.cache = placement, cache
         width = plm.get_input_embeddings().weight.shape[-1]
@@ -146,8 +147,13 @@ class SuffixPromptModel(nn.Module):
             ConfigError: the folder holds a stock adapter.
         """
         name = str(self.config.name_or_path or self.config.model_type)
-        found = fingerprint.of_model(self.plm)
-        save_suffix_prompt(folder, self.soft_prompt, placement=self.placement, base_model=name, model_fingerprint=found)
+        save_suffix_prompt(
+            folder,
+            self.soft_prompt,
+            placement=self.placement,
+            base_model=name,
+            model_fingerprint=fingerprint.of_model(self.plm),
+        )
 
     @torch.no_grad()
     def generate(
@@ -168,28 +174,25 @@ class SuffixPromptModel(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         texts = [row[keep].tolist() for row, keep in zip(input_ids, mask.bool(), strict=True)]
         read = 1 if self.plm.config.is_encoder_decoder else input_ids.shape[1]
-        config, more = _generation_config(self.plm.generation_config, options, read)
+        config, more = _merged_options(self.plm.generation_config, options, read)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         rows = [Input(ids, n) for ids, n in zip(texts, after or [0] * len(texts), strict=True)]
         inputs, _ = self.prompted.generation_inputs(self.soft_prompt.detach(), rows, copies)
-        own, self.plm.generation_config = self.plm.generation_config, config
-        try:
-            found = self.plm.generate(**inputs, **more)
-        finally:
-            self.plm.generation_config = own
-        sequences = found if isinstance(found, torch.Tensor) else found.sequences
+        with generation_config(self.plm, config):
+            generated = self.plm.generate(**inputs, **more)
+        sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
         if self.plm.config.is_encoder_decoder:
             sequences = sequences[:, len(self.soft_prompt) :]
         else:
             text = input_ids.to(sequences.device).repeat_interleave(len(sequences) // len(input_ids), dim=0)
             sequences = torch.cat([text, sequences], dim=1)
-        if isinstance(found, torch.Tensor):
+        if isinstance(generated, torch.Tensor):
             return sequences
-        found.sequences = sequences
-        return found
+        generated.sequences = sequences
+        return generated
 
 
-def _generation_config(own: Any, options: dict[str, Any], read: int) -> tuple[Any, dict[str, Any]]:
+def _merged_options(defaults: Any, options: dict[str, Any], read: int) -> tuple[Any, dict[str, Any]]:
     """What `generate` would make of its options and the model's own config, for a text whose states are at hand.
 
     Lengths are those of the tokens to come: `max_length` and `min_length` count the `read` ones, not the prompt.
@@ -200,9 +203,9 @@ def _generation_config(own: Any, options: dict[str, Any], read: int) -> tuple[An
     Raises:
         ConfigError: `max_length` is at most `read`.
     """
-    given = options.pop("generation_config", None)
-    config = GenerationConfig() if given is None else copy.deepcopy(given)
-    config.update(**own.to_dict(), defaults_only=True, allow_custom_entries=True)
+    base = options.pop("generation_config", None)
+    config = GenerationConfig() if base is None else copy.deepcopy(base)
+    config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
     more = config.update(**options)
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if getattr(config, total) and getattr(config, new) is None:

@@ -84,14 +84,14 @@ def text_apart(plm: Any, text: Cache, new: int) -> Iterator[None]:
     Elsewhere text and what follows are put together: for other kernels than PyTorch's own (FlashAttention), for many
     new positions where the kernel is a fused one, and in architectures that do not ask for an attention function.
     """
-    own = plm.config._attn_implementation
-    if not (own == "eager" or (own == "sdpa" and new <= _FEW)) or not _knows_attention(plm):
+    kernel = plm.config._attn_implementation
+    if not (kernel == "eager" or (kernel == "sdpa" and new <= _FEW)) or not _knows_attention(plm):
         yield
         return
-    token = text_read_apart.set((text, own == "eager"))
+    token = text_read_apart.set((text, kernel == "eager"))
     plm.config._attn_implementation = _APART
     try:
         yield
     finally:
-        plm.config._attn_implementation = own
+        plm.config._attn_implementation = kernel
         text_read_apart.reset(token)

@@ -21,7 +21,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..files import new_file
 from ..plm import fingerprint
 
@@ -62,7 +62,12 @@ class TextCache:
         self.bytes = 0
         self._full = False
         self._stage = ""
-        self._kept: dict[str, torch.Tensor] = {}
+        self._states: dict[str, torch.Tensor] = {}
+
+    def check_model(self, plm: Any) -> None:
+        """Raise `ModelError` unless the states are of `plm`."""
+        if self.plm is not plm:
+            raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
 
     @staticmethod
     def key(cut: str, ids: Sequence[int]) -> str:
@@ -70,16 +75,16 @@ class TextCache:
         return f"{cut}-{hashlib.sha256(array('q', ids).tobytes()).hexdigest()[:32]}"
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._states)
 
     def get(self, key: str) -> torch.Tensor | None:
         """A text's states, never to be written to; None where they are not kept."""
-        return self._kept.get(key)
+        return self._states.get(key)
 
     def put(self, key: str, states: torch.Tensor) -> None:
         """Keep a text's states if there is room."""
-        if key not in self._kept and self.bytes + states.nbytes <= self.budget:
-            self._kept[key] = states
+        if key not in self._states and self.bytes + states.nbytes <= self.budget:
+            self._states[key] = states
             self.bytes += states.nbytes
         elif self.budget and not self._full:
             self._full = True
@@ -93,8 +98,8 @@ class TextCache:
 
     def forget(self, cut: str) -> None:
         """Free the states of one stage."""
-        for key in [k for k in self._kept if k.startswith(f"{cut}-")]:
-            self.bytes -= self._kept.pop(key).nbytes
+        for key in [k for k in self._states if k.startswith(f"{cut}-")]:
+            self.bytes -= self._states.pop(key).nbytes
 
 
 OWN_FOLDER = "fpt-texts-1"
@@ -142,10 +147,10 @@ class DiskTextCache(TextCache):
         super().__init__(plm, budget_mib=budget_mib, cross_attention=cross_attention)
         self.root = Path(folder) / OWN_FOLDER
         self.folder = self.root / model_key(plm)
-        for own in (self.root, self.folder):
-            if own.is_symlink():
+        for place in (self.root, self.folder):
+            if place.is_symlink():
                 raise ConfigError(
-                    f"cache.folder={str(folder)!r}: {own.name} in it is a link, behind which nothing is removed or "
+                    f"cache.folder={str(folder)!r}: {place.name} in it is a link, behind which nothing is removed or "
                     "written; remove it, or choose another folder"
                 )
         self._uncounted = 0  # bytes that this process has written since it last counted the folder
@@ -163,8 +168,8 @@ class DiskTextCache(TextCache):
         return self.folder / f"{key}.safetensors"
 
     def get(self, key: str) -> torch.Tensor | None:
-        if key in self._kept:
-            return self._kept[key]
+        if key in self._states:
+            return self._states[key]
         file = self._file(key)
         try:
             with safe_open(str(file), framework="pt") as opened:
@@ -181,9 +186,9 @@ class DiskTextCache(TextCache):
             with contextlib.suppress(OSError):
                 file.unlink()
             return None
-        while len(self._kept) >= MAPPINGS:
-            del self._kept[next(iter(self._kept))]
-        self._kept[key] = states
+        while len(self._states) >= MAPPINGS:
+            del self._states[next(iter(self._states))]
+        self._states[key] = states
         return states
 
     def put(self, key: str, states: torch.Tensor) -> None:
@@ -207,21 +212,21 @@ class DiskTextCache(TextCache):
 
     def forget(self, cut: str) -> None:
         """Let go of one stage's mappings; its files stay for other runs."""
-        for key in [k for k in self._kept if k.startswith(f"{cut}-")]:
-            del self._kept[key]
+        for key in [k for k in self._states if k.startswith(f"{cut}-")]:
+            del self._states[key]
 
     def _make_room(self, size: int) -> bool:
         """Count what the folder holds, remove what is left over and what no run uses; is there room for `size`?"""
-        found, self._uncounted = [], 0
+        files, self._uncounted = [], 0
         for file in self._own_files():
             with contextlib.suppress(OSError):  # another process was quicker
                 stat = file.stat()
                 if file.name.startswith(".") and stat.st_mtime < self._began - 3600:
                     file.unlink()  # of a process that was killed
                 else:
-                    found.append((stat.st_mtime, stat.st_size, file))
-        self.bytes = sum(length for _, length, _ in found)
-        for used, length, file in sorted(found, key=lambda entry: entry[0]):
+                    files.append((stat.st_mtime, stat.st_size, file))
+        self.bytes = sum(length for _, length, _ in files)
+        for used, length, file in sorted(files, key=lambda entry: entry[0]):
             if self.bytes + size <= self.budget or used >= self._began:
                 break
             with contextlib.suppress(OSError):

@@ -19,6 +19,7 @@ from ..plm import families
 from ..plm.modes import inference
 from ..plm.objective import last_layer_rows
 from ..plm.partial import cut_key
+from .prediction import padded_ids
 from .text_attention import text_read_apart
 from .text_cache import TextCache
 
@@ -110,8 +111,8 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
         ModelError: as `check_text_apart`; the cache is another model's.
     """
     check_text_apart(plm)
-    if cache is not None and cache.plm is not plm:
-        raise ModelError("the text cache is another model's; make it of this one: TextCache(plm)")
+    if cache is not None:
+        cache.check_model(plm)
     cut = cut_of_texts(plm, cache) if cache is not None else ""
     keys = [TextCache.key(cut, ids) for ids in texts] if cache is not None else []
     rows: list[torch.Tensor | None] = [cache.get(key) for key in keys] if cache is not None else [None] * len(texts)
@@ -121,20 +122,21 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
         if row is None:
             missing.setdefault(tuple(texts[i]), []).append(i)
     if missing:
-        made = _run_texts(plm, list(missing), cross_attention=cache is not None and cache.cross_attention)
-        for places, row in zip(missing.values(), made, strict=True):
+        computed = _run_texts(plm, list(missing), cross_attention=cache is not None and cache.cross_attention)
+        for places, row in zip(missing.values(), computed, strict=True):
             if cache is not None:
                 cache.put(keys[places[0]], row)
             for i in places:
                 rows[i] = row
-    found = [row for row in rows if row is not None]
-    mask = torch.zeros(len(texts), max(len(ids) for ids in texts), dtype=torch.long)
-    left = not plm.config.is_encoder_decoder
-    for i, ids in enumerate(texts):
-        mask[i, slice(mask.shape[1] - len(ids), None) if left else slice(len(ids))] = 1
-    encoded = found[0].dim() == 2
+    states_of_each = [row for row in rows if row is not None]
+    _, mask = padded_ids(texts)
+    if left := not plm.config.is_encoder_decoder:
+        mask = mask.flip(1)
+    encoded = states_of_each[0].dim() == 2
     states = (
-        nn.utils.rnn.pad_sequence(found, batch_first=True) if encoded else padded_states(found, mask.shape[1], left)
+        nn.utils.rnn.pad_sequence(states_of_each, batch_first=True)
+        if encoded
+        else padded_states(states_of_each, mask.shape[1], left)
     )
     ran = (len(missing), max((len(ids) for ids in missing), default=0))
     return TextStates(states.to(plm.device), mask.to(plm.device), ran)
@@ -152,13 +154,7 @@ def _run_texts(plm: Any, texts: Sequence[Sequence[int]], cross_attention: bool) 
 
     Padded on the right, where causal attention, or the encoder's mask, keeps padding from being seen.
     """
-    longest = max(1, *(len(ids) for ids in texts))
-    ids = torch.zeros(len(texts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)] = torch.as_tensor(text, dtype=torch.long)
-        mask[i, : len(text)] = 1
-    ids, mask = ids.to(plm.device), mask.to(plm.device)
+    ids, mask = (tensor.to(plm.device) for tensor in padded_ids(texts, least=1))
     with inference(plm):
         if plm.config.is_encoder_decoder:
             hidden = plm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -184,6 +180,14 @@ def _run_texts(plm: Any, texts: Sequence[Sequence[int]], cross_attention: bool) 
         return [states[:, :, i, :, : len(text)].clone() for i, text in enumerate(texts)]
 
 
+def dynamic_cache(states: torch.Tensor, copies: int = 1) -> DynamicCache:
+    """The inverse of `stacked`, with so many copies of each row one after the other."""
+    past = DynamicCache()
+    for layer, (keys, values) in enumerate(states):
+        past.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), layer)
+    return past
+
+
 def stacked(past: Any) -> torch.Tensor:
     """A cache's keys and values `(L, 2, B, heads, T, D)`."""
     return torch.stack([torch.stack([layer.keys, layer.values]) for layer in past.layers])
@@ -194,8 +198,8 @@ def padded_states(rows: Sequence[torch.Tensor], length: int, left: bool = True) 
     layers, two, heads, _, width = rows[0].shape
     out = rows[0].new_empty(layers, two, len(rows), heads, length, width)
     for i, row in enumerate(rows):
-        own = row.shape[3]
-        start = length - own if left else 0
-        out[:, :, i, :, start : start + own] = row
-        out[:, :, i, :, slice(start) if left else slice(own, None)] = 0
+        tokens = row.shape[3]
+        start = length - tokens if left else 0
+        out[:, :, i, :, start : start + tokens] = row
+        out[:, :, i, :, slice(start) if left else slice(tokens, None)] = 0
     return out

@@ -272,6 +272,10 @@ class RunConfig(_Section):
             self._check_stages(self.stages)
         return self
 
+    def cut_stacks(self, full: Stage, task_stacks: Iterable[str] | None = None) -> tuple[str, ...]:
+        """The stacks to cut: those named, else the task's that the model has, else all of the model's."""
+        return tuple(self.stacks or (s for s in full.stacks if s in (task_stacks or ()))) or full.stacks
+
     def _check_stages(self, stages: list[StageConfig]) -> None:
         auto = self.method == "auto"
         if self.method in ("pt", "full"):
@@ -300,8 +304,7 @@ class RunConfig(_Section):
         Raises:
             ScheduleError: a size that does not fit the model, or too few steps.
         """
-        stacks = tuple(self.stacks) if self.stacks else tuple(s for s in full.stacks if s in (task_stacks or ()))
-        stacks = stacks or full.stacks
+        stacks = self.cut_stacks(full, task_stacks)
         schedule: Schedule | AutoSchedule
         if self.method == "auto":
             whole = StageConfig().stage(full, stacks)  # type: ignore[call-arg]

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import ConfigError
-from ..prompt.soft_prompt import SUFFIX_FILES, load_prompt, placement_of
+from ..prompt.soft_prompt import SUFFIX_FILES, load_prompt, place_of
 from ..run.card import hub_id, model_card
 from ..run.results import load_result
 
@@ -42,7 +42,7 @@ def push_prompt(run: str | Path, repo_id: str, *, private: bool = True, token: s
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
-            after = placement_of(folder / "prompt") != "prefix"
+            after = place_of(folder / "prompt") != "prefix"
             for name in SUFFIX_FILES if after else PROMPT_FILES:
                 (Path(work) / name).write_bytes((folder / "prompt" / name).read_bytes())
             # A path of this machine is nobody else's business, and no use to them.

@@ -14,11 +14,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pydantic import BaseModel, Field
 
-from ..cost.units import human_flops, human_seconds, size_text
+from ..cost.units import human_flops, human_seconds
 from ..data.metrics import METRICS
 from ..errors import DataError
-from ..prompt.soft_prompt import load_prompt, placement_of, similarity_matrix
+from ..prompt.soft_prompt import load_prompt, place_of, similarity_matrix
 from ..run.results import Real, RunResult, legible, load_result
+from ..schedule.stages import size_text
 from . import pictures
 from .figures import inline_svg
 from .tables import average_rows, by_task, number, percent, signed, table_rows
@@ -141,7 +142,7 @@ def _similarities(runs: Sequence[Run]) -> list[tuple[list[str], list[list[float]
         folder = run.folder / "prompt"
         if folder.is_dir():
             prompt = load_prompt(folder)
-            key = (run.result.fingerprints.get("model"), tuple(prompt.shape), placement_of(folder))
+            key = (run.result.fingerprints.get("model"), tuple(prompt.shape), place_of(folder))
             groups.setdefault(key, []).append((run.result.name, prompt))
     return [
         ([name for name, _ in prompts], similarity_matrix([prompt for _, prompt in prompts]).tolist())

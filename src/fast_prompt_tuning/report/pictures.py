@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from ..cost.units import flops_unit, size_text
+from ..cost.units import flops_unit
 from ..run.results import Point, RunResult
+from ..schedule.stages import size_text
 from .figures import COLOURS, DASHES, GREY, blank_figure, short_name, styled
 from .tables import task_of
 

@@ -26,8 +26,8 @@ _UNREAD = MappingProxyType({"none": {"budget_mib", "folder"}, "memory": {"folder
 def advise(session: Session) -> None:
     """Warn of cache settings that nothing reads, and of splits whose texts say nothing."""
     if unused := unused_cache_settings(session.config):
-        given = f"prompt.placement={session.config.prompt.placement!r} and cache.tier={session.config.cache.tier!r}"
-        logger.warning("%s: not used with %s; leave it out", ", ".join(unused), given)
+        settings = f"prompt.placement={session.config.prompt.placement!r} and cache.tier={session.config.cache.tier!r}"
+        logger.warning("%s: not used with %s; leave it out", ", ".join(unused), settings)
     for split, rows in session.examples.items():
         if _says_nothing(rows):
             logger.warning(
@@ -40,10 +40,10 @@ def advise(session: Session) -> None:
 
 def unused_cache_settings(config: RunConfig) -> list[str]:
     """Settings of the cache that differ from their defaults and that nothing reads, as `cache.name=value`."""
-    chosen = config.cache.model_dump()
-    unread = set(chosen) if not placement_named(config.prompt.placement).keeps_texts else _UNREAD[config.cache.tier]
+    settings = config.cache.model_dump()
+    unread = set(settings) if not placement_named(config.prompt.placement).keeps_texts else _UNREAD[config.cache.tier]
     fields = CacheConfig.model_fields
-    return [f"cache.{k}={v!r}" for k, v in chosen.items() if k in unread and v != fields[k].default]
+    return [f"cache.{k}={v!r}" for k, v in settings.items() if k in unread and v != fields[k].default]
 
 
 def _says_nothing(rows: Dataset) -> bool:

@@ -31,13 +31,13 @@ class Best:
         self.step, self.value = 0, float("-inf")
         self.prompt: torch.Tensor | None = None
         self.saved: Path | None = None
-        found = parallel.on_main(lambda: checkpoint.latest(folder, "best", until=reached))
-        if found is not None:
-            check_fits(found, prompted)
+        earlier = parallel.on_main(lambda: checkpoint.latest(folder, "best", until=reached))
+        if earlier is not None:
+            check_fits(earlier, prompted)
             if prompted.whole:
-                restored.check_weights(found.folder, prompted.module)
-            self.step, self.value, self.saved = found.step, restored.best_value(found), found.folder
-            self.prompt = None if prompted.whole else load_prompt(found.folder)
+                restored.check_weights(earlier.folder, prompted.module)
+            self.step, self.value, self.saved = earlier.step, restored.best_value(earlier), earlier.folder
+            self.prompt = None if prompted.whole else load_prompt(earlier.folder)
         if parallel.rank() == 0:
             checkpoint.discard_best(folder, after=reached)
 
@@ -75,9 +75,9 @@ class Scored:
         self._last: tuple[torch.Tensor, Evaluation] | None = None
         self._best: tuple[torch.Tensor, Evaluation] | None = None
 
-    def keep(self, prompt: torch.Tensor | None, found: Evaluation, is_best: bool) -> None:
+    def keep(self, prompt: torch.Tensor | None, evaluation: Evaluation, is_best: bool) -> None:
         if prompt is not None:
-            self._last = prompt.clone(), found
+            self._last = prompt.clone(), evaluation
             self._best = self._last if is_best else self._best
 
     def of(self, prompt: torch.Tensor | None) -> Evaluation | None:

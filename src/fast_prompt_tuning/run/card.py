@@ -6,9 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..cost.units import human_flops, human_seconds, size_text
+from ..cost.units import human_flops, human_seconds
 from ..paths import is_path
 from ..placements import PLACEMENTS
+from ..schedule.stages import size_text
 from .results import RunResult
 
 

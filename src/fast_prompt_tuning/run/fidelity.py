@@ -14,9 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..cost.flops import step_flops
-from ..cost.shapes import BatchShape
-from ..data.batches import Collator
+from ..cost.flops import relative_flops, step_flops
 from ..data.splits import train_calibration
 from ..errors import ConfigError
 from ..plm.modes import evaluating
@@ -25,11 +23,10 @@ from ..plm.partial import PartialPLM
 from ..plm.stacks import get_plm
 from ..prompt.front import batch_shape
 from ..prompt.places import prompted_of
-from ..prompt.prediction import batches_of, by_length
 from ..schedule.stages import Stage, part_of
 from ..scores.layers import LAYER_KINDS, text_labels
 from ..scores.neurons import on_device
-from .preparation import score_layers, score_neurons, trainable
+from .preparation import collated, score_layers, score_neurons, trainable
 from .session import Session
 
 LAYERS = ("evenly", "first", *LAYER_KINDS)
@@ -64,7 +61,7 @@ def parse_selections(text: str) -> dict[str, tuple[str | None, str | None]]:
     Raises:
         ConfigError: an unknown name, or two of a kind joined.
     """
-    found: dict[str, tuple[str | None, str | None]] = {}
+    selections: dict[str, tuple[str | None, str | None]] = {}
     for name in (part.strip() for part in text.split(",") if part.strip()):
         parts = name.split("+")
         layers, neurons = [p for p in parts if p in LAYERS], [p for p in parts if p in NEURONS]
@@ -73,10 +70,10 @@ def parse_selections(text: str) -> dict[str, tuple[str | None, str | None]]:
                 f"selection {name!r} is unknown; choose one of {', '.join((*LAYERS, *NEURONS))}, or one of layers and "
                 "one of neurons joined by +, separated by commas"
             )
-        found[name] = (layers[0] if layers else None, neurons[0] if neurons else None)
-    if not found:
+        selections[name] = (layers[0] if layers else None, neurons[0] if neurons else None)
+    if not selections:
         raise ConfigError(f"selections {text!r} name none; choose from {', '.join((*LAYERS, *NEURONS))}")
-    return found
+    return selections
 
 
 def fidelity(
@@ -109,10 +106,10 @@ def fidelity(
                 with partial.at(stage):
                     logits, _, _ = labelled_logits(model, batch)
                 partial.restore()  # narrowed copies of many sizes at once would fill the memory
-                found = F.log_softmax(logits.float(), dim=-1)
-                sums[i, 0] += float(F.nll_loss(found, targets, reduction="sum"))
-                sums[i, 1] += int((found.argmax(-1) == likeliest).sum())
-                sums[i, 2] += float(F.kl_div(found, reference, reduction="sum", log_target=True))
+                likelihoods = F.log_softmax(logits.float(), dim=-1)
+                sums[i, 0] += float(F.nll_loss(likelihoods, targets, reduction="sum"))
+                sums[i, 1] += int((likelihoods.argmax(-1) == likeliest).sum())
+                sums[i, 2] += float(F.kl_div(likelihoods, reference, reduction="sum", log_target=True))
     return full_loss / tokens, [(a, b, c) for a, b, c in (sums / tokens).tolist()]
 
 
@@ -145,8 +142,7 @@ def report(
     """
     model = trainable(session).module
     full = PartialPLM(model).full_stage
-    stacks: tuple[str, ...] = tuple(session.config.stacks or (s for s in full.stacks if s in session.task.stacks))
-    stacks = stacks or full.stacks
+    stacks = session.config.cut_stacks(full, session.task.stacks)
     neuron_scores = score_neurons(session, model) if any(n for _, n in selections.values()) else None
     smallest = {s: part_of(full.layers_in(s) or 1, min(sizes)) for s in stacks}
     layer_scores = {
@@ -168,11 +164,15 @@ def report(
             )
             names.append(name)
     batches = _other_batches(session, examples)
-    loss, found = fidelity(prompted_of(model).calibrated, batches, cuts)
+    loss, measured = fidelity(prompted_of(model).calibrated, batches, cuts)
     shapes = [batch_shape(batch, session.config.prompt.tokens, decoder=session.decoder) for batch in batches]
+
+    def relative(stage: Stage) -> float:
+        return relative_flops((step_flops(session.cost, stage, s), step_flops(session.cost, None, s)) for s in shapes)
+
     rows = [
-        Fidelity(name, stage.to_dict(), *values, relative_flops=_relative(session, stage, shapes))
-        for name, (_, stage), values in zip(names, cuts, found, strict=True)
+        Fidelity(name, stage.to_dict(), *values, relative_flops=relative(stage))
+        for name, (_, stage), values in zip(names, cuts, measured, strict=True)
     ]
     return {
         "model": session.config.model.path,
@@ -186,21 +186,13 @@ def report(
     }
 
 
-def _relative(session: Session, stage: Stage, shapes: Sequence[BatchShape]) -> float:
-    whole = sum(step_flops(session.cost, None, shape) for shape in shapes)
-    return sum(step_flops(session.cost, stage, shape) for shape in shapes) / whole
-
-
 def _other_batches(session: Session, examples: int) -> list[dict[str, torch.Tensor]]:
     """Training examples that neither neurons nor layers were scored on, where there are enough."""
-    rows, seed, chosen = session.encoded["train"], session.config.train.seed, session.config.scoring
-    used = max(chosen.examples, chosen.layer_examples)
+    rows, seed, scoring = session.encoded["train"], session.config.train.seed, session.config.scoring
+    used = max(scoring.examples, scoring.layer_examples)
     drawn = train_calibration(rows, used + examples, seed)
     if len(drawn) >= used + examples:
         taken = {tuple(ids) for ids in train_calibration(rows, used, seed)["input_ids"]}
         others = [i for i, ids in enumerate(drawn["input_ids"]) if tuple(ids) not in taken]
         drawn = drawn.select(others) if others else drawn  # every text may be there several times
-    collate = Collator(session.tokenizer, decoder=session.decoder)
-    drawn = drawn.select(range(min(examples, len(drawn))))
-    indices = by_length(drawn["input_ids"])
-    return [collate([drawn[i] for i in p]) for p in batches_of(indices, session.config.train.batch_size)]
+    return collated(session, drawn.select(range(min(examples, len(drawn)))))

@@ -104,23 +104,23 @@ def finish(
             save_result(result, folder)
         except (*checkpoint.CANNOT_WRITE, ConfigError) as error:
             steps = checkpoint.steps_of(folder / "checkpoints")
-            kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint"
+            resumable = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint"
             raise ConfigError(
-                f"output={str(folder)!r} cannot be written at the end of the run ({error}); {kept}: make room, and run "
-                f"it again with {'--resume' if steps else '--overwrite'}"
+                f"output={str(folder)!r} cannot be written at the end of the run ({error}); {resumable}: make room, "
+                f"and run it again with {'--resume' if steps else '--overwrite'}"
             ) from error
     return result
 
 
 def zero_shot(session: Session) -> RunResult:
     """The PLM without any prompt, as a result to compare with: on validation data, and on test data if loaded."""
-    on = {
+    evaluations = {
         split: evaluate(session, session.prompted(None), split)
         for split in ("validation", "test")
         if split in session.examples
     }
-    split, found = list(on.items())[-1]
-    start = Point(step=0, metrics=on["validation"].result.values, train_flops=0.0, train_seconds=0.0)
+    split, evaluation = list(evaluations.items())[-1]
+    start = Point(step=0, metrics=evaluations["validation"].result.values, train_flops=0.0, train_seconds=0.0)
     return RunResult(
         name="zero-shot",
         method="none",
@@ -130,15 +130,15 @@ def zero_shot(session: Session) -> RunResult:
         boundaries=[],
         steps=0,
         primary=session.task.primary,
-        metrics=found.result.values,
-        intervals=found.result.intervals,
+        metrics=evaluation.result.values,
+        intervals=evaluation.result.intervals,
         split=split,
-        examples=found.result.n,
+        examples=evaluation.result.n,
         best_step=0,
         curve=[start],
-        flops=FlopsLedger({"eval": sum(e.flops for e in on.values())}).to_dict(),
+        flops=FlopsLedger({"eval": sum(e.flops for e in evaluations.values())}).to_dict(),
         train_seconds=0.0,
-        total_seconds=sum(e.seconds for e in on.values()),
+        total_seconds=sum(e.seconds for e in evaluations.values()),
         fingerprints={"model": fingerprint.of_model(session.plm)},
         environment=environment(session.plm.device, dtype=describe_dtype(session.config.model.dtype, session.plm)),
     )

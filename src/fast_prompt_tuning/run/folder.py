@@ -140,20 +140,21 @@ def open_folder(
     changed = recipe_changes(config) if earlier.goes_on else []
     if earlier.goes_on:
         checkpoint.clear_unfinished(places)
-    found = checkpoint.latest(places) if earlier.goes_on else None
-    if found is not None:
-        before = {key: found.record.get(key) for key in identity}
+    resume_point = checkpoint.latest(places) if earlier.goes_on else None
+    if resume_point is not None:
+        before = {key: resume_point.record.get(key) for key in identity}
         prints = before["fingerprints"]
         note = fingerprint.by_earlier_version(prints.get("model") if isinstance(prints, dict) else None)
         changed += [c + note * c.startswith("fingerprints.model") for c in differences(before, identity)]
     if changed and earlier is Earlier.RESUME:
+        step = resume_point.step if resume_point else 0
         raise ConfigError(
-            f"changed since the checkpoint of step {found.step if found else 0}: {'; '.join(changed)}; set it back, or "
-            "add --allow-changed to go on all the same"
+            f"changed since the checkpoint of step {step}: {'; '.join(changed)}; set it back, or add "
+            "--allow-changed to go on all the same"
         )
-    if found is not None:
-        check_fits(found, prompted)
-        restored.check(found, prompted, config.optim)
+    if resume_point is not None:
+        check_fits(resume_point, prompted)
+        restored.check(resume_point, prompted, config.optim)
     _prepare(config, earlier)  # writes the new recipe
     if changed:
         logger.warning("going on although changed: %s", "; ".join(changed))
@@ -162,24 +163,24 @@ def open_folder(
                 (folder / name).unlink(missing_ok=True)
         if any(c.startswith(("fingerprints.model", "fingerprints.validation")) for c in changed):
             checkpoint.discard_best(places)  # measured on something else
-    if earlier.goes_on and found is None:
+    if earlier.goes_on and resume_point is None:
         logger.warning("no checkpoint in %s that could be used: starting from step 0", folder)
-    return found
+    return resume_point
 
 
-def check_fits(found: checkpoint.Checkpoint, prompted: PromptedPLM) -> None:
+def check_fits(stored: checkpoint.Checkpoint, prompted: PromptedPLM) -> None:
     """Raise unless the checkpoint holds what this run trains (its recipe may have been changed on request).
 
     Raises:
         CheckpointError: it is of another method, or of another prompt.
     """
-    where = str(found.folder)
-    if prompted.whole != (not (found.folder / "adapter_config.json").is_file()):
+    where = str(stored.folder)
+    if prompted.whole != (not (stored.folder / "adapter_config.json").is_file()):
         raise CheckpointError(f"{where!r} is of another method; use --overwrite")
     if not prompted.whole:
-        have = form_of(found.folder)
-        if have != (want := prompted.form):
-            raise CheckpointError(f"{where!r} holds a prompt {have}, this run needs {want}: placement, tokens, width")
+        form = form_of(stored.folder)
+        if form != (needed := prompted.form):
+            raise CheckpointError(f"{where!r} holds a prompt {form}, this run needs {needed}: placement, tokens, width")
 
 
 def _prepare(config: RunConfig, earlier: Earlier) -> None:

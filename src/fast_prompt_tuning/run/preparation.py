@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset
 from torch import nn
 
 from ..cost.flops import forward_flops
@@ -22,7 +23,7 @@ from ..plm.loading import locate
 from ..plm.partial import PartialPLM
 from ..prompt.front import batch_shape
 from ..prompt.places import prompted_of, tune
-from ..prompt.prediction import batches_of, by_length
+from ..prompt.prediction import batches_by_length
 from ..prompt.prompted import PromptedPLM, placement_named
 from ..prompt.soft_prompt import init_soft_prompt, load_prompt
 from ..recipe import RunConfig
@@ -32,6 +33,8 @@ from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_re
 from ..scores.neurons import NeuronScores, activation_scores
 from ..train import parallel
 from .session import Evaluation, Session, evaluate
+
+AnyScores = TypeVar("AnyScores", NeuronScores, LayerScores)
 
 
 def full_size(config: RunConfig) -> Stage:
@@ -45,9 +48,9 @@ def trainable(session: Session) -> PromptedPLM:
     if config.method == "full":
         session.plm.requires_grad_(True)
         return prompted_of(session.plm)
-    chosen = placement_named(config.prompt.placement)
-    cache = session.texts if chosen.keeps_texts else None
-    prompted = tune(session.plm, config.prompt.tokens, chosen.placement, cache)
+    kind = placement_named(config.prompt.placement)
+    cache = session.texts if kind.keeps_texts else None
+    prompted = tune(session.plm, config.prompt.tokens, config.prompt.placement, cache)
     init_soft_prompt(
         prompted.module,
         config.prompt.init,
@@ -82,9 +85,9 @@ class Needed:
 
     partial: bool
     scores: bool
-    given: NeuronScores | None
+    neurons: NeuronScores | None
     down_to: dict[str, int]
-    given_layers: LayerScores | None
+    layers: LayerScores | None
 
 
 def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule | AutoSchedule, Needed]:
@@ -100,40 +103,38 @@ def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule | Aut
     partial = not all(s.is_full(full) and s.batch is s.length is None for s in tried)
     widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in tried for s in stage.stacks)
     scores = partial and widths and config.scoring.keep_neurons == "activation"
-    given = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
-    if given is not None:
-        PartialPLM(model, neuron_scores=given)  # scores of another model are refused here
-        _check_kind("scoring.path", given.metadata, "scoring.kind", config.scoring.kind)
-        if given.pooled:
+    neurons = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
+    if neurons is not None:
+        PartialPLM(model, neuron_scores=neurons)  # scores of another model are refused here
+        _check_kind("scoring.path", neurons.metadata, "scoring.kind", config.scoring.kind)
+        if neurons.pooled:
             raise ConfigError(
                 f"scoring.path={config.scoring.path!r} holds scores averaged over pooled tokens, an earlier rule that "
                 "ranks neurons differently; score again: fpt score"
             )
     down_to = fewest_layers(tried, full) if config.scoring.keep_layers in LAYER_KINDS else {}
-    given_layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
-    if given_layers is not None:
-        PartialPLM(model, keep_layers="score", layer_scores=given_layers)
-        _check_kind("scoring.layer_path", given_layers.metadata, "scoring.keep_layers", config.scoring.keep_layers)
-    return schedule, Needed(partial, scores, given, down_to, given_layers)
+    layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
+    if layers is not None:
+        PartialPLM(model, keep_layers="score", layer_scores=layers)
+        _check_kind("scoring.layer_path", layers.metadata, "scoring.keep_layers", config.scoring.keep_layers)
+    return schedule, Needed(partial, scores, neurons, down_to, layers)
 
 
 def _check_kind(path: str, metadata: Mapping[str, str], setting: str, wanted: str) -> None:
-    found = metadata.get("kind", wanted)
-    if found != wanted:
-        raise ConfigError(
-            f"{path} holds {found} scores, but {setting}={wanted!r}; set {setting}={found}, or score again"
-        )
+    kind = metadata.get("kind", wanted)
+    if kind != wanted:
+        raise ConfigError(f"{path} holds {kind} scores, but {setting}={wanted!r}; set {setting}={kind}, or score again")
 
 
 def fewest_layers(stages: Iterable[Stage], full: Stage) -> dict[str, int]:
     """For each stack that a stage leaves layers out of, the fewest it ever has."""
-    found: dict[str, int] = {}
+    fewest: dict[str, int] = {}
     for stage in stages:
         for stack in stage.stacks:
             layers = stage.layers_in(stack)
             if layers is not None and layers != full.layers_in(stack):
-                found[stack] = min(layers, found.get(stack, layers))
-    return found
+                fewest[stack] = min(layers, fewest.get(stack, layers))
+    return fewest
 
 
 def scored_partial(
@@ -147,10 +148,10 @@ def scored_partial(
     """The partial PLM where a stage needs one; neurons are scored on training data if need be."""
     if not needed.partial:
         return None
-    config, scores = session.config, needed.given
+    config, scores = session.config, needed.neurons
     if needed.scores and scores is None:
         scores = _neuron_scores(session, model, folder, ledger)
-    layers = needed.given_layers
+    layers = needed.layers
     if needed.down_to and layers is None:
         layers = _layer_scores(session, model, needed.down_to, folder, ledger)
     partial = cut_by(config, model, scores, layers)
@@ -161,24 +162,28 @@ def scored_partial(
 
 def cut_by(config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None) -> PartialPLM:
     """The partial PLM as a recipe's `scoring` chooses layers and neurons."""
-    chosen = config.scoring
-    by = "score" if chosen.keep_layers in LAYER_KINDS else chosen.keep_layers
+    scoring = config.scoring
+    by = "score" if scoring.keep_layers in LAYER_KINDS else scoring.keep_layers
     return PartialPLM(
-        model, neuron_scores=neurons, layer_scores=layers, keep_layers=by, keep_neurons=chosen.keep_neurons
+        model, neuron_scores=neurons, layer_scores=layers, keep_layers=by, keep_neurons=scoring.keep_neurons
     )
 
 
 def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
     batches = calibration_batches(session, session.config.scoring.examples)
     ledger.add("score", sum(score_flops(session, batch) for batch in batches))
-    file = folder / "scores.safetensors"
+    return _scores_of_run(folder / "scores.safetensors", NeuronScores, lambda: _score(session, model, batches))
 
-    def scores() -> NeuronScores:
+
+def _scores_of_run(file: Path, kind: type[AnyScores], make: Callable[[], AnyScores]) -> AnyScores:
+    """The scores in a run's folder, made where there are none; the same on every process."""
+
+    def scores() -> AnyScores:
         if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
-            _score(session, model, batches).save(file)
-        return NeuronScores.load(file)
+            make().save(file)
+        return kind.load(file)
 
-    return parallel.on_main(scores)  # the same on every process, whatever it computes on
+    return parallel.on_main(scores)
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
@@ -197,13 +202,8 @@ def _layer_scores(
     session: Session, model: nn.Module, down_to: dict[str, int], folder: Path, ledger: FlopsLedger
 ) -> LayerScores:
     file = folder / "layers.safetensors"
-
-    def made() -> LayerScores:
-        if not file.is_file():  # as with neurons: a resumed run keeps the layers it began with
-            score_layers(session, model, session.config.scoring.keep_layers, down_to).save(file)
-        return LayerScores.load(file)
-
-    scores = parallel.on_main(made)
+    kind = session.config.scoring.keep_layers
+    scores = _scores_of_run(file, LayerScores, lambda: score_layers(session, model, kind, down_to))
     try:
         flops = float(scores.metadata["flops"])
     except (KeyError, ValueError):
@@ -216,13 +216,13 @@ def _layer_scores(
 
 def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[str, int]) -> LayerScores:
     """Layer scores of a kind of `LAYER_KINDS` on a session's training data; `metadata["flops"]` is their cost."""
-    chosen = session.config.scoring
-    batches = calibration_batches(session, chosen.layer_examples)
+    scoring = session.config.scoring
+    batches = calibration_batches(session, scoring.layer_examples)
     metadata = _provenance(session)
     if kind == "influence":
         flops = sum(_forward_of(session, batch) for batch in batches)
         return block_influence(model, batches, metadata={**metadata, "flops": flops})
-    return greedy_removal(model, batches, down_to=down_to, candidates=chosen.layer_candidates, metadata=metadata)
+    return greedy_removal(model, batches, down_to=down_to, candidates=scoring.layer_candidates, metadata=metadata)
 
 
 def score_neurons(session: Session, model: nn.Module | None = None) -> NeuronScores:
@@ -254,20 +254,24 @@ def _forward_of(session: Session, batch: dict[str, Any]) -> float:
 def calibration_batches(session: Session, examples: int) -> list[dict[str, Any]]:
     """Batches of `examples` *training* examples, as the model's forward takes them."""
     rows = train_calibration(session.encoded["train"], examples, session.config.train.seed)
-    collate = Collator(session.tokenizer, decoder=session.decoder)
-    indices = by_length(rows["input_ids"])
-    return [collate([rows[i] for i in picked]) for picked in batches_of(indices, session.config.train.batch_size)]
+    return collated(session, rows)
+
+
+def collated(session: Session, rows: Dataset) -> list[dict[str, Any]]:
+    """Encoded rows in batches of like length, as the model's forward takes them."""
+    collate, size = Collator(session.tokenizer, decoder=session.decoder), session.config.train.batch_size
+    return [collate([rows[i] for i in picked]) for picked in batches_by_length(rows["input_ids"], size)]
 
 
 def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
     """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
-    given = session.config.scoring
+    scoring = session.config.scoring
 
     def file_of(name: str, path: str | None) -> Path | None:
         return folder / name if (folder / name).is_file() else Path(path) if path else None
 
-    neurons = file_of("scores.safetensors", given.path)
-    layers = file_of("layers.safetensors", given.layer_path)
+    neurons = file_of("scores.safetensors", scoring.path)
+    layers = file_of("layers.safetensors", scoring.layer_path)
     return cut_by(
         session.config,
         session.plm,
@@ -294,7 +298,7 @@ def partial_of(session: Session, size: str, folder: Path) -> AbstractContextMana
     if not (layers.isdigit() and ffn.isdigit()):
         raise ConfigError(f"--partial {size!r} is not LAYERSxFFN, for example 15x768")
     partial = _partial_of_run(session, folder)
-    stacks = tuple(session.config.stacks or (s for s in partial.full_stage.stacks if s in session.task.stacks))
-    stage = Stage(int(layers), int(ffn), stacks=stacks or partial.full_stage.stacks)
+    stacks = session.config.cut_stacks(partial.full_stage, session.task.stacks)
+    stage = Stage(int(layers), int(ffn), stacks=stacks)
     partial.check(stage)
     return partial.at(stage)

@@ -37,8 +37,8 @@ def usual_shape(session: Session) -> BatchShape:
     batch = calibration_batches(session, config.train.batch_size)[0]
     shape = batch_shape(batch, config.prompt.tokens, decoder=session.decoder)
     tail = int(median_high(session.encoded["train"]["n_tail"]))
-    chosen = placement_named(config.prompt.placement)
-    return chosen.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
+    kind = placement_named(config.prompt.placement)
+    return kind.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
 
 
 def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:

@@ -62,7 +62,7 @@ class RunResult(BaseModel):
 
 def environment(device: Any, **more: str) -> dict[str, str]:
     """Versions and device that a measurement depends on, and what else the caller knows of."""
-    found = {
+    facts = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else str(device),
@@ -71,10 +71,10 @@ def environment(device: Any, **more: str) -> dict[str, str]:
     }
     for package in ("fast-prompt-tuning", "torch", "transformers", "peft", "accelerate"):
         try:
-            found[package] = version(package)
+            facts[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            facts[package] = "not installed"
+    return facts
 
 
 def save_result(result: RunResult, folder: str | Path) -> Path:

@@ -83,13 +83,13 @@ def train(
     with ExitStack() as held:
         # All that can be refused has been: only now is an earlier run replaced, or a folder made.
         parallel.on_main(lambda: held.enter_context(checkpoint.locked(run.folder)))
-        found = parallel.on_main(lambda: open_folder(config, run.identity, run.prompted, earlier))
+        resume_point = parallel.on_main(lambda: open_folder(config, run.identity, run.prompted, earlier))
         run.score()
         if parallel.rank() == 0:
             advise(session)
         if on_schedule:
             on_schedule(run.schedule, session.cost.full_stage)
-        return run.train(found, callbacks)
+        return run.train(resume_point, callbacks)
 
 
 @dataclass
@@ -149,18 +149,18 @@ class Run:
         self.partial = scored_partial(self.session, module, self.schedule, self.needed, self.folder, self.ledger)
         say_if_nothing_is_saved(self.session, self.schedule, self.ledger)
 
-    def train(self, found: checkpoint.Checkpoint | None, callbacks: Sequence[TrainerCallback]) -> RunResult:
+    def train(self, resume_point: checkpoint.Checkpoint | None, callbacks: Sequence[TrainerCallback]) -> RunResult:
         """Make the steps, from a checkpoint or the start, and end the run.
 
         Raises:
             TrainingStopped: as `train`.
         """
         places, primary = self.folder / "checkpoints", self.session.task.primary
-        past = found.record if found else {}
-        parallel.on_main(lambda: write_log(self.folder, log_of(found)))
+        past = resume_point.record if resume_point else {}
+        parallel.on_main(lambda: write_log(self.folder, log_of(resume_point)))
         for what in ("probe", "eval"):
             self.ledger.add(what, past.get("flops", {}).get(what, 0.0))
-        best, scored = Best(places, primary, found.step if found else 0, self.prompted), Scored()
+        best, scored = Best(places, primary, resume_point.step if resume_point else 0, self.prompted), Scored()
 
         def evaluate_prompt(step: int) -> dict[str, float]:
             prompt = None if self.prompted.whole else self.prompted.parameter.detach()
@@ -177,7 +177,7 @@ class Run:
         loop = self._loop(places, evaluate_prompt, spent, callbacks)
         quiet = without_dropout(self.prompted.module) if self.config.trains_without_dropout else nullcontext()
         with quiet:
-            status, reason = self._steps(loop, found)
+            status, reason = self._steps(loop, resume_point)
         whole = self.prompted.whole
         if (self.config.train.keep == "best" and status != "stopped") or (whole and status == "stopped"):
             best.restore()  # all weights are too many to keep the last good ones: a stopped run has its best
@@ -218,11 +218,11 @@ class Run:
         )
 
     def _steps(
-        self, loop: Loop, found: checkpoint.Checkpoint | None
+        self, loop: Loop, resume_point: checkpoint.Checkpoint | None
     ) -> tuple[Literal["finished", "interrupted", "stopped"], str | None]:
         """Make the steps; how they ended, and why where it was not at the schedule's end."""
         try:
-            loop.run(found)
+            loop.run(resume_point)
         except TrainingStopped as error:
             loop.book()
             if loop.good is not None:

@@ -57,28 +57,29 @@ class Session:
     @property
     def texts(self) -> TextCache:
         """Where a prompt after the text finds its texts' states; shared by the runs that share a session."""
-        chosen = self.config.cache
-        if self._texts is None or self._texts[0] != chosen:
-            kept = {"cross_attention": chosen.cross_attention}
-            if chosen.tier == "disk":
-                folder = chosen.folder or cache_dir() / "texts"
-                made: TextCache = DiskTextCache(self.plm, folder, budget_mib=chosen.budget_mib, **kept)
+        settings = self.config.cache
+        if self._texts is None or self._texts[0] != settings:
+            options = {"cross_attention": settings.cross_attention}
+            if settings.tier == "disk":
+                folder = settings.folder or cache_dir() / "texts"
+                cache: TextCache = DiskTextCache(self.plm, folder, budget_mib=settings.budget_mib, **options)
             else:
-                budget = 0 if chosen.tier == "none" else chosen.budget_mib
-                made = TextCache(self.plm, budget_mib=budget, **kept)
-            self._texts = chosen, made
+                budget = 0 if settings.tier == "none" else settings.budget_mib
+                cache = TextCache(self.plm, budget_mib=budget, **options)
+            self._texts = settings, cache
         return self._texts[1]
 
-    def prompted(self, prompt: torch.Tensor | None, placement: str | None = None) -> PromptedPLM:
+    def prompted(self, prompt: torch.Tensor | None, where: str | None = None) -> PromptedPLM:
         """The PLM with a prompt's values `(P, H)`, None for zero-shot, or several `(K, P, H)`.
 
         Args:
-            placement: where the prompt stands; default as the recipe says.
+            where: the prompt stands; default as the recipe says.
 
         Raises:
-            ConfigError: vectors of another width, or a placement that does not go with the task.
+            ConfigError: vectors of another width, or a place that does not go with the task.
         """
-        chosen = placement_named(placement or self.config.prompt.placement)
+        where = where or self.config.prompt.placement
+        kind = placement_named(where)
         if prompt is None:
             return place(self.plm, None)
         width = self.plm.get_input_embeddings().weight.shape[-1]
@@ -87,9 +88,9 @@ class Session:
                 f"the prompt has vectors of {prompt.shape[-1]} numbers, this model's embeddings {width}: it is another "
                 "model's prompt"
             )
-        _check_tail(self.task, chosen)
-        cache = self.texts if chosen.keeps_texts else None
-        return place(self.plm, prompt.to(self.plm.device), chosen.placement, cache)
+        _check_tail(self.task, kind)
+        cache = self.texts if kind.keeps_texts else None
+        return place(self.plm, prompt.to(self.plm.device), where, cache)
 
     @property
     def decoder(self) -> bool:
@@ -153,11 +154,11 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
         plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
-    chosen = placement_named(config.prompt.placement)
-    chosen.check(plm)
-    if chosen.keeps_texts:
+    kind = placement_named(config.prompt.placement)
+    kind.check(plm)
+    if kind.keeps_texts:
         check_cross_attention(plm, config.cache.cross_attention)
-    _check_tail(task, chosen)
+    _check_tail(task, kind)
     limit = context_length(plm)
     for needs in _positions(session):
         if limit is not None and sum(needs.values()) > limit:
@@ -177,10 +178,10 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     return session
 
 
-def _check_tail(task: tasks.Task, chosen: type[PromptedPLM]) -> None:
-    if chosen.needs_tail and task.truncate is None:
+def _check_tail(task: tasks.Task, kind: type[PromptedPLM]) -> None:
+    if kind.needs_tail and task.truncate is None:
         raise ConfigError(
-            f"prompt.placement={chosen.placement!r} stands after the field that may be shortened, and the task "
+            f"prompt.placement={kind.placement!r} stands after the field that may be shortened, and the task "
             f"{task.name!r} names none; set truncate in its file, or use placement suffix"
         )
 
@@ -287,8 +288,8 @@ def predict(
     if parallel.size() == 1:
         return _predict(session, prompted, inputs, voting)
     mine = parallel.share(inputs)
-    found, answers, spent = _predict(session, prompted, mine, voting) if mine else ([], [], 0.0)
-    return parallel.merge(found), parallel.merge(answers), sum(parallel.gather(spent))
+    predictions, answers, spent = _predict(session, prompted, mine, voting) if mine else ([], [], 0.0)
+    return parallel.merge(predictions), parallel.merge(answers), sum(parallel.gather(spent))
 
 
 def _predict(
@@ -300,7 +301,7 @@ def _predict(
     inputs = [row for row in rows for _ in range(several)]
     choices = session.choices if settings.labels == "likelihood" else {}
     if choices:
-        found, work = prompted.score(
+        predictions, work = prompted.score(
             inputs, choices, batch_size=settings.batch_size, length_normalize=settings.length_normalize
         )
     else:
@@ -310,11 +311,11 @@ def _predict(
             batch_size=settings.batch_size,
             stop_at_newline=session.decoder and task.one_line,
         )
-        found, work = prompted.generate(inputs, session.tokenizer, options)
+        predictions, work = prompted.generate(inputs, session.tokenizer, options)
     if several > 1:
-        found = [combine(found[i * several : (i + 1) * several], voting) for i in range(len(rows))]
-    answers = [p.text if choices else session.answer_of(p.text) for p in found]
-    return found, answers, work_flops(session.cost, work)
+        predictions = [combine(predictions[i * several : (i + 1) * several], voting) for i in range(len(rows))]
+    answers = [p.text if choices else session.answer_of(p.text) for p in predictions]
+    return predictions, answers, work_flops(session.cost, work)
 
 
 def evaluate(
@@ -326,7 +327,7 @@ def evaluate(
         raise DataError(f"the split {split!r} has examples without a label, so it cannot be scored; use --submission")
     start = time.perf_counter()
     encoded = session.encoded[split]
-    found, answers, flops = predict(session, prompted, encoded, voting=voting)
+    predictions, answers, flops = predict(session, prompted, encoded, voting=voting)
     result = metrics.evaluate(
         session.task.metric,
         answers,
@@ -334,7 +335,7 @@ def evaluate(
         rows["group"] if session.task.expand else None,  # ids of a user's own file may repeat and mean nothing
         primary=session.task.primary,
     )
-    return Evaluation(result, found, answers, flops, time.perf_counter() - start)
+    return Evaluation(result, predictions, answers, flops, time.perf_counter() - start)
 
 
 def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None:
@@ -346,11 +347,11 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
                 "input": text,
                 "gold": gold,
                 "prediction": answer,
-                "score": round(found.score, 6) if math.isfinite(found.score) else None,
+                "score": round(prediction.score, 6) if math.isfinite(prediction.score) else None,
             },
             ensure_ascii=False,
         )
-        for i, text, gold, answer, found in zip(
+        for i, text, gold, answer, prediction in zip(
             rows["id"], rows["input"], rows["references"], evaluation.answers, evaluation.predictions, strict=True
         )
     ]

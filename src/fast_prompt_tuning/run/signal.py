@@ -25,9 +25,8 @@ from ..errors import ConfigError, ScheduleError
 from ..plm.modes import evaluating
 from ..plm.objective import IGNORED
 from ..plm.partial import PartialPLM
-from ..prompt.prediction import batches_of
 from ..prompt.prompted import PromptedPLM
-from ..prompt.soft_prompt import init_soft_prompt, placement_of
+from ..prompt.soft_prompt import init_soft_prompt, place_of
 from ..schedule.stages import METHODS, PAPER_FRACTIONS, Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores
 from ..scores.neurons import NeuronScores, on_device
@@ -68,7 +67,7 @@ def candidates(session: Session, full: Stage, passes: int = 1) -> list[Candidate
         passes: as `signals`; a batch's name counts all of them.
     """
     config = session.config
-    stacks = tuple(config.stacks or (s for s in full.stacks if s in session.task.stacks)) or full.stacks
+    stacks = config.cut_stacks(full, session.task.stacks)
     found = []
     if config.stages is not None:
         own = (replace(s.stage(full, stacks), steps=0) for s in config.stages)
@@ -106,10 +105,10 @@ def report(session: Session, *, examples: int | None = None, after: int = 8, at:
     """
     begun = time.perf_counter()
     config, train = session.config, session.config.train
-    if at is not None and placement_of(at) != config.prompt.placement:
+    if at is not None and place_of(at) != config.prompt.placement:
         raise ConfigError(
-            f"--at {str(at)!r} holds a prompt of placement {placement_of(at)!r}, the recipe's is "
-            f"{config.prompt.placement!r}; set prompt.placement={placement_of(at)}"
+            f"--at {str(at)!r} holds a prompt of placement {place_of(at)!r}, the recipe's is "
+            f"{config.prompt.placement!r}; set prompt.placement={place_of(at)}"
         )
     passes = train.accumulate * parallel.size()
     wanted = max(32, train.batch_size * passes) if examples is None else examples
@@ -184,7 +183,8 @@ def _batches(session: Session, rows: Dataset, epoch: int = 0) -> Iterator[list[d
     order.set_epoch(epoch)
     collate = Collator(session.tokenizer, decoder=session.decoder, tails=True)
     for picked in order:
-        yield [collate([rows[i] for i in part]) for part in batches_of(picked, train.batch_size)]
+        starts = range(0, len(picked), train.batch_size)
+        yield [collate([rows[i] for i in picked[start : start + train.batch_size]]) for start in starts]
 
 
 def _plain_steps(session: Session, prompted: PromptedPLM, rows: Dataset, steps: int) -> tuple[torch.Tensor, float]:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import ScheduleError
+from ..errors import ScheduleError, is_whole
 from .stages import PAPER_SPLIT, Schedule, Stage
 
 LEAST_DROP = 0.01
@@ -74,7 +74,7 @@ class AutoSchedule:
     ):
         if not ladder:
             raise ScheduleError("ladder=[] is empty; auto needs at least one stage")
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if not is_whole(total_steps, 1):
             raise ScheduleError(f"total_steps={total_steps!r} must be a whole number of at least 1")
         self.costs = tuple(costs) if costs is not None else (1.0,) * len(ladder)
         if len(self.costs) != len(ladder) or not all(0 < cost <= 1 for cost in self.costs):

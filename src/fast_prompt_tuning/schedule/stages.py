@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..errors import ScheduleError
+from ..errors import ScheduleError, is_whole
 
 METHODS: Mapping[str, tuple[bool, bool]] = MappingProxyType(
     # name -> (reduces layers, reduces FFN neurons)
@@ -48,7 +48,7 @@ def _per_stack(name: str, value: PerStack, stacks: tuple[str, ...]) -> dict[str,
     else:
         sizes = dict.fromkeys(stacks, value)
     for stack, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_whole(size, 1):
             raise ScheduleError(f"{name}={size!r} for the {stack} must be a whole number of at least 1")
     return sizes
 
@@ -84,11 +84,11 @@ class Stage:
         stacks = tuple(s for s in STACKS if s in self.stacks)
         if not stacks or set(stacks) != set(self.stacks):
             raise ScheduleError(f"stacks={list(self.stacks)} must be a non-empty choice of {list(STACKS)}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+        if not is_whole(self.steps, 0):
             raise ScheduleError(f"steps={self.steps!r} must be a whole number of at least 0")
         for name in ("batch", "length"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not is_whole(value, 1):
                 raise ScheduleError(f"{name}={value!r} must be a whole number of at least 1, or left out")
         object.__setattr__(self, "stacks", stacks)
         # One number wherever the stacks agree, so that equal stages compare equal however they were written.
@@ -134,18 +134,12 @@ class Stage:
         Raises:
             ScheduleError: a stack the model lacks, or more layers or neurons than it has.
         """
-        for stack in self.stacks:
-            if stack not in full.stacks:
-                raise ScheduleError(
-                    f"stacks={list(self.stacks)} names the {stack}, but this model has only {list(full.stacks)}"
-                )
-            for name, want, limit in (
-                ("layers", self.layers_in(stack), full.layers_in(stack)),
-                ("ffn", self.ffn_in(stack), full.ffn_in(stack)),
-            ):
-                if want is not None and limit is not None and want > limit:
+        _check_stacks(self.stacks, full)
+        for stack, size in self.sizes.items():
+            for name, number, limit in zip(Size._fields, size, full.sizes[stack], strict=True):
+                if number > limit:
                     raise ScheduleError(
-                        f"{name}={want} does not fit: the {stack} of this model has {limit}; choose 1 to {limit}"
+                        f"{name}={number} does not fit: the {stack} of this model has {limit}; choose 1 to {limit}"
                     )
 
     def is_full(self, full: Stage) -> bool:
@@ -154,10 +148,10 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Stage(**d)` gives the stage back (tuples as lists)."""
-        plain = lambda size: dict(size) if isinstance(size, Mapping) else size  # noqa: E731
+        sizes = {"layers": self.layers, "ffn": self.ffn}
+        json_sizes = {name: dict(size) if isinstance(size, Mapping) else size for name, size in sizes.items()}
         small = {name: value for name in _OPTIONAL if (value := getattr(self, name)) is not None}
-        sizes = {"layers": plain(self.layers), "ffn": plain(self.ffn)}
-        return {**sizes, "steps": self.steps, "stacks": list(self.stacks), **small}
+        return {**json_sizes, "steps": self.steps, "stacks": list(self.stacks), **small}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Stage:
@@ -170,13 +164,21 @@ class Stage:
         return cls(d["layers"], d["ffn"], d.get("steps", 0), stacks, *(d.get(name) for name in _OPTIONAL))
 
     def __str__(self) -> str:
-        def text(size: PerStack) -> str:
-            return "/".join(str(v) for v in size.values()) if isinstance(size, Mapping) else str(size)
-
-        parts = [f"{text(self.layers)} layers × {text(self.ffn)} neurons"]
+        parts = [f"{size_text(self.layers)} layers × {size_text(self.ffn)} neurons"]
         parts += [f"{self.batch} examples"] if self.batch is not None else []
         parts += [f"{self.length} tokens"] if self.length is not None else []
         return ", ".join(parts)
+
+
+def _check_stacks(stacks: tuple[str, ...], full: Stage) -> None:
+    for stack in stacks:
+        if stack not in full.stacks:
+            raise ScheduleError(f"stacks={list(stacks)} names the {stack}, but this model has only {list(full.stacks)}")
+
+
+def size_text(size: PerStack) -> str:
+    """Layers or FFN neurons of a stage as text: `6`, or `6/3` where the stacks differ."""
+    return "/".join(map(str, size.values())) if isinstance(size, Mapping) else str(size)
 
 
 def part_of(size: int, fraction: float) -> int:
@@ -286,22 +288,18 @@ class Schedule:
         if method not in METHODS:
             raise ScheduleError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
         cut_layers, cut_ffn = METHODS[method]
-        chosen = tuple(stacks) if stacks is not None else full_stage.stacks
+        cut_stacks = tuple(stacks) if stacks is not None else full_stage.stacks
         least = len(PAPER_SPLIT) if cut_layers or cut_ffn else 1
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < least:
+        if not is_whole(total_steps, least):
             raise ScheduleError(
                 f"total_steps={total_steps!r} must be a whole number of at least {least} for {method!r}"
             )
-        if not chosen:
+        if not cut_stacks:
             raise ScheduleError(f"stacks=[] names no stack to cut; this model has {list(full_stage.stacks)}")
-        for stack in chosen:
-            if stack not in full_stage.stacks:
-                raise ScheduleError(
-                    f"stacks={list(chosen)} names the {stack}, but this model has only {list(full_stage.stacks)}"
-                )
-        layers, ffn = ({s: full_stage.sizes[s][i] for s in chosen} for i in range(2))
+        _check_stacks(cut_stacks, full_stage)
+        layers, ffn = ({s: full_stage.sizes[s][i] for s in cut_stacks} for i in range(2))
         if not (cut_layers or cut_ffn):
-            return cls((Stage(layers, ffn, total_steps, chosen),))
+            return cls((Stage(layers, ffn, total_steps, cut_stacks),))
         for what, cut, sizes in (("layers", cut_layers, layers), ("FFN neurons", cut_ffn, ffn)):
             if cut and all(part_of(n, PAPER_FRACTIONS[0]) == n for n in sizes.values()):
                 raise ScheduleError(
@@ -318,7 +316,7 @@ class Schedule:
                 {s: part_of(n, f) if cut_layers else n for s, n in layers.items()},
                 {s: part_of(n, f) if cut_ffn else n for s, n in ffn.items()},
                 n_steps,
-                chosen,
+                cut_stacks,
             )
             for f, n_steps in zip((*PAPER_FRACTIONS, 1.0), steps, strict=True)
         )

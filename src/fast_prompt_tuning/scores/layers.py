@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 from ..cost.flops import forward_flops
 from ..cost.shapes import BatchShape, CostModel
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..plm.modes import evaluating
 from ..plm.objective import IGNORED, labelled_logits
 from ..plm.partial import PartialPLM
 from ..plm.stacks import StackModules, find_stacks, get_plm
 from ..prompt.places import prompted_of
 from ..prompt.soft_prompt import prompt_length
-from ..schedule.stages import Stage
-from .neurons import Scores, describe, on_device, real_masks, real_rows, run_stacks
+from ..schedule.stages import Size, Stage
+from .neurons import NO_BATCHES, Scores, check_finite, describe, on_device, real_masks, real_rows, run_stacks
 
 LAYER_KINDS = ("influence", "greedy")
 
@@ -72,9 +72,9 @@ def block_influence(
                 counts[name] += len(moved)
             examples += len(batch["input_ids"])
     if not examples:
-        raise ScoreError("calibration_batches is empty; give at least one batch of training examples")
+        raise ScoreError(NO_BATCHES)
     scores = {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
-    _check_finite(scores)
+    check_finite(scores, "hidden states")
     return LayerScores(scores, describe(plm, metadata, kind="influence", examples=examples))
 
 
@@ -106,34 +106,34 @@ def greedy_removal(
         ScoreError: no batch, fewer than one candidate, a size the model does not have, a loss that is not finite.
         UnknownFamilyError, ModelError: as `PartialPLM` and `label_loss`.
     """
-    if candidates is not None and (isinstance(candidates, bool) or candidates < 1):
+    if candidates is not None and not is_whole(candidates, 1):
         raise ScoreError(f"candidates={candidates!r} must be at least 1, or None for all layers")
     model, plm = prompted_of(model).calibrated, get_plm(model)
     stacks = find_stacks(plm)
     for name, size in down_to.items():
         if name not in stacks or not max(1, len(stacks[name].spec.always_kept)) <= size <= len(stacks[name].layers):
-            have = {n: len(s.layers) for n, s in stacks.items()}
-            raise ScoreError(f"down_to={dict(down_to)} does not fit this model, which has layers {have}")
-    given = [on_device(batch, plm) for batch in batches]
-    if not given:
-        raise ScoreError("calibration_batches is empty; give at least one batch of training examples")
-    if any(batch.get("labels") is None for batch in given):
+            layer_counts = {n: len(s.layers) for n, s in stacks.items()}
+            raise ScoreError(f"down_to={dict(down_to)} does not fit this model, which has layers {layer_counts}")
+    held = [on_device(batch, plm) for batch in batches]
+    if not held:
+        raise ScoreError(NO_BATCHES)
+    if any(batch.get("labels") is None for batch in held):
         raise ScoreError("greedy removal needs labels in the calibration batches")
     if text_loss and not plm.config.is_encoder_decoder:
-        given = [{**batch, "labels": text_labels(batch)} for batch in given]
-    search = _Search(model, stacks, given)
+        held = [{**batch, "labels": text_labels(batch)} for batch in held]
+    search = _Search(model, stacks, held)
     dropped: dict[str, list[int]] = {name: [] for name in stacks}
     with torch.no_grad(), evaluating(model):
         influence = search.start_round()
-        while open_ := [n for n, size in down_to.items() if len(search.kept[n]) > size]:
-            name = max(open_, key=lambda n: len(search.kept[n]) / len(stacks[n].layers))
-            free = [i for i in search.kept[name] if i not in stacks[name].spec.always_kept]
+        while open_ := [n for n, size in down_to.items() if len(search.left[n]) > size]:
+            name = max(open_, key=lambda n: len(search.left[n]) / len(stacks[n].layers))
+            free = [i for i in search.left[name] if i not in stacks[name].spec.always_kept]
             tried = sorted(free, key=lambda i: (influence[name][i], i))[:candidates]
             losses = {i: search.loss_without(name, i) for i in sorted(tried)}
             best = min(losses, key=losses.__getitem__)
             if not losses[best] < float("inf"):
                 raise ScoreError(f"the calibration loss without any layer of {sorted(tried)} is not finite")
-            search.kept[name].remove(best)
+            search.left[name].remove(best)
             dropped[name].append(best)
             influence = search.start_round()
     scores = {}
@@ -141,12 +141,12 @@ def greedy_removal(
         scores[name] = torch.zeros(len(stack.layers))
         for turn, layer in enumerate(dropped[name]):
             scores[name][layer] = turn
-        for layer in search.kept[name]:  # an influence is at most 2: 1 − cos
+        for layer in search.left[name]:  # an influence is at most 2: 1 − cos
             scores[name][layer] = len(dropped[name]) + influence[name][layer]
-    _check_finite(scores)
-    examples = sum(len(batch["input_ids"]) for batch in given)
-    own = {"kind": "greedy", "examples": examples, "candidates": candidates, "flops": search.flops}
-    return LayerScores(scores, describe(plm, metadata, **own, down_to=dict(down_to)))
+    check_finite(scores, "hidden states")
+    examples = sum(len(batch["input_ids"]) for batch in held)
+    facts = {"kind": "greedy", "examples": examples, "candidates": candidates, "flops": search.flops}
+    return LayerScores(scores, describe(plm, metadata, **facts, down_to=dict(down_to)))
 
 
 def text_labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -161,12 +161,6 @@ def _distance(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | No
     return 1 - real_rows(near.unsqueeze(-1), mask).squeeze(-1)
 
 
-def _check_finite(scores: Mapping[str, torch.Tensor]) -> None:
-    for name, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise ScoreError(f"hidden states of the {name} are not finite; score in bfloat16 or float32")
-
-
 class _Search:
     """The state of a greedy removal: layers kept so far, and their input hidden states on every batch."""
 
@@ -174,22 +168,22 @@ class _Search:
         self.model, self.stacks, self.batches = model, stacks, batches
         self.partial = PartialPLM(model)
         self.cost, self.prompt = CostModel.from_model(model), prompt_length(model)
-        self.kept = {name: list(range(len(stack.layers))) for name, stack in stacks.items()}
+        self.left = {name: list(range(len(stack.layers))) for name, stack in stacks.items()}
         self.states: list[dict[str, dict[int, torch.Tensor]]] = []
         self.flops = 0.0
 
     def start_round(self) -> dict[str, dict[int, float]]:
         """Run what is left once; its inputs are kept. Returns each layer's influence."""
         self.states = []
-        far = {name: dict.fromkeys(kept, 0.0) for name, kept in self.kept.items()}
-        with self.partial.keeping(self.kept):
+        far = {name: dict.fromkeys(indices, 0.0) for name, indices in self.left.items()}
+        with self.partial.keeping(self.left):
             for batch in self.batches:
-                states = _run_and_keep(self.model, batch, self.stacks, self.kept)
+                states = _run_and_keep(self.model, batch, self.stacks, self.left)
                 for name, mask in real_masks(self.partial.plm, batch, self.stacks).items():
                     for layer, (before, after) in states[name].items():
                         far[name][layer] += float(_distance(before, after, mask).mean()) / len(self.batches)
                 self.states.append({n: {i: before for i, (before, _) in s.items()} for n, s in states.items()})
-                self._book(batch, self.kept, labelled=0)
+                self._book(batch, self.left, labelled=0)
         return far
 
     def loss_without(self, stack: str, layer: int) -> float:
@@ -215,19 +209,19 @@ class _Search:
         """
         run, entries = {}, {}
         names = list(self.stacks)
-        for name, kept in self.kept.items():
-            left = [i for i in kept if (name, i) != (stack, layer)]
+        for name, indices in self.left.items():
+            remaining = [i for i in indices if (name, i) != (stack, layer)]
             if names.index(name) < names.index(stack):
-                entry: int | None = left[-1]
+                entry: int | None = remaining[-1]
             elif name == stack:
-                entry = max((i for i in left if i < layer), default=None)
+                entry = max((i for i in remaining if i < layer), default=None)
             else:
                 entry = None  # behind the cut stack, everything changes
             if entry is not None:
                 entries[name] = entry
                 must = self.stacks[name].spec.always_kept
-                left = [i for i in left if i >= entry or i in must]
-            run[name] = left
+                remaining = [i for i in remaining if i >= entry or i in must]
+            run[name] = remaining
         return run, entries
 
     def _book(self, batch: Mapping[str, Any], run: Mapping[str, Any], labelled: int) -> None:
@@ -241,11 +235,7 @@ class _Search:
             target_tokens=target,
             label_tokens=0,
         )
-        stage = Stage(
-            {name: len(layers) for name, layers in run.items()},
-            {name: stack.width for name, stack in self.stacks.items()},
-            stacks=tuple(run),
-        )
+        stage = Stage.of({name: Size(len(layers), self.stacks[name].width) for name, layers in run.items()})
         self.flops += forward_flops(self.cost, stage, shape, whole_last_layer=True) + 2 * labelled * self.cost.head
 
 
@@ -257,7 +247,7 @@ def _run_and_keep(
 ) -> dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]]:
     """Hidden states `(B, P + T, H)` in front of and behind each of `layers`, by stack and layer."""
     before: dict[tuple[str, int], torch.Tensor] = {}
-    found: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {name: {} for name in stacks}
+    states: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {name: {} for name in stacks}
 
     def entering(key: tuple[str, int]) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -268,7 +258,7 @@ def _run_and_keep(
     def leaving(name: str, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             after = output[0] if isinstance(output, tuple) else output
-            found[name][layer] = before[name, layer], after
+            states[name][layer] = before[name, layer], after
 
         return hook
 
@@ -279,7 +269,7 @@ def _run_and_keep(
                 hooks.callback(module.register_forward_pre_hook(entering((name, layer)), with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(leaving(name, layer)).remove)
         run_stacks(model, batch)
-    return found
+    return states
 
 
 @contextmanager
@@ -291,8 +281,5 @@ def _input(module: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import ScoreError
+from ..errors import ScoreError, is_whole
 from ..files import new_file
 from ..plm import fingerprint
 from ..plm.modes import evaluating
-from ..plm.objective import IGNORED, label_loss, selected_rows
+from ..plm.objective import IGNORED, forward_inputs, label_loss, selected_rows
 from ..plm.stacks import StackModules, find_stacks, get_plm
 from ..prompt.places import prompted_of
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 KINDS = ("mean", "max", "integrated_gradients")
 AVERAGED = "tokens of each example, then examples"
 """The rule by which scores are averaged, in their metadata: every example counts the same, however long it is."""
+
+NO_BATCHES = "calibration_batches is empty; give at least one batch of training examples"
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +117,13 @@ class NeuronScores(Scores):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """As `Scores.load`; warns where scores were made by an earlier rule, and may rank neurons differently."""
-        found = super().load(path)
-        if found.pooled:
+        scores = super().load(path)
+        if scores.pooled:
             logger.warning("%s holds scores averaged over pooled tokens, an earlier rule; better score again", path)
-        return found
+        return scores
 
 
-def describe(plm: Any, metadata: Mapping[str, Any] | None, **own: Any) -> dict[str, str]:
+def describe(plm: Any, metadata: Mapping[str, Any] | None, **facts: Any) -> dict[str, str]:
     """Metadata of scores: which model, which version, and what the caller adds. safetensors keeps strings only."""
     from .. import __version__
 
@@ -130,7 +132,7 @@ def describe(plm: Any, metadata: Mapping[str, Any] | None, **own: Any) -> dict[s
         "model_fingerprint": fingerprint.of_model(plm),
         "version": __version__,
     }
-    return {k: str(v) for k, v in {**own, **common, **(metadata or {})}.items()}
+    return {k: str(v) for k, v in {**facts, **common, **(metadata or {})}.items()}
 
 
 def activation_scores(
@@ -162,7 +164,7 @@ def activation_scores(
     """
     if kind not in KINDS:
         raise ScoreError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if isinstance(gradient_steps, bool) or not isinstance(gradient_steps, int) or gradient_steps < 1:
+    if not is_whole(gradient_steps, 1):
         raise ScoreError(f"gradient_steps={gradient_steps!r} must be a whole number of at least 1")
     model, plm = prompted_of(model).calibrated, get_plm(model)
     stacks = find_stacks(plm)
@@ -189,15 +191,18 @@ def activation_scores(
                 counted[name] += int((length > 0).sum())
             examples += size
     if not examples:
-        raise ScoreError("calibration_batches is empty; give at least one batch of training examples")
+        raise ScoreError(NO_BATCHES)
     scores = {n: (t if kind == "max" else t / max(counted[n], 1)).float() for n, t in totals.items()}
-    for name, value in scores.items():
-        if not torch.isfinite(value).all():
-            raise ScoreError(
-                f"activations of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)"
-            )
-    own = {"kind": kind, "examples": examples, "tokens": sum(tokens.values())}
-    return NeuronScores(scores, describe(plm, metadata, **own, **({} if kind == "max" else {"averaged": AVERAGED})))
+    check_finite(scores, "activations")
+    facts = {"kind": kind, "examples": examples, "tokens": sum(tokens.values())}
+    return NeuronScores(scores, describe(plm, metadata, **facts, **({} if kind == "max" else {"averaged": AVERAGED})))
+
+
+def check_finite(scores: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise `ScoreError` where the scores of a stack, made of `what`, are no numbers."""
+    for name, values in scores.items():
+        if not torch.isfinite(values).all():
+            raise ScoreError(f"{what} of the {name} are not finite; score in bfloat16 or float32 (T5 overflows fp16)")
 
 
 def on_device(batch: Mapping[str, Any], plm: Any) -> dict[str, Any]:
@@ -236,14 +241,9 @@ def real_lengths(values: torch.Tensor, mask: torch.Tensor | None, size: int) -> 
 def run_stacks(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Run the stacks; the LM head, if any, on one position: its logits are not used."""
     plm = get_plm(model)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    labels = batch.get("labels")
-    if plm.config.is_encoder_decoder and "decoder_input_ids" not in inputs and labels is not None:
-        inputs["decoder_input_ids"] = plm.prepare_decoder_input_ids_from_labels(labels=labels)
-    with ExitStack() as stack:
-        if plm.get_output_embeddings() is not None:
-            stack.enter_context(selected_rows(plm, lambda shape: torch.zeros(1, dtype=torch.long)))
-        model(**inputs)
+    head = plm.get_output_embeddings() is not None
+    with selected_rows(plm, lambda shape: torch.zeros(1, dtype=torch.long)) if head else nullcontext():
+        model(**forward_inputs(plm, batch))
 
 
 def _hook_outputs(
@@ -270,10 +270,10 @@ def _hook_outputs(
 def _activations(
     model: nn.Module, batch: Mapping[str, Any], stacks: Mapping[str, StackModules]
 ) -> list[tuple[str, int, torch.Tensor]]:
-    found: list[tuple[str, int, torch.Tensor]] = []
-    with torch.no_grad(), _hook_outputs(stacks, lambda n, i, a: found.append((n, i, a))):
+    activations: list[tuple[str, int, torch.Tensor]] = []
+    with torch.no_grad(), _hook_outputs(stacks, lambda n, i, a: activations.append((n, i, a))):
         run_stacks(model, batch)
-    return found
+    return activations
 
 
 def _integrated(

@@ -46,11 +46,11 @@ class Batches:
     def _mine(self, batch: list[int]) -> dict[str, torch.Tensor]:
         rank, size = parallel.rank(), parallel.size()
         mine = batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]
-        found = self.rows[mine or [0]]
-        made = self.collate([dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)])
+        columns = self.rows[mine or [0]]
+        padded = self.collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
         if not mine:  # fewer rows than processes: this one takes part with an example that carries no loss
-            made["labels"].fill_(IGNORED)
-        return made
+            padded["labels"].fill_(IGNORED)
+        return padded
 
 
 def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False) -> Collator:

@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    DefaultFlowCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..data.trimming import TAIL, trim
 from ..errors import ModelError, ScheduleError
+from ..plm.modes import inference, recomputes
 from ..plm.partial import PartialPLM
 from ..plm.stacks import get_plm
 from ..prompt.soft_prompt import prompt_parameter
@@ -62,10 +56,10 @@ class ProgressiveCallback(TrainerCallback):
         self._stage: Stage | None = None  # within a step
         self._previous: Stage | None = None
         self._checkpoints = False
-        self._kept: ExitStack | None = None  # makes the model full again, once its layers will not be run again
+        self._held: ExitStack | None = None  # makes the model full again, once its layers will not be run again
 
     @property
-    def _cuts(self) -> bool:
+    def _cuts_batches(self) -> bool:
         return any(stage.batch is not None or stage.length is not None for stage in self.schedule.candidates)
 
     def attach(self, trainer: Trainer) -> None:
@@ -96,9 +90,7 @@ class ProgressiveCallback(TrainerCallback):
             self._model = None
         self.partial.restore()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.detach()
         model = kwargs["model"]
         self._check(model, args, state)
@@ -120,16 +112,11 @@ class ProgressiveCallback(TrainerCallback):
                 last,
                 self.partial.full_stage,
             )
-        self._checkpoints = any(
-            getattr(m, "gradient_checkpointing", False) or hasattr(m, "_checkpoint_wrapped_module")
-            for m in model.modules()
-        )
+        self._checkpoints = any(map(recomputes, model.modules()))
         self._model = model
         model.__class__ = _bracketed(type(model), self)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave()
         self._stage = stage = self.schedule.now.stage_at(state.global_step)
         if self._previous is None or not stage.same_size(self._previous):
@@ -137,20 +124,14 @@ class ProgressiveCallback(TrainerCallback):
             self._previous = stage
             self.partial.restore()  # frees the narrowed copies of the stage before
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave()
         self._stage = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.detach()
 
     @contextmanager
@@ -158,19 +139,19 @@ class ProgressiveCallback(TrainerCallback):
         """Around every call of the model: the size of the stage within a step, the full size elsewhere."""
         if not (model.training and torch.is_grad_enabled()):
             self._leave()
-        elif self._stage is not None and self._kept is None:
+        elif self._stage is not None and self._held is None:
             with ExitStack() as stack:
                 stack.enter_context(self.partial.at(self._stage))
                 yield
                 if self._checkpoints:
-                    self._kept = stack.pop_all()
+                    self._held = stack.pop_all()
             return
         yield
 
     def _leave(self) -> None:
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def _check(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
         if get_plm(model) is not self.partial.plm:
@@ -189,22 +170,22 @@ class ProgressiveCallback(TrainerCallback):
                 "torch_compile=True compiles the model at one size, and a stage needs another; leave it out, or run "
                 "fpt train with train.compile"
             )
-        if self._cuts and (self._trainer is None or self._trainer.state is not state):
+        if self._cuts_batches and (self._trainer is None or self._trainer.state is not state):
             raise ScheduleError(
                 "stages with batch or length cut what the Trainer's loader gives; write callback.attach(trainer) after "
                 "the Trainer is made, or leave batch and length out"
             )
 
 
-def _bracketed(own: type, callback: ProgressiveCallback) -> type:
+def _bracketed(model_class: type, callback: ProgressiveCallback) -> type:
     """The class `own` with calls that run within the callback's `forward_pass`."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with callback.forward_pass(self):
-            return own.__call__(self, *args, **kwargs)  # type: ignore[operator]
+            return model_class.__call__(self, *args, **kwargs)  # type: ignore[operator]
 
-    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own.__name__, (own,), {**names, "__call__": call, "fpt_callback": callback})
+    names = {name: getattr(model_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(model_class.__name__, (model_class,), {**names, "__call__": call, "fpt_callback": callback})
 
 
 class AutoCallback(ProgressiveCallback):
@@ -233,12 +214,10 @@ class AutoCallback(ProgressiveCallback):
         self._most_steps = 0  # the Trainer's own, of `max_steps` or of its epochs
 
     @property
-    def _cuts(self) -> bool:
+    def _cuts_batches(self) -> bool:
         return True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.schedule.replay(state.log_history)
         super().on_train_begin(args, state, control, **kwargs)
         trainer: Any = self._trainer
@@ -261,7 +240,7 @@ class AutoCallback(ProgressiveCallback):
         self._growth.begin(state.global_step)
         self._consider(state, kwargs["optimizer"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._consider(state, kwargs["optimizer"])
         self._set_end(state)
         if state.global_step >= state.max_steps:  # the Trainer's own callback has compared with another end
@@ -280,11 +259,6 @@ class AutoCallback(ProgressiveCallback):
     def _measure(self) -> float:
         """The loss of the full PLM on the probe."""
         trainer: Any = self._trainer
-        model = trainer.model
-        was = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return float(trainer.compute_loss(model, {k: v.to(trainer.args.device) for k, v in self.probe.items()}))
-        finally:
-            model.train(was)
+        with inference(trainer.model):
+            probe = {k: v.to(trainer.args.device) for k, v in self.probe.items()}
+            return float(trainer.compute_loss(trainer.model, probe))

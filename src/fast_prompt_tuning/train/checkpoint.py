@@ -205,8 +205,8 @@ def verify(folder: Path) -> Checkpoint:
             if entry.is_symlink() or not entry.is_file(follow_symlinks=False):
                 raise CheckpointError(f"{where!r}: {name} is no plain file; links are not followed")
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        said = content.pop("sha256")
-        if said != _digest(content) or content["step"] != int(named[2]):
+        checksum = content.pop("sha256")
+        if checksum != _digest(content) or content["step"] != int(named[2]):
             raise CheckpointError(f"{where!r}: {MANIFEST} was altered")
         if content["format"] != FORMAT:
             raise OtherFormat(
@@ -220,10 +220,10 @@ def verify(folder: Path) -> Checkpoint:
         for name in files:
             if not name.endswith((".json", ".safetensors")):  # a `.bin` would be unpickled by whoever loads it
                 raise CheckpointError(f"{where!r}: {name} is neither JSON nor safetensors; nothing else is read")
-        for name, want in files.items():
-            if entries[name].stat(follow_symlinks=False).st_size != want["bytes"]:
+        for name, recorded in files.items():
+            if entries[name].stat(follow_symlinks=False).st_size != recorded["bytes"]:
                 raise CheckpointError(f"{where!r}: {name} is cut off")
-            if fingerprint.of_file(folder / name) != want["sha256"]:
+            if fingerprint.of_file(folder / name) != recorded["sha256"]:
                 raise CheckpointError(f"{where!r}: {name} was altered")
         record = content["record"]
         if not isinstance(record, dict):

@@ -98,8 +98,8 @@ class Growth:
 
 def log_growth(partial: PartialPLM, step: int, before: Stage | None, after: Stage) -> None:
     """Say which size a step is the first of."""
-    kept = {name: layers for name, layers in partial.kept_layers(after).items() if name in after.stacks}
+    layers_of = {name: layers for name, layers in partial.kept_layers(after).items() if name in after.stacks}
     if before is None:
-        logger.info("step %d: tuning on %s (layers %s) of %s", step, after, kept, partial.full_stage)
+        logger.info("step %d: tuning on %s (layers %s) of %s", step, after, layers_of, partial.full_stage)
     else:
-        logger.info("step %d: growing %s to %s (layers %s)", step, before, after, kept)
+        logger.info("step %d: growing %s to %s (layers %s)", step, before, after, layers_of)

@@ -20,7 +20,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._own = False  # the signal reached this process, too
+        self._reached = False  # the signal reached this process, too
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -30,8 +30,8 @@ class Signals:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.number is not None and not self._own:  # another process has ended the run: the launcher's to this one
-            for number in self._before:  # is on its way
+        if self.number is not None and not self._reached:
+            for number in self._before:  # another process has ended the run: the launcher's signal is on its way
                 signal.signal(number, self._let_pass)
         else:
             self._restore()
@@ -44,11 +44,11 @@ class Signals:
         self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._own:
+        if self._reached:
             if callable(before := self._before[number]):  # the command's own, which knows the exit code
                 before(number, frame)
             raise KeyboardInterrupt
-        self._own, self.number = True, number
+        self._reached, self.number = True, number
         logger.warning("stopping after this step; once more to stop at once")
 
 
@@ -65,8 +65,8 @@ class LastGood:
 
     def begin_step(self) -> None:
         """Before a step: what it starts from."""
-        for kept, parameter in zip(self._now, self.parameters, strict=True):
-            kept.copy_(parameter.detach())
+        for start, parameter in zip(self._now, self.parameters, strict=True):
+            start.copy_(parameter.detach())
 
     def confirm(self) -> None:
         """Loss and gradient of the step are finite: what it started from was good."""
@@ -74,11 +74,11 @@ class LastGood:
 
     def set(self, values: Sequence[torch.Tensor]) -> None:
         """Take these for the last good values."""
-        for kept, value in zip(self.values, values, strict=True):
-            kept.copy_(value)
+        for good, value in zip(self.values, values, strict=True):
+            good.copy_(value)
 
     def go_back(self) -> None:
         """Give the parameters their last good values back."""
         with torch.no_grad():
-            for kept, parameter in zip(self.values, self.parameters, strict=True):
-                parameter.copy_(kept)
+            for good, parameter in zip(self.values, self.parameters, strict=True):
+                parameter.copy_(good)

@@ -128,7 +128,7 @@ class Loop:
 
     # -- a run --------------------------------------------------------------------------------------------------------
 
-    def run(self, found: checkpoint.Checkpoint | None = None) -> None:
+    def run(self, resume_point: checkpoint.Checkpoint | None = None) -> None:
         """Make the steps that are left, from a checkpoint or the start, until the schedule's end or a signal.
 
         Raises:
@@ -136,8 +136,8 @@ class Loop:
         """
         set_seed(self.train.seed)
         self.optimizer.zero_grad()
-        if found is not None:
-            resuming.load(self, found)
+        if resume_point is not None:
+            resuming.load(self, resume_point)
         if isinstance(self.schedule, AutoSchedule):
             self.schedule.replay(self.state.log_history)
         self._saved = time.perf_counter()
@@ -310,7 +310,6 @@ class Loop:
     def _set_due(self) -> None:
         """Mark what the recipe asks for after this step; a callback may ask for more or less."""
         step, last = self.state.global_step, self.state.global_step >= self.state.max_steps
-        late = self.train.save_minutes and time.perf_counter() - self._saved >= 60 * self.train.save_minutes
         # A launcher's signal reaches its processes at different steps.
         self.signals.number = parallel.largest(self.signals.number or 0) or None
         stopped = self.signals.number is not None
@@ -318,7 +317,9 @@ class Loop:
         due.should_log = step == 1 or step % self.train.log_every == 0
         due.should_evaluate = last or step % self._every == 0
         due.should_save = last or stopped or step % (self.train.save_every or self._every) == 0
-        due.should_save |= parallel.any_process(bool(late)) if self.train.save_minutes else False
+        if (minutes := self.train.save_minutes) is not None:
+            late = time.perf_counter() - self._saved >= 60 * minutes
+            due.should_save |= parallel.largest(int(late)) == 1  # clocks differ between processes
         due.should_training_stop = last or stopped
 
     def _do_what_is_due(self) -> None:
@@ -371,7 +372,7 @@ class Loop:
     def evaluate(self) -> None:
         """Evaluate the prompt, or the weights, as they are, on the full PLM, and log it."""
         if self.evaluate_prompt is not None:
-            found = self.evaluate_prompt(self.state.global_step)
-            metrics = {f"eval_{name}": value for name, value in found.items()}
+            values = self.evaluate_prompt(self.state.global_step)
+            metrics = {f"eval_{name}": value for name, value in values.items()}
             self.log(metrics)
             self._tell("on_evaluate", metrics=metrics)

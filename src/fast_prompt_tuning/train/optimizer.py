@@ -54,7 +54,7 @@ def go_on(
         return
     if now["optimizer"] == before["optimizer"]:
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-    made = {key: steps[key] for key in ("last_epoch", "_step_count")}
-    rates.load_state_dict({**rates.state_dict(), **made})
+    position = {key: steps[key] for key in ("last_epoch", "_step_count")}
+    rates.load_state_dict({**rates.state_dict(), **position})
     for group, base, factor in zip(optimizer.param_groups, rates.base_lrs, rates.lr_lambdas, strict=True):
-        group["lr"] = base * factor(made["last_epoch"])
+        group["lr"] = base * factor(position["last_epoch"])

@@ -14,6 +14,9 @@ from .launcher import end_with_launcher
 
 T = TypeVar("T")
 
+_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+"""What errors say of a process that is gone."""
+
 
 def launched() -> int:
     """Processes that torchrun or accelerate started for this run; 1 without them.
@@ -73,9 +76,9 @@ def _device() -> torch.device:
 def _reduced(number: int, how: Any) -> int:
     if size() == 1:
         return number
-    found = torch.tensor([number], device=_device())
-    distributed.all_reduce(found, op=how)
-    return int(found.item())
+    reduced = torch.tensor([number], device=_device())
+    distributed.all_reduce(reduced, op=how)
+    return int(reduced.item())
 
 
 def largest(number: int) -> int:
@@ -86,11 +89,6 @@ def largest(number: int) -> int:
 def total(number: int) -> int:
     """The sum of the `number` of all processes; every process must ask."""
     return _reduced(number, distributed.ReduceOp.SUM)
-
-
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true on any process; every process must ask."""
-    return bool(largest(int(flag)))
 
 
 def add_up(tensors: Sequence[torch.Tensor]) -> None:
@@ -104,9 +102,9 @@ def gather(value: T) -> list[T]:
     """`value` of every process, in order of rank; on every process."""
     if size() == 1:
         return [value]
-    found: list[Any] = [None] * size()
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -118,8 +116,8 @@ def merge(mine: list[T]) -> list[T]:
     """The results of `share` of every process, in the order of the items."""
     shares = gather(mine)
     merged: list[Any] = [None] * sum(map(len, shares))
-    for i, found in enumerate(shares):
-        merged[i :: len(shares)] = found
+    for i, results in enumerate(shares):
+        merged[i :: len(shares)] = results
     return merged
 
 
@@ -145,9 +143,5 @@ def on_main(function: Callable[[], T]) -> T:
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether an error says that another process can no longer be reached."""
-    kinds = tuple(filter(None, (getattr(distributed, "DistError", None),)))
     text = str(error).lower()
-    return size() > 1 and (isinstance(error, kinds) or any(word in text for word in _LOST))
-
-
-_LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+    return size() > 1 and (isinstance(error, distributed.DistError) or any(word in text for word in _LOST))

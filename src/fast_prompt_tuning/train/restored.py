@@ -83,16 +83,16 @@ def _as(kind: Any, value: Any, where: str) -> Any:
         ) from None
 
 
-def best_value(found: checkpoint.Checkpoint) -> float:
+def best_value(stored: checkpoint.Checkpoint) -> float:
     """The metric recorded with the best prompt.
 
     Raises:
         CheckpointError: there is none.
     """
-    return float(_as(_Best, found.record, str(found.folder)).value)
+    return float(_as(_Best, stored.record, str(stored.folder)).value)
 
 
-def check(found: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConfig) -> None:
+def check(stored: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConfig) -> None:
     """Raise unless a run can go on from this checkpoint.
 
     Args:
@@ -102,8 +102,8 @@ def check(found: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConfi
     Raises:
         CheckpointError: a part is missing, malformed, or not of this run's form.
     """
-    folder, where, trained = found.folder, str(found.folder), prompted.trained
-    record = _as(_Record, found.record, f"{where}: {checkpoint.MANIFEST}")
+    folder, where, trained = stored.folder, str(stored.folder), prompted.trained
+    record = _as(_Record, stored.record, f"{where}: {checkpoint.MANIFEST}")
     _check_state(checkpoint.load_state(folder, "loop"), f"{where}: loop")
     if not isinstance(checkpoint.load_state(folder, "process_0"), dict):
         raise CheckpointError(f"{where}: process_0 holds no state of random generators")
@@ -119,34 +119,35 @@ def check(found: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConfi
         check_weights(folder, prompted.module)
 
 
-def _check_state(found: Any, where: str) -> None:
-    for i, line in enumerate(_as(_State, found, where).log):
+def _check_state(state: Any, where: str) -> None:
+    for i, line in enumerate(_as(_State, state, where).log):
         metrics = {name: value for name, value in line.items() if name.startswith("eval_")}
         _as(_Evaluated if metrics else _Logged, line, f"{where}: log.{i}")
         _as(dict[str, Number], metrics, f"{where}: log.{i}")
 
 
-def _like(value: Any, own: Any, where: str) -> None:
+def _like(value: Any, pattern: Any, where: str) -> None:
     """Raise unless a value has the form of `own`: types, keys, lengths, shapes; numbers finite. `...` is anything."""
     fits = True
-    if isinstance(own, torch.Tensor):
-        fits = isinstance(value, torch.Tensor) and value.shape == own.shape and value.dtype == own.dtype
+    if isinstance(pattern, torch.Tensor):
+        fits = isinstance(value, torch.Tensor) and value.shape == pattern.shape and value.dtype == pattern.dtype
         fits = fits and bool(torch.isfinite(value).all())
-    elif isinstance(own, Mapping):
-        fits = isinstance(value, dict) and set(value) == set(own)
-        for key in own if fits else ():
-            _like(value[key], own[key], f"{where}.{key}")
-    elif isinstance(own, (list, tuple)):
-        fits = type(value) is type(own) and len(value) == len(own)
-        for i in range(len(own)) if fits else ():
-            _like(value[i], own[i], f"{where}.{i}")
-    elif isinstance(own, (int, float)) and not isinstance(own, bool):
+    elif isinstance(pattern, Mapping):
+        fits = isinstance(value, dict) and set(value) == set(pattern)
+        for key in pattern if fits else ():
+            _like(value[key], pattern[key], f"{where}.{key}")
+    elif isinstance(pattern, (list, tuple)):
+        fits = type(value) is type(pattern) and len(value) == len(pattern)
+        for i in range(len(pattern)) if fits else ():
+            _like(value[i], pattern[i], f"{where}.{i}")
+    elif isinstance(pattern, (int, float)) and not isinstance(pattern, bool):
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    elif own is not ...:
-        fits = type(value) is type(own)
+    elif pattern is not ...:
+        fits = type(value) is type(pattern)
     if not fits:
         raise CheckpointError(
-            f"{where} is {_described(value)}, this run's is {_described(own)}; use --overwrite or remove the checkpoint"
+            f"{where} is {_described(value)}, this run's is {_described(pattern)}; use --overwrite or remove the "
+            "checkpoint"
         )
 
 
@@ -161,22 +162,22 @@ def _check_moments(state: Any, trained: Sequence[nn.Parameter], optim: OptimConf
     """What the optimizer remembers of each parameter: what one step on a tiny one leaves, in this one's sizes."""
     if not isinstance(state, dict) or not set(state) <= set(range(len(trained))):
         raise CheckpointError(f"{where}.state is not of this run's {len(trained)} parameters; use --overwrite")
-    for i, mine in state.items():
+    for i, moments in state.items():
         shape = tuple(trained[i].shape)
         tiny = nn.Parameter(torch.zeros([2] * len(shape)))
         tiny.grad = torch.zeros_like(tiny)
         scratch, _ = make_optimizer([tiny], optim)
         scratch.step()
-        own = scratch.state[tiny]
-        if not isinstance(mine, dict) or not set(own) <= set(mine):
-            raise CheckpointError(f"{where}.state.{i} lacks {', '.join(own)}; use --overwrite")
+        expected = scratch.state[tiny]
+        if not isinstance(moments, dict) or not set(expected) <= set(moments):
+            raise CheckpointError(f"{where}.state.{i} lacks {', '.join(expected)}; use --overwrite")
         shapes = {(), shape, shape[:-1], shape[:-2] + shape[-1:]}
-        for name, value in mine.items():
+        for name, value in moments.items():
             tensor = isinstance(value, torch.Tensor)
-            if tensor != isinstance(own[name], torch.Tensor) if name in own else False:
+            if tensor != isinstance(expected[name], torch.Tensor) if name in expected else False:
                 fits = False
             elif tensor:
-                ranks = {own[name].ndim} if name in own else {0, len(shape)}
+                ranks = {expected[name].ndim} if name in expected else {0, len(shape)}
                 fits = tuple(value.shape) in shapes and value.ndim in ranks and value.is_floating_point()
                 fits = fits and bool(torch.isfinite(value).all())
             else:
@@ -193,7 +194,7 @@ def check_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: they are missing, cannot be read, or are another model's.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     files = sorted(folder.glob("model*.safetensors"))
     try:
         PreTrainedConfig.from_json_file(str(folder / "config.json"))
@@ -205,9 +206,9 @@ def check_weights(folder: Path, model: nn.Module) -> None:
             with safe_open(str(file), framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     shape = tuple(opened.get_slice(name).get_shape())
-                    if own.get(name) != shape:
+                    if shapes.get(name) != shape:
                         raise CheckpointError(
-                            f"{str(file)!r}: {name} is {shape}, this model's is {own.get(name)}; use --overwrite"
+                            f"{str(file)!r}: {name} is {shape}, this model's is {shapes.get(name)}; use --overwrite"
                         )
     except CheckpointError:
         raise

@@ -38,12 +38,12 @@ def save(loop: Loop, folder: Path) -> None:
             checkpoint.seal(work, step, {**loop.record, **_progress(loop)})
         checkpoint.prune(folder, loop.train.keep_checkpoints, step)
     except checkpoint.CANNOT_WRITE as error:
-        kept = checkpoint.steps_of(folder)
+        steps = checkpoint.steps_of(folder)
         logger.warning(
             "the checkpoint of step %d cannot be written (%s); training goes on, the last one is of step %s",
             step,
             error,
-            kept[-1] if kept else "none",
+            steps[-1] if steps else "none",
         )
 
 
@@ -71,24 +71,24 @@ def _progress(loop: Loop) -> dict[str, Any]:
     }
 
 
-def load(loop: Loop, found: checkpoint.Checkpoint) -> None:
+def load(loop: Loop, resume_point: checkpoint.Checkpoint) -> None:
     """Give a new loop the state that `save` wrote.
 
     Raises:
         CheckpointError: it holds something else.
     """
-    folder = found.folder
+    folder = resume_point.folder
     checkpoint.load_trained(folder, loop.prompted.module)
     saved = checkpoint.load_state(folder, "optimizer"), checkpoint.load_state(folder, "scheduler")
     now = loop.config.optim.model_dump(mode="json")
-    go_on(loop.optimizer, loop.rates, saved, found.record["config"]["optim"], now)
+    go_on(loop.optimizer, loop.rates, saved, resume_point.record["config"]["optim"], now)
     counts = checkpoint.load_state(folder, _STATE)
     for name in _COUNTS:
         setattr(loop, name, counts[name])
     loop.state.log_history = counts[LOG]
-    loop.state.global_step, loop.seconds = found.step, found.record["train_seconds"]
-    loop.state.epoch = found.step / loop.batches.steps_an_epoch
-    loop.ledger.add("train", found.record["flops"]["train"])
+    loop.state.global_step, loop.seconds = resume_point.step, resume_point.record["train_seconds"]
+    loop.state.epoch = resume_point.step / loop.batches.steps_an_epoch
+    loop.ledger.add("train", resume_point.record["flops"]["train"])
     if loop.good is not None:
         loop.good.set(checkpoint.load_state(folder, "good"))
     processes = len(list(folder.glob("process_*.json")))
@@ -96,6 +96,6 @@ def load(loop: Loop, found: checkpoint.Checkpoint) -> None:
     checkpoint.set_random_state(mine)
 
 
-def log_of(found: checkpoint.Checkpoint | None) -> list[dict[str, Any]]:
+def log_of(resume_point: checkpoint.Checkpoint | None) -> list[dict[str, Any]]:
     """What was logged up to a checkpoint."""
-    return list(checkpoint.load_state(found.folder, _STATE)[LOG]) if found is not None else []
+    return list(checkpoint.load_state(resume_point.folder, _STATE)[LOG]) if resume_point is not None else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ..errors import ConfigError, ModelError
 from ..prompt.soft_prompt import prompt_parameter
@@ -36,46 +36,36 @@ class EmaCallback(TrainerCallback):
         self.decay = decay
         self._mean: torch.Tensor | None = None  # inside a step
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         prompt_parameter(kwargs["model"])
         if getattr(args, "deepspeed", None):
             raise ModelError("EmaCallback cannot be used with DeepSpeed, which steps by itself; leave it out")
         self._mean = None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         prompt = prompt_parameter(kwargs["model"])
         self._mean = prompt.detach().clone()
-        kept = kwargs["optimizer"].state.get(prompt, {})
+        remembered = kwargs["optimizer"].state.get(prompt, {})
         # Of another step it is stale: no step yet, a stage given up, or a run that went on without a mean.
-        if kept.get(_TRAINED_STEP) == state.global_step:
+        if remembered.get(_TRAINED_STEP) == state.global_step:
             with torch.no_grad():
-                prompt.copy_(kept[_TRAINED])
+                prompt.copy_(remembered[_TRAINED])
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # Here, not at the step's end, where callbacks that save or probe may come first.
         prompt, step = prompt_parameter(kwargs["model"]), state.global_step + 1
-        kept = kwargs["optimizer"].state[prompt]
-        if self._mean is None or (not kept and torch.equal(prompt, self._mean)):
+        remembered = kwargs["optimizer"].state[prompt]
+        if self._mean is None or (not remembered and torch.equal(prompt, self._mean)):
             return  # no update yet, and an optimizer takes a state that is not empty for its own
-        kept[_TRAINED], kept[_TRAINED_STEP] = prompt.detach().clone(), step
+        remembered[_TRAINED], remembered[_TRAINED_STEP] = prompt.detach().clone(), step
         with torch.no_grad():
-            prompt.copy_(torch.lerp(kept[_TRAINED], self._mean, min(self.decay, (1 + step) / (10 + step))))
+            prompt.copy_(torch.lerp(remembered[_TRAINED], self._mean, min(self.decay, (1 + step) / (10 + step))))
         self._mean = None
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave_step(kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._leave_step(kwargs["model"])
 
     def _leave_step(self, model: Any) -> None:
