@@ -366,7 +366,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         peaks.append(matmul_peak(dtype))
         print(f"{name}: round {done} of {args.rounds}", file=sys.stderr, flush=True)
     peak = max(peaks)
-    flops = [sum(step_flops(cost, s, batch_shape(b, PROMPT, cost)) for b in batches) / len(batches) for s in stages]
+    shapes = [batch_shape(b, PROMPT, decoder=not encoder_decoder) for b in batches]
+    flops = [sum(step_flops(cost, s, shape) for shape in shapes) / len(shapes) for s in stages]
 
     def ratio(part: str, whole: str) -> dict[str, float]:
         return spread([p / w for p, w in zip(samples[part], samples[whole], strict=True)])
