@@ -152,7 +152,7 @@ def page(report: dict[str, Any]) -> str:
         "# Reliability",
         "",
         "Measured by `benchmarks/reliability/run.py` on tiny models, with real processes, signals and files "
-        f"([report.json](../benchmarks/reliability/report.json), {report['environment']['device']}, "
+        f"(`benchmarks/reliability/report.json`, {report['environment']['device']}, "
         f"torch {report['environment']['torch']}). "
         "This page is made from that report.",
         "",

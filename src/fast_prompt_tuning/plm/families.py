@@ -26,7 +26,8 @@ class StackSpec:
         fused: how many projections of width F one `ffn_in` module holds back to back (2 for a fused gate and up).
         self_attention: path of the self-attention module.
         cross_attention: path of the cross-attention module, if the stack has one.
-        cross_query, cross_kv: names within it of the projections of decoder states and of encoder states.
+        cross_query: name within it of the projection of decoder states.
+        cross_kv: names within it of the projections of encoder states.
         token_wise: paths of the attention's projections of queries and of its output, where they are modules of their
             own: what they compute at a token is used at that token alone, so the last layer can leave out the others.
         count_fields: config fields that count this stack's layers; the first one is authoritative.

@@ -96,7 +96,8 @@ def greedy_removal(
     candidate costs the layers behind it. `metadata["flops"]` is what all of it cost.
 
     Args:
-        model, batches: as `block_influence`; the batches are held in memory, a handful of examples is enough.
+        model: as `block_influence`.
+        batches: as `block_influence`; they are held in memory, a handful of examples is enough.
         down_to: for every stack to order, the smallest number of layers a schedule needs.
         candidates: try this many layers a round, those of least influence in what is left by then; None: all.
         text_loss: a decoder-only model's loss is that of every text token, which is more to go by than the labels;

@@ -54,7 +54,8 @@ class Measured:
     Args:
         gradients: with respect to each example's prompt `(B, P·H)`; None where the stage keeps a part of the batch, and
             only its cost was asked.
-        flops, seconds: what a training step of this stage costs on this batch.
+        flops: of a training step of this stage on this batch.
+        seconds: likewise.
         spent: FLOPs of all that was run here.
     """
 
@@ -72,11 +73,13 @@ class Signal:
         stage: its size, batch and input length, as `Stage.to_dict` gives it.
         batch: examples b of a step.
         full: it is the full PLM on whole inputs, whatever its batch: its gradient has no other direction.
-        flops, seconds: of a step, relative to a plain step.
+        flops: of a step, relative to a plain step.
+        seconds: likewise.
         cosine: of ḡ and h̄. An estimate may lie beyond 1, and is NaN where h̄ or ḡ is lost in noise.
         noise: V_h / ‖h̄‖², in examples: with so many a step's mean is as much noise as direction.
         signal: relative to that of a plain step.
-        per_flop, per_second: signal for what a step costs, relative to plain prompt tuning.
+        per_flop: signal for the FLOPs of a step, relative to plain prompt tuning.
+        per_second: likewise for its seconds.
         per_batch: signal relative to that of the full PLM on so few examples that it costs the same FLOPs.
         saves: the interval of `per_flop` lies above 1, and so does that of `per_second`.
     """

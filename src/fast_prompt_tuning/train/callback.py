@@ -198,7 +198,8 @@ class AutoCallback(ProgressiveCallback):
     saved; with a constant learning rate, since one that falls would fall over steps that may never come.
 
     Args:
-        partial, schedule: as `ProgressiveCallback`.
+        partial: as `ProgressiveCallback`.
+        schedule: as `ProgressiveCallback`.
         probe: a batch of training examples that training does not see, as the Trainer's `compute_loss` takes it.
 
     Raises:
