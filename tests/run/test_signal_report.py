@@ -13,9 +13,10 @@ from toy import recipe, toy
 
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.run import signal
-from fast_prompt_tuning.run.preparation import trainable
+from fast_prompt_tuning.run.preparation import score_neurons, trainable
 from fast_prompt_tuning.run.session import open_session
 from fast_prompt_tuning.schedule.stages import Stage
+from fast_prompt_tuning.scores.neurons import NeuronScores
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "reliability"))
 
@@ -65,6 +66,17 @@ def test_stages_of_ones_own(tmp_path):
     assert list(prompt["rows"]) == [*names, "a batch of 2", "a batch of 1"]
     assert prompt["rows"][names[0]]["batch"] == 2
     assert record["flops"]["score"] == record["flops"]["steps"] == 0
+
+
+def test_scores_that_a_run_refuses_are_refused(tmp_path):
+    made = score_neurons(open_session(recipe(tmp_path / "run"), ("train",)))
+    metadata = {k: v for k, v in made.metadata.items() if k != "averaged"}
+    NeuronScores(made.scores, metadata).save(tmp_path / "earlier.safetensors")
+    with pytest.raises(ConfigError, match=r"scoring\.path=.*earlier rule.*score again"):
+        reported(tmp_path, scoring__path=str(tmp_path / "earlier.safetensors"))
+    made.save(tmp_path / "scores.safetensors")
+    with pytest.raises(ConfigError, match=r"scoring\.path holds .* scores, but scoring\.kind='max'"):
+        reported(tmp_path, scoring__path=str(tmp_path / "scores.safetensors"), scoring__kind="max")
 
 
 def test_the_steps_between_train_on_other_examples(tmp_path, monkeypatch):

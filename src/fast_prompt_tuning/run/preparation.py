@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ def check_rate(config: RunConfig, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Needed:
-    """What the schedule needs: a partial PLM at all, scores of its neurons and layers, and those made before.
+    """What stages need: a partial PLM at all, scores of its neurons and layers, and those made before.
 
     `down_to`: the fewest layers of each stack that needs layer scores.
     """
@@ -92,17 +92,23 @@ class Needed:
 
 def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule | AutoSchedule, Needed]:
     """The schedule, checked against the model, and what it needs; nothing is computed or written yet."""
-    config = session.config
     bare = PartialPLM(model, keep_neurons="first")
-    full = bare.full_stage
-    schedule = config.schedule(full, session.task.stacks)
-    tried = schedule.candidates
-    for stage in tried:
+    schedule = session.config.schedule(bare.full_stage, session.task.stacks)
+    for stage in schedule.candidates:
         bare.check(stage)
+    return schedule, needed_by(schedule.candidates, session.config, model, bare.full_stage)
+
+
+def needed_by(stages: Sequence[Stage], config: RunConfig, model: nn.Module, full: Stage) -> Needed:
+    """What stages that fit the model need, as the recipe's `scoring` chooses layers and neurons.
+
+    Raises:
+        ConfigError, ScoreError: `scoring.path` or `scoring.layer_path` holds scores of another model, kind or rule.
+    """
     # A stage that only trains on part of each batch goes the same way as one of part of the model.
-    partial = not all(s.is_full(full) and s.batch is s.length is None for s in tried)
-    widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in tried for s in stage.stacks)
-    scores = partial and widths and config.scoring.keep_neurons == "activation"
+    partial = not all(s.is_full(full) and s.batch is s.length is None for s in stages)
+    widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in stages for s in stage.stacks)
+    scores = widths and config.scoring.keep_neurons == "activation"
     neurons = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None
     if neurons is not None:
         PartialPLM(model, neuron_scores=neurons)  # scores of another model are refused here
@@ -112,12 +118,12 @@ def checked_schedule(session: Session, model: nn.Module) -> tuple[Schedule | Aut
                 f"scoring.path={config.scoring.path!r} holds scores averaged over pooled tokens, an earlier rule that "
                 "ranks neurons differently; score again: fpt score"
             )
-    down_to = fewest_layers(tried, full) if config.scoring.keep_layers in LAYER_KINDS else {}
+    down_to = fewest_layers(stages, full) if config.scoring.keep_layers in LAYER_KINDS else {}
     layers = LayerScores.load(config.scoring.layer_path) if down_to and config.scoring.layer_path else None
     if layers is not None:
         PartialPLM(model, keep_layers="score", layer_scores=layers)
         _check_kind("scoring.layer_path", layers.metadata, "scoring.keep_layers", config.scoring.keep_layers)
-    return schedule, Needed(partial, scores, neurons, down_to, layers)
+    return Needed(partial, scores, neurons, down_to, layers)
 
 
 def _check_kind(path: str, metadata: Mapping[str, str], setting: str, wanted: str) -> None:

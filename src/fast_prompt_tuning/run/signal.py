@@ -28,15 +28,14 @@ from ..plm.partial import PartialPLM
 from ..prompt.prompted import PromptedPLM
 from ..prompt.soft_prompt import init_soft_prompt, place_of
 from ..schedule.stages import METHODS, PAPER_FRACTIONS, Schedule, Stage
-from ..scores.layers import LAYER_KINDS, LayerScores
-from ..scores.neurons import NeuronScores, on_device
+from ..scores.neurons import on_device
 from ..scores.signal import measure, signals
 from ..train import parallel
 from ..train.optimizer import make_optimizer
 from .preparation import (
     calibration_batches,
     cut_by,
-    fewest_layers,
+    needed_by,
     score_flops,
     score_layers,
     score_neurons,
@@ -149,24 +148,15 @@ def report(session: Session, *, examples: int | None = None, after: int = 8, at:
 
 def _partial(session: Session, prompted: PromptedPLM, stages: list[Stage]) -> tuple[PartialPLM, float]:
     """The PLM as the recipe's `scoring` cuts it for these stages, checked; and the FLOPs of scoring it."""
-    model, chosen = prompted.module, session.config.scoring
-    full = PartialPLM(model, keep_neurons="first").full_stage
-    flops = 0.0
-    neurons = layers = None
-    if chosen.keep_neurons == "activation" and any(
-        s.ffn_in(k) not in (None, full.ffn_in(k)) for s in stages for k in s.stacks
-    ):
-        if chosen.path:
-            neurons = NeuronScores.load(chosen.path)
-        else:
-            neurons = parallel.on_main(lambda: score_neurons(session, model))
-            flops += sum(score_flops(session, batch) for batch in calibration_batches(session, chosen.examples))
-    if chosen.keep_layers in LAYER_KINDS and (down_to := fewest_layers(stages, full)):
-        if chosen.layer_path:
-            layers = LayerScores.load(chosen.layer_path)
-        else:
-            layers = parallel.on_main(lambda: score_layers(session, model, chosen.keep_layers, down_to))
-            flops += float(layers.metadata["flops"])
+    model, scoring = prompted.module, session.config.scoring
+    needed = needed_by(stages, session.config, model, PartialPLM(model, keep_neurons="first").full_stage)
+    neurons, layers, flops = needed.neurons, needed.layers, 0.0
+    if needed.scores and neurons is None:
+        neurons = parallel.on_main(lambda: score_neurons(session, model))
+        flops += sum(score_flops(session, batch) for batch in calibration_batches(session, scoring.examples))
+    if needed.down_to and layers is None:
+        layers = parallel.on_main(lambda: score_layers(session, model, scoring.keep_layers, needed.down_to))
+        flops += float(layers.metadata["flops"])
     return cut_by(session.config, model, neurons, layers), flops
 
 
