@@ -117,7 +117,3 @@ def _report_end(error: BaseException, received: list[int]) -> int:
     mark = "[red]error:[/red]" if processes == "1" else f"[red]error:[/red] process {escape(rank)} of {processes}:"
     errors.print(f"{mark} {message}{hint}", highlight=False, soft_wrap=True)
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -90,6 +90,11 @@ def say(text: str) -> None:
     people().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def listed(text: str) -> list[str]:
+    """The parts of an option that names several, separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _finite(value: Any) -> Any:
     """A JSON value with null in place of the numbers that JSON lacks."""
     if isinstance(value, Mapping):

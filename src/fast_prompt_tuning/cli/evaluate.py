@@ -61,8 +61,8 @@ def evaluate(
     quiet_libraries()
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
     placed: dict[str, str] = {}
+    whole = settings.method == "full"  # all weights were tuned: there is no prompt
     for folder in runs:
-        whole = settings.method == "full" and folder == runs[0]  # all weights were tuned: there is no prompt
         prompts[str(folder)] = None if whole else load_prompt(folder)
         placed[str(folder)] = place_of(folder)
     if ensemble:

@@ -14,8 +14,8 @@ from rich.table import Table
 from ..errors import ConfigError
 from ..placements import PLACEMENTS
 from ..schedule.auto import AutoSchedule, best_case
-from ..schedule.stages import Stage
-from .console import Sets, emit, people, quiet_libraries, wants_json
+from ..schedule.stages import Stage, size_text
+from .console import Sets, emit, listed, people, quiet_libraries, wants_json
 
 if TYPE_CHECKING:
     from ..recipe import RunConfig
@@ -131,7 +131,7 @@ def plan(
         "accumulate": recipe.train.accumulate,
     }
     if compare is not None:
-        methods = [m.strip() for m in compare.split(",") if m.strip()]
+        methods = listed(compare)
         if stages or measure or placed:
             raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
         if not methods:
@@ -183,7 +183,7 @@ def _recipe(config: str | None, options: dict[str, Any], stages: str | None, set
         "output": "plan",
     }
     if "stacks" in options:
-        options["stacks"] = [part.strip() for part in options["stacks"].split(",") if part.strip()]
+        options["stacks"] = listed(options["stacks"])
     overrides = [override(OPTIONS[name], value) for name, value in options.items()]
     if "task" in options:  # it takes the place of a recipe's templates
         overrides += [override(f"data.{name}", None) for name in ("input_template", "target_template", "labels")]
@@ -231,7 +231,6 @@ def _parse_stages(text: str) -> list[dict[str, Any]]:
 
 def _stage_table(plan: Any, full: Any, shape: Any) -> Table:
     from ..cost.units import flops_unit, human_flops, human_seconds
-    from ..schedule.stages import size_text
 
     table = Table(
         title=f"{full}, batches of {shape.batch} × ({shape.prompt_tokens} + {shape.input_tokens}) tokens, "
@@ -256,15 +255,14 @@ def _stage_table(plan: Any, full: Any, shape: Any) -> Table:
             str(stage.stage.steps),
             f"{stage.flops_per_step / unit:.4g}",
             _percent(stage.relative_flops),
-            _bytes(stage.weight_bytes + stage.activation_bytes),
+            _bytes(stage.memory_bytes),
         ]
         if timed:
             cells += [f"{stage.seconds_per_step:.3f}", human_seconds(stage.seconds)]
         table.add_row(*cells)
     table.add_section()
-    peak = max(s.weight_bytes + s.activation_bytes for s in plan.stages)
     totals = ["run", "", "", *("" for _ in parts), str(plan.total_steps), human_flops(plan.flops)]
-    totals += [_percent(plan.relative_flops), _bytes(peak)]
+    totals += [_percent(plan.relative_flops), _bytes(plan.peak_bytes)]
     if timed:
         totals += [_percent(plan.relative_seconds), human_seconds(plan.seconds)]
     table.add_row(*totals)
@@ -279,13 +277,10 @@ def _comparison(by_method: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name[0] in "ms" else "right")
     for name, plan in by_method.items():
         stages = "  ".join(_stage_text(s.stage) for s in plan.stages)
-        memory = max(s.weight_bytes + s.activation_bytes for s in plan.stages)
-        table.add_row(name, stages, human_flops(plan.flops), _percent(plan.relative_flops), _bytes(memory))
+        table.add_row(name, stages, human_flops(plan.flops), _percent(plan.relative_flops), _bytes(plan.peak_bytes))
     return table
 
 
 def _stage_text(stage: Stage) -> str:
-    from ..schedule.stages import size_text
-
     batch = "" if stage.batch is None else f"@{stage.batch}"
     return f"{size_text(stage.layers)}×{size_text(stage.ffn)}{batch}:{stage.steps}"

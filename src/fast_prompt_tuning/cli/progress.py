@@ -68,7 +68,7 @@ class ProgressReporter(TrainerCallback):
         stage = self.schedule.now.index_at(state.global_step)
         if stage != self._stage:
             now = self.schedule.now.stages[stage]
-            whole = now.is_full(self.full) and now.batch is None and now.length is None
+            whole = now.is_full(self.full) and not now.cuts_batch
             part = "the full model" if whole else f"{now} of {self.full}"
             verb = "tuning on" if self._stage is None else "growing to"
             self.console.print(f"  step {state.global_step}: {verb} {part}", highlight=False)

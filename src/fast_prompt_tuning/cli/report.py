@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import ConfigError
 from ..files import write_atomic
-from .console import emit, people, say, wants_json
+from .console import emit, listed, people, say, wants_json
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or a folder that holds them; plain PT first.")
@@ -49,7 +49,7 @@ def report(
     from ..report.page import figures, find_runs, render
     from ..report.tables import table_rows
 
-    wanted = [f.strip() for f in (formats or "").split(",") if f.strip()]
+    wanted = listed(formats or "")
     if unknown := sorted(set(wanted) - set(FORMATS)):
         raise ConfigError(f"--pictures {unknown[0]!r} is unknown; choose from {', '.join(FORMATS)}")
     if output.is_dir():

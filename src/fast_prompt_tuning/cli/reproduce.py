@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ..errors import ConfigError
-from .console import Sets, emit, people, progress, quiet_libraries, wants_json
+from .console import Sets, emit, listed, people, progress, quiet_libraries, wants_json
 
 
 def reproduce(
@@ -41,7 +41,7 @@ def reproduce(
         raise ConfigError(f"--plm {plm!r} is unknown; choose large or xl")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
-    column_names = [c.strip() for c in columns.split(",") if c.strip()]
+    column_names = listed(columns)
     if column_names == ["all"]:
         if model is None:
             raise ConfigError("--columns all trains T5 and needs its weights: give --model (a hub id or a folder)")
@@ -56,7 +56,7 @@ def reproduce(
             model=model,
             data=data,
             output=output,
-            tasks=[t.strip() for t in tasks.split(",") if t.strip()],
+            tasks=listed(tasks),
             overrides=sets,
             on_run=lambda task, row, what: progress().print(f"{task} {row}: {what}", highlight=False),
         )

@@ -44,6 +44,11 @@ class PlanStage:
         return self.stage.steps * self.flops_per_step
 
     @property
+    def memory_bytes(self) -> int:
+        """Weights and activations together."""
+        return self.weight_bytes + self.activation_bytes
+
+    @property
     def seconds(self) -> float | None:
         """Seconds of all steps of the stage, if measured."""
         return None if self.seconds_per_step is None else self.stage.steps * self.seconds_per_step
@@ -64,6 +69,11 @@ class Plan:
     full_flops_per_step: float
     full_seconds_per_step: float | None = None
     accumulate: int = 1
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of the stage that needs most."""
+        return max(s.memory_bytes for s in self.stages)
 
     @property
     def total_steps(self) -> int:

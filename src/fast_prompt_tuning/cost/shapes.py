@@ -105,7 +105,7 @@ class BatchShape:
 
     def at(self, stage: Stage | None) -> BatchShape:
         """The part of the batch that `stage` trains on: at most its `batch` examples, its `length` input tokens."""
-        if stage is None or (stage.batch is None and stage.length is None):
+        if stage is None or not stage.cuts_batch:
             return self
         return replace(
             self,

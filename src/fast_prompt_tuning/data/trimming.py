@@ -48,11 +48,10 @@ def trim(
     Raises:
         ModelError: there is something to cut and no `input_ids`.
     """
-    cuts = stage.batch is not None or stage.length is not None
-    if not cuts and (keep_tail or TAIL not in batch):
+    if not stage.cuts_batch and (keep_tail or TAIL not in batch):
         return batch
     trimmed = {name: value for name, value in batch.items() if name != TAIL}
-    if not cuts:
+    if not stage.cuts_batch:
         return trimmed
     if "input_ids" not in trimmed:
         raise ModelError(

@@ -61,6 +61,7 @@ def finish(
         if f"eval_{session.task.primary}" in r
     ]
     schedule = run.schedule.now
+    known = run.identity["fingerprints"]
     result = RunResult(
         name=config.name or folder.name,
         method=config.method,
@@ -85,8 +86,8 @@ def finish(
         total_seconds=loop.spent()["total_seconds"],
         prompt_folder=None if whole else str(folder / "prompt"),
         fingerprints={
-            **{split: examples_fingerprint(rows) for split, rows in session.examples.items()},
-            **run.identity["fingerprints"],
+            **{split: known.get(split) or examples_fingerprint(rows) for split, rows in session.examples.items()},
+            **known,
             **({"model": "trained"} if whole else {}),
         },
         environment=environment(session.plm.device, dtype=describe_dtype(config.model.dtype, session.plm)),

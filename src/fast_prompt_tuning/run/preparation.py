@@ -106,7 +106,7 @@ def needed_by(stages: Sequence[Stage], config: RunConfig, model: nn.Module, full
         ConfigError, ScoreError: `scoring.path` or `scoring.layer_path` holds scores of another model, kind or rule.
     """
     # A stage that only trains on part of each batch goes the same way as one of part of the model.
-    partial = not all(s.is_full(full) and s.batch is s.length is None for s in stages)
+    partial = any(not s.is_full(full) or s.cuts_batch for s in stages)
     widths = any(stage.ffn_in(s) not in (None, full.ffn_in(s)) for stage in stages for s in stage.stacks)
     scores = widths and config.scoring.keep_neurons == "activation"
     neurons = NeuronScores.load(config.scoring.path) if scores and config.scoring.path else None

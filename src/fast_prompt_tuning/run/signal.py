@@ -19,7 +19,6 @@ import torch
 from datasets import Dataset
 
 from ..cost.flops import work_flops
-from ..data.batches import Collator, LengthBatchSampler, input_lengths
 from ..data.splits import train_split
 from ..errors import ConfigError, ScheduleError
 from ..plm.modes import evaluating
@@ -31,6 +30,7 @@ from ..schedule.stages import METHODS, PAPER_FRACTIONS, Schedule, Stage
 from ..scores.neurons import on_device
 from ..scores.signal import measure, signals
 from ..train import parallel
+from ..train.batches import make_collator, sampler_of
 from ..train.optimizer import make_optimizer
 from .preparation import (
     calibration_batches,
@@ -70,7 +70,7 @@ def candidates(session: Session, full: Stage, passes: int = 1) -> list[Candidate
     found = []
     if config.stages is not None:
         own = (replace(s.stage(full, stacks), steps=0) for s in config.stages)
-        small = [s for s in own if not s.is_full(full) or (s.batch, s.length) != (None, None)]
+        small = [s for s in own if not s.is_full(full) or s.cuts_batch]
         found = [Candidate(str(stage), str(stage), stage) for stage in small]
     else:
         for method in PRESETS:
@@ -162,19 +162,12 @@ def _partial(session: Session, prompted: PromptedPLM, stages: list[Stage]) -> tu
 
 def _batches(session: Session, rows: Dataset, epoch: int = 0) -> Iterator[list[dict[str, torch.Tensor]]]:
     """An epoch's batches, each as the forward passes of all processes, with what stages that cut inputs need."""
-    train, several = session.config.train, parallel.size()
-    order = LengthBatchSampler(
-        input_lengths(rows),
-        train.batch_size * several,
-        seed=train.seed,
-        max_tokens=train.batch_tokens,
-        shares=several,
-    )
+    size, order = session.config.train.batch_size, sampler_of(rows, session.config.train)
     order.set_epoch(epoch)
-    collate = Collator(session.tokenizer, decoder=session.decoder, tails=True)
+    collate = make_collator(session.tokenizer, session.plm, tails=True)
     for picked in order:
-        starts = range(0, len(picked), train.batch_size)
-        yield [collate([rows[i] for i in picked[start : start + train.batch_size]]) for start in starts]
+        starts = range(0, len(picked), size)
+        yield [collate([rows[i] for i in picked[start : start + size]]) for start in starts]
 
 
 def _plain_steps(session: Session, prompted: PromptedPLM, rows: Dataset, steps: int) -> tuple[torch.Tensor, float]:

@@ -146,6 +146,11 @@ class Stage:
         """Whether this stage keeps the whole model `full` describes, whatever its batches."""
         return all(self.layers_in(s) == full.layers_in(s) and self.ffn_in(s) == full.ffn_in(s) for s in self.stacks)
 
+    @property
+    def cuts_batch(self) -> bool:
+        """Whether a step trains on a part of its batch, in examples or tokens."""
+        return any(getattr(self, name) is not None for name in _OPTIONAL)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Stage(**d)` gives the stage back (tuples as lists)."""
         sizes = {"layers": self.layers, "ffn": self.ffn}

@@ -24,13 +24,7 @@ class Batches:
 
     def __init__(self, rows: Dataset, collate: Collator, train: TrainConfig):
         self.rows, self.collate, self.accumulate = rows, collate, train.accumulate
-        self._sampler = LengthBatchSampler(
-            input_lengths(rows),
-            train.batch_size * parallel.size(),
-            seed=train.seed,
-            max_tokens=train.batch_tokens,
-            shares=parallel.size(),
-        )
+        self._sampler = sampler_of(rows, train)
         self.steps_an_epoch = -(-len(self._sampler) // train.accumulate)
         self._dealt: tuple[int, list[list[int]]] = (-1, [])
 
@@ -51,6 +45,14 @@ class Batches:
         if not mine:  # fewer rows than processes: this one takes part with an example that carries no loss
             padded["labels"].fill_(IGNORED)
         return padded
+
+
+def sampler_of(rows: Dataset, train: TrainConfig) -> LengthBatchSampler:
+    """Deals the batches of an epoch, each for all processes together."""
+    size = parallel.size()
+    return LengthBatchSampler(
+        input_lengths(rows), train.batch_size * size, seed=train.seed, max_tokens=train.batch_tokens, shares=size
+    )
 
 
 def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False) -> Collator:

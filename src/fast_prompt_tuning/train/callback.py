@@ -60,7 +60,7 @@ class ProgressiveCallback(TrainerCallback):
 
     @property
     def _cuts_batches(self) -> bool:
-        return any(stage.batch is not None or stage.length is not None for stage in self.schedule.candidates)
+        return any(stage.cuts_batch for stage in self.schedule.candidates)
 
     def attach(self, trainer: Trainer) -> None:
         """Cut the batches that `trainer` takes to the stage's `batch` and `length`, before it counts their labels.
