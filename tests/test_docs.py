@@ -341,3 +341,18 @@ def test_the_signal_of_layer_choices_is_the_committed_one(kind):
         rows = [prompt["rows"][f"{size} layers × 1536 neurons"] for prompt in found["prompts"]]
         cells = [interval(row[key]) for row in rows for key in ("cosine", "per_flop")]
         assert f"| {size} of 30 | `{kind}` | {' | '.join(cells)} |" in page
+
+
+def test_the_study_of_the_signal_is_the_committed_one():
+    study = [sys.executable, str(ROOT / "benchmarks" / "signal_study.py"), "--summary"]
+    printed = subprocess.run(study, capture_output=True, text=True, check=True).stdout
+    stages, runs, partial, prompts, along = printed.strip().split("\n\n")
+    page = PAGES["docs/methods/signal.md"].read_text(encoding="utf-8")
+    assert stages in page
+    assert runs in page
+    assert along in page
+    median, best = re.findall(r"\d\.\d\d", partial)
+    assert f"{partial.split()[0]} partial stages taught {median}" in page.replace("\n", " ")
+    assert f"at most {best}" in page
+    shown = [row for row in prompts.splitlines()[2:] if "-influence" not in row]
+    assert [row for row in shown if row not in page] == []

@@ -269,7 +269,7 @@ def collated(session: Session, rows: Dataset) -> list[dict[str, Any]]:
     return [collate([rows[i] for i in picked]) for picked in batches_by_length(rows["input_ids"], size)]
 
 
-def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
+def partial_of_run(session: Session, folder: Path) -> PartialPLM:
     """The PLM as a run in `folder` cuts it: its way of choosing layers and neurons, and its scores, if it made any."""
     scoring = session.config.scoring
 
@@ -288,7 +288,7 @@ def _partial_of_run(session: Session, folder: Path) -> PartialPLM:
 
 def evaluate_partial(session: Session, folder: Path) -> Evaluation:
     """The prompt of a partial-only run on the partial PLM it was tuned on, as in the paper's Table 1."""
-    partial = _partial_of_run(session, folder)
+    partial = partial_of_run(session, folder)
     schedule = session.config.schedule(partial.full_stage, session.task.stacks)
     with partial.at(schedule.now.stages[-1]):
         return evaluate(session, session.prompted(load_prompt(folder / "prompt")))
@@ -303,7 +303,7 @@ def partial_of(session: Session, size: str, folder: Path) -> AbstractContextMana
     layers, _, ffn = size.partition("x")
     if not (layers.isdigit() and ffn.isdigit()):
         raise ConfigError(f"--partial {size!r} is not LAYERSxFFN, for example 15x768")
-    partial = _partial_of_run(session, folder)
+    partial = partial_of_run(session, folder)
     stacks = session.config.cut_stacks(partial.full_stage, session.task.stacks)
     stage = Stage(int(layers), int(ffn), stacks=stacks)
     partial.check(stage)
