@@ -170,6 +170,9 @@ def test_whatever_the_probes_say(steps, losses, rungs, priced):
 def test_the_default_ladder_and_what_is_refused():
     assert default_ladder(FULL, 16) == (dataclasses.replace(FULL, batch=4), FULL)
     assert default_ladder(FULL, 3) == (FULL,)
+    cut = dataclasses.replace(FULL, layers=9, batch=4)
+    assert default_ladder(FULL, 16, 1000) == (cut, dataclasses.replace(FULL, batch=4), FULL)
+    assert default_ladder(Stage(1, 64), 16, 1000) == (Stage(1, 64, batch=4), Stage(1, 64))
     with pytest.raises(ScheduleError, match="ladder"):
         AutoSchedule((), 10)
     with pytest.raises(ScheduleError, match="total_steps"):
@@ -177,6 +180,8 @@ def test_the_default_ladder_and_what_is_refused():
     for costs in ([0.5, 1.0], [0.0, 0.5, 1.0], [0.5, 2.0, 1.0]):
         with pytest.raises(ScheduleError, match=r"costs=.* must be 3 numbers above 0 and at most 1"):
             AutoSchedule(LADDER, 120, costs)
+    with pytest.raises(ScheduleError, match=r"ask_costs=.* must be 3 numbers of at least 0"):
+        AutoSchedule(LADDER, 120, ask_costs=[1.0])
     base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "method": "auto", "train": {"steps": 24},
             "output": "y"}  # fmt: skip
     with pytest.raises(ConfigError, match=r"stages\[0\].steps=3 with method='auto'; leave it out"):
@@ -284,7 +289,7 @@ def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monke
     "changes",
     [
         ["train.batch_tokens=40"],
-        ["prompt.placement=suffix", "stages=[{layers: 3}]"],
+        ["prompt.placement=suffix"],
         ["prompt.placement=infix"],
         ["train.accumulate=2"],
     ],
@@ -295,11 +300,9 @@ def test_a_run_that_goes_on_knows_what_was_saved(tmp_path, monkeypatch, changes)
     settings = recipe(tmp_path / "run", batch_size=8, steps=48).model_dump(mode="json")
     spent = {}
     for method in ("pt", "auto"):
-        mine = [c for c in changes if method == "auto" or not c.startswith("stages")]
-        found = run.train(config.load(settings, [*mine, f"method={method}", f"output={tmp_path / method}"]))
+        found = run.train(config.load(settings, [*changes, f"method={method}", f"output={tmp_path / method}"]))
         spent[method] = found.flops["train"]
-    # With texts that a partial PLM runs as well, they alone come on top.
-    assert spent["auto"] <= spent["pt"] * (1.1 if "suffix" in changes[0] else 1.02)
+    assert spent["auto"] <= spent["pt"] * 1.02
 
 
 @pytest.mark.parametrize("ema", ["none", "first", "last"])
@@ -308,23 +311,20 @@ def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(ema, tmp_path):
     model = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=3))
     partial = PartialPLM(model, keep_neurons="first")
     full = partial.full_stage
-    schedule = AutoSchedule((dataclasses.replace(full, layers=1), full), 24)
+    schedule = AutoSchedule((dataclasses.replace(full, batch=1), full), 24)
     data = Rows(BY_NAME["llama"].batch(size=6))
     start = prompt_parameter(model).detach().clone()
     seen: dict[int, torch.Tensor] = {}
-    partial_steps = []
+    sizes = []
 
     class OwnLoss(Trainer):
         def compute_loss(self, model, inputs, **kwargs):
             if not torch.is_grad_enabled():  # a probe: say that nothing has been learned
-                assert partial.stage.is_full(full)
                 return torch.tensor(5.0)
+            sizes.append(len(inputs["input_ids"]))
             seen.setdefault(self.state.global_step, prompt_parameter(self.model).detach().clone())
             return super().compute_loss(model, inputs, **kwargs)
 
-    plm.model.norm.register_forward_hook(
-        lambda *_: torch.is_grad_enabled() and partial_steps.append((trainer.state.global_step, partial.stage.layers))
-    )
     callback = AutoCallback(partial, schedule, data.batch)
     trainer = OwnLoss(
         model=model,
@@ -338,7 +338,8 @@ def test_an_abandoned_stage_leaves_no_trace_in_the_prompt(ema, tmp_path):
     )
     callback.attach(trainer)
     trainer.train()
-    assert [layers for _, layers in partial_steps] == [1, 1] + [full.layers] * 24
+    assert sizes[:2] == [1, 1]
+    assert min(sizes[2:]) > 1
     assert not torch.equal(seen[1], start)
     assert torch.equal(seen[2], start)
     assert trainer.state.global_step == 26
@@ -430,7 +431,8 @@ def test_a_prices_target_is_counted_once(tmp_path):
         "input_template": "{{ text }}", "target_template": "{{ answer }}", "max_input_tokens": 20,
         "max_target_tokens": 16,
     }  # fmt: skip
-    session = open_session(config.load(settings, ["stages=[{length: 4}]"]), ("train", "validation"))
+    changes = ["stages=[{length: 4}]", "train.steps=600"]  # so many that asking what it teaches pays
+    session = open_session(config.load(settings, changes), ("train", "validation"))
     schedule, _ = checked_schedule(session, trainable(session).module)
     priced = pricing.priced(schedule, session, session.encoded["train"], 4)
     usual = pricing.usual_shape(session)  # all rows are alike

@@ -244,6 +244,16 @@ class RunConfig(_Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)  # type: ignore[arg-type]
     output: UserPath = Field(min_length=1, description="folder of the run")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_of_auto(cls, given: Any) -> Any:
+        """What `auto` leaves out of its own accord are the layers of least influence."""
+        if isinstance(given, dict) and given.get("method") == "auto" and not given.get("stages"):
+            scoring = given.get("scoring") or {}
+            if isinstance(scoring, dict):
+                return {**given, "scoring": {"keep_layers": "influence", **scoring}}
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.optim.ema_decay is not None and self.method == "full":
@@ -309,7 +319,9 @@ class RunConfig(_Section):
         if self.method == "auto":
             whole = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
             smaller = [stage for s in self.stages or () if (stage := s.stage(full, stacks)) != whole]
-            ladder = [*smaller, whole] if self.stages else default_ladder(whole, self.train.batch_size)
+            ladder = (
+                [*smaller, whole] if self.stages else default_ladder(whole, self.train.batch_size, self.train.steps)
+            )
             schedule = AutoSchedule(ladder, self.train.steps)
         elif self.stages is not None:
             schedule = Schedule(s.stage(full, stacks) for s in self.stages)

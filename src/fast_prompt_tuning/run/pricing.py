@@ -42,7 +42,10 @@ def usual_shape(session: Session) -> BatchShape:
 
 
 def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:
-    """The schedule with what its stages and a probe of so many examples cost, on the batches of an epoch."""
+    """The schedule with what its stages, a probe of so many examples and questions cost, on the batches of an epoch.
+
+    Stages that would have to be asked, and save less than that costs, are left out.
+    """
     train, usual = session.config.train, usual_shape(session)
     lengths = input_lengths(rows)
     batches = batches_of_epoch(session.config, lengths)
@@ -63,7 +66,24 @@ def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) 
     costs = [relative(stage) for stage in schedule.ladder]
     once = parallel.size() * forward_flops(session.cost, None, replace(usual, batch=probe))  # every process probes
     step = train.accumulate * parallel.size() * full / len(shapes)
-    return AutoSchedule(schedule.ladder, schedule.asked, costs, once / step)
+    asked = replace(usual.in_front, batch=probe)  # no texts are kept of a stage that is only asked
+
+    def asking(stage: Stage) -> float:
+        sizes = (schedule.ladder[-1], replace(stage, batch=None))
+        return parallel.size() * sum(step_flops(session.cost, size, asked) for size in sizes) / step
+
+    prices = [asking(stage) for stage in schedule.ladder]
+    known = AutoSchedule(schedule.ladder, schedule.asked, costs, once / step, prices)
+    paying = [i for i, stage in enumerate(known.ladder) if not known.is_cut(i) or known.pays(i)]
+    for i in sorted(set(range(len(known.ladder))) - set(paying)):
+        logger.info("auto: %s is not tried: to ask what it teaches costs more than it could save", known.ladder[i])
+    return AutoSchedule(
+        [known.ladder[i] for i in paying],
+        schedule.asked,
+        [costs[i] for i in paying],
+        once / step,
+        [prices[i] for i in paying],
+    )
 
 
 def say_if_nothing_is_saved(session: Session, schedule: Schedule | AutoSchedule, ledger: FlopsLedger) -> None:

@@ -36,7 +36,7 @@ from .advice import GradientCheck, advise
 from .best import Best, Scored
 from .finish import finish, zero_shot
 from .folder import Earlier, check_folder, open_folder, write_log
-from .preparation import Needed, check_rate, checked_schedule, scored_partial, trainable
+from .preparation import Needed, check_rate, checked_schedule, needed_by, scored_partial, trainable
 from .pricing import batches_of_epoch, priced, say_if_nothing_is_saved
 from .results import RunResult
 from .session import Session, evaluate, open_session
@@ -129,6 +129,7 @@ class Run:
         held_out = None
         if isinstance(schedule, AutoSchedule):
             schedule, rows, held_out = _with_probe(schedule, session)
+            needed = needed_by(schedule.candidates, config, prompted.module, session.cost.full_stage)
         if config.train.batch_tokens is not None:  # refused here, where an example is longer
             batches_of_epoch(config, input_lengths(rows))
         return cls(session, prompted, schedule, needed, rows, held_out, _identity(session), started)
@@ -248,7 +249,7 @@ def _with_probe(schedule: AutoSchedule, session: Session) -> tuple[AutoSchedule,
     if config.stages is None and config.train.batch_tokens is not None:
         # A quarter of the batches that there are, not of those that the budget leaves no room for.
         usual = median_high(map(len, batches_of_epoch(config, input_lengths(rows))))
-        schedule = AutoSchedule(default_ladder(schedule.ladder[-1], usual), config.train.steps)
+        schedule = AutoSchedule(default_ladder(schedule.ladder[-1], usual, config.train.steps), config.train.steps)
     if not schedule.tries:
         logger.warning(
             "method=auto has nothing to try here, so this is plain prompt tuning: batches must have at least 4 "

@@ -8,6 +8,10 @@ window the *full* PLM's loss on held-out training examples is measured: a probe.
 * goes on while its windows lower the loss, and ends when two in a row have not;
 * ends at the latest where the paper's last growth is, at 60% of the steps (Huang et al. 2022, Section 4.1).
 
+A stage whose gradient is not the full PLM's (fewer layers, neurons or input tokens) has more to show. Where it begins,
+and after every window, the signal of a step on it is asked (`scores.signal`): it is run only while that is certainly
+above the signal of a step on the full PLM for the same FLOPs. All questions cost at most 3% of the run.
+
 The last stage lasts to the end of the steps asked for, and goes on in further windows while they lower the loss, until
 the run has cost what plain prompt tuning would: what a small start saved is spent where the task needs it.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +45,12 @@ PROBE_SHARE = 0.04
 PROBE = "probe_loss"
 """The key of a probe among what a Trainer logs."""
 
+ASK_SHARE = 0.03
+"""Questions cost at most this part of what plain prompt tuning would."""
+
+SIGNAL = "signal_per_flop"
+"""The key of an answer among what a Trainer logs; `SIGNAL`_low and _high are its interval."""
+
 
 @dataclass(frozen=True)
 class Entered:
@@ -60,6 +71,7 @@ class AutoSchedule:
         costs: what a step of each stage costs, relative to one of the last. Without, nothing is known to be saved, and
             the run ends with `total_steps`.
         probe_cost: what a probe costs, relative to a step of the last stage.
+        ask_costs: what it costs to ask each stage's signal, likewise. Without, questions are taken to be free.
 
     Raises:
         ScheduleError: no stage, fewer than one step, not one cost of at most 1 for each stage, or a negative one.
@@ -71,6 +83,7 @@ class AutoSchedule:
         total_steps: int,
         costs: Sequence[float] | None = None,
         probe_cost: float = 0.0,
+        ask_costs: Sequence[float] | None = None,
     ):
         if not ladder:
             raise ScheduleError("ladder=[] is empty; auto needs at least one stage")
@@ -81,6 +94,9 @@ class AutoSchedule:
             raise ScheduleError(f"costs={costs!r} must be {len(ladder)} numbers above 0 and at most 1, one a stage")
         if not probe_cost >= 0:
             raise ScheduleError(f"probe_cost={probe_cost!r} must be at least 0")
+        self.ask_costs = tuple(ask_costs) if ask_costs is not None else (0.0,) * len(ladder)
+        if len(self.ask_costs) != len(ladder) or not all(cost >= 0 for cost in self.ask_costs):
+            raise ScheduleError(f"ask_costs={ask_costs!r} must be {len(ladder)} numbers of at least 0, one a stage")
         self.probe_cost = probe_cost
         self.ladder, self.asked = tuple(ladder), total_steps
         self.window = max(1, math.ceil(total_steps / WINDOWS))
@@ -91,7 +107,10 @@ class AutoSchedule:
         """Forget every probe: the state before the first step."""
         self.entered = [Entered(0 if self.tries else len(self.ladder) - 1, 0)]
         self.probes: list[tuple[int, float]] = []
+        self.answers: list[tuple[int, int]] = []
+        """Steps and stages that were asked."""
         self.given_back = self.added = 0
+        self._leave_unpaid(0)
 
     @property
     def now(self) -> Schedule:
@@ -136,7 +155,7 @@ class AutoSchedule:
             (end - e.start) * (1 - self.costs[e.rung]) for e, end in zip(self.entered, starts[1:], strict=False)
         )
         probes = sum(at <= starts[-1] for at, _ in self.probes) + PATIENCE + 1
-        left = saved - self.given_back - probes * self.probe_cost
+        left = saved - self.given_back - probes * self.probe_cost - self.ask_spent
         return max(0, math.floor(left / (1 + self.probe_cost / self.window)))  # every window ends with a probe
 
     @property
@@ -152,6 +171,55 @@ class AutoSchedule:
             left = self.total_steps - step
             return self.may_go_on and left in (0, self.window, PATIENCE * self.window)
         return step >= self.latest or (step - self.entered[-1].start) % self.window == 0
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def is_cut(self, rung: int) -> bool:
+        """Whether a stage's gradient is another one than the full PLM's, so that it has to be asked."""
+        stage, last = self.ladder[rung], self.ladder[-1]
+        return not stage.same_size(last) or stage.length != last.length
+
+    def pays(self, rung: int) -> bool:
+        """Whether a window on a stage saves more than it costs to ask for it, and the questions' share holds one."""
+        instead = next(self.costs[i] for i in range(rung, len(self.ladder)) if not self.is_cut(i))
+        saved = self.window * (instead - self.costs[rung])
+        return self.ask_costs[rung] <= min(saved, ASK_SHARE * self.asked)
+
+    def asks(self, step: int) -> bool:
+        """Whether the signal of the stage that runs now is to be asked when `step` steps are done."""
+        begins = self.entered[-1].start == step
+        window_ends = bool(self.probes) and self.probes[-1][0] == step
+        return self.is_cut(self.rung) and (begins or window_ends) and (step, self.rung) not in self.answers
+
+    @property
+    def ask_spent(self) -> float:
+        """What all questions so far have cost, in steps of the last stage."""
+        return sum(self.ask_costs[rung] for _, rung in self.answers)
+
+    def answer(self, step: int, low: float) -> str | None:
+        """Take note of the lower end of the signal's interval, relative to plain, and grow where it is not above 1.
+
+        Returns:
+            None: the stage is run for a window. `grow`: a later one begins with the next step.
+        """
+        self.answers.append((step, self.rung))
+        if low > 1:
+            return None
+        self._enter(self.rung + 1, step)
+        self._leave_unpaid(step)
+        return "grow"
+
+    def _leave_unpaid(self, step: int) -> bool:
+        """Leave the stages that would have to be asked now, where the questions' share holds no more."""
+        before = self.rung
+        while self.asks(step) and self.ask_spent + self.ask_costs[self.rung] > ASK_SHARE * self.asked:
+            self._enter(self.rung + 1, step)
+        return self.rung > before
+
+    def _enter(self, rung: int, step: int) -> None:
+        if self.entered[-1].start == step:  # the stage before has made no step
+            self.entered.pop()
+        self.entered.append(Entered(rung, step))
 
     @property
     def may_go_back(self) -> bool:
@@ -175,26 +243,27 @@ class AutoSchedule:
             self.added = min(self.added + self.window, self._room())
             return "go on"
         seen = [value for at, value in self.probes if at >= start]
-        if len(seen) < 2:
-            return None
         stale = _stale(seen)
         if len(seen) == 2 and stale:
             self.given_back += step - start
-            self.entered.append(Entered(last, step))
+            self._enter(last, step)
             return "abandon"
-        if step >= self.latest:
-            self.entered.append(Entered(last, step))
+        if len(seen) > 1 and step >= self.latest:
+            self._enter(last, step)
         elif stale >= PATIENCE:
-            self.entered.append(Entered(self.rung + 1, step))
-        else:
+            self._enter(self.rung + 1, step)
+        elif not self._leave_unpaid(step):
             return None
+        self._leave_unpaid(step)
         return "grow"
 
     def replay(self, log: Iterable[Mapping[str, Any]]) -> None:
         """Come to the state after the probes that a Trainer's log holds (`state.log_history`): resuming."""
         self.clear()
         for entry in log:
-            if PROBE in entry:
+            if SIGNAL in entry:
+                self.answer(int(entry["step"]), float(entry[f"{SIGNAL}_low"]))
+            elif PROBE in entry:
                 self.tell(int(entry["step"]), float(entry[PROBE]))
 
 
@@ -220,14 +289,27 @@ def probe_examples(total_steps: int, step_examples: int) -> int:
     return max(PROBE_EXAMPLES[0], min(PROBE_EXAMPLES[1], int(passes)))
 
 
-def default_ladder(full: Stage, batch_size: int) -> tuple[Stage, ...]:
+LONG_RUN = 8192
+"""Examples of a whole run from which on `auto` asks for three quarters of the layers: what they save in a window then
+pays for the question, two steps on `PROBE_EXAMPLES`, and `ASK_SHARE` holds one for every window."""
+
+
+def default_ladder(full: Stage, batch_size: int, total_steps: int = 0) -> tuple[Stage, ...]:
     """The stages that `auto` climbs where a recipe names none: a quarter of each batch, then all of it.
 
-    Partial PLMs are left out: on the modern decoders we measured, what they teach hardly reaches the full PLM
-    (docs/methods/auto.md), while steps on a few examples cost a quarter and teach as much at first.
+    Steps on a few examples cost a quarter and teach as much at first. In a long run three quarters of the layers come
+    before, and are run only if the model turns out to be so redundant: on the decoders we measured none is
+    (docs/methods/signal.md).
     """
     small = batch_size // 4
-    return (replace(full, batch=small), full) if small else (full,)
+    if not small:
+        return (full,)
+    ladder = (replace(full, batch=small), full)
+    if total_steps * batch_size >= LONG_RUN:
+        with suppress(ScheduleError):  # too few layers
+            preset = Schedule.preset("ld", full, total_steps=len(PAPER_SPLIT), stacks=full.stacks)
+            return (replace(preset.stages[-2], steps=0, batch=small), *ladder)
+    return ladder
 
 
 def best_case(ladder: Sequence[Stage], total_steps: int) -> Schedule:

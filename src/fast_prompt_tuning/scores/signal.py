@@ -164,6 +164,26 @@ def measure(
     return found
 
 
+def ask(
+    prompted: PromptedPLM, partial: PartialPLM, stage: Stage, examples: Mapping[str, Any], *, step_examples: int
+) -> tuple[Signal, float]:
+    """The signal of one stage beside the full PLM on as many examples of a step, and the FLOPs that asking took.
+
+    Args:
+        examples: training examples, as `measure` takes a batch.
+        step_examples: of an optimizer step on `stage`.
+
+    Raises:
+        ScheduleError, ScoreError, ModelError: as `measure` and `signals`.
+    """
+    size = min(step_examples, len(examples["input_ids"]))
+    parts = [{k: v[i : i + size] for k, v in examples.items()} for i in range(0, len(examples["input_ids"]), size)]
+    whole = replace(stage, batch=None)
+    found = measure(replace(prompted, cache=None), partial, [whole], parts)
+    signal = signals({"": whole}, found, partial.full_stage)[""]
+    return signal, sum(one.spent for each in found for one in each.values())
+
+
 def _step(stage: Stage, full: Stage) -> Stage:
     """What a step of `stage` runs, spelled in one way."""
     size = full if stage.is_full(full) else stage

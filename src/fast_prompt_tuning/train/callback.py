@@ -17,9 +17,11 @@ from ..errors import ModelError, ScheduleError
 from ..plm.modes import inference, recomputes
 from ..plm.partial import PartialPLM
 from ..plm.stacks import get_plm
+from ..prompt.places import prompted_of
 from ..prompt.soft_prompt import prompt_parameter
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
+from ..scores.signal import Signal, ask
 from .growth import Growth, log_growth
 
 logger = logging.getLogger(__name__)
@@ -236,6 +238,7 @@ class AutoCallback(ProgressiveCallback):
             Path(str(args.output_dir)),
             writes=state.is_world_process_zero,
             measure=self._measure,
+            ask=self._ask,
             log=log,
         )
         self._growth.begin(state.global_step)
@@ -256,6 +259,12 @@ class AutoCallback(ProgressiveCallback):
     def _consider(self, state: TrainerState, optimizer: Any) -> None:
         if self._growth is not None and state.global_step < self._most_steps:
             self._growth.consider(state.global_step, optimizer.state)
+
+    def _ask(self, stage: Stage) -> Signal:
+        """The signal of a stage on the probe."""
+        args = self._trainer.args  # type: ignore[union-attr]
+        rows = (stage.batch or args.per_device_train_batch_size) * args.gradient_accumulation_steps * args.world_size
+        return ask(prompted_of(self._trainer.model), self.partial, stage, self.probe, step_examples=rows)[0]  # type: ignore[union-attr]
 
     def _measure(self) -> float:
         """The loss of the full PLM on the probe."""

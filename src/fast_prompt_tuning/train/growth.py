@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 
 from ..files import new_file
 from ..plm.partial import PartialPLM
-from ..schedule.auto import PROBE, AutoSchedule
+from ..schedule.auto import PROBE, SIGNAL, AutoSchedule
 from ..schedule.stages import Stage
+from ..scores.signal import Signal
 from .checkpoint import CANNOT_WRITE, STAGE_START
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Growth:
         folder: where the checkpoints lie.
         writes: whether this process writes files.
         measure: gives the loss of the full PLM on the probe.
+        ask: gives the signal of a stage that is cut, at the prompt as it is.
         log: takes numbers into the log that every checkpoint holds.
     """
 
@@ -40,10 +43,11 @@ class Growth:
         *,
         writes: bool,
         measure: Callable[[], float],
+        ask: Callable[[Stage], Signal],
         log: Callable[[dict[str, float]], None],
     ):
         self.auto, self.prompt, self.start, self.writes = auto, prompt, folder / STAGE_START, writes
-        self.measure, self.log = measure, log
+        self.measure, self.ask, self.log = measure, ask, log
         self._begun_with: torch.Tensor | None = None
 
     def begin(self, step: int) -> None:
@@ -63,20 +67,42 @@ class Growth:
         Args:
             optimizer_state: of an optimizer, by parameter; a stage that is given up leaves nothing of the prompt there.
         """
-        if not self.auto.wants_probe(step):
-            return
-        loss = self.measure()
-        self.log({PROBE: loss})
-        stage, decision = self.auto.rung, self.auto.tell(step, loss)
-        if decision == "abandon":
-            logger.info("step %d: the full model has learned nothing on stage %d: growing to the last", step, stage + 1)
-            self._go_back(optimizer_state)
-        elif decision == "go on":
-            logger.info("step %d: the full model's loss still falls: on to step %d", step, self.auto.total_steps)
-        elif decision == "grow":
-            logger.info("step %d: the full model's loss is %.4f: the next stage", step, loss)
-        if decision == "grow" or step == 0:
+        rung, done = self.auto.rung, list[str]()
+        grown = self._ask(step, done)
+        if self.auto.wants_probe(step):
+            loss = self.measure()
+            self.log({PROBE: loss})
+            done.append(f"held-out loss {loss:.4f}")
+            decision = self.auto.tell(step, loss)
+            if decision == "abandon":
+                done.append("nothing has been learned, so the prompt goes back to where this stage began")
+                self._go_back(optimizer_state)
+            elif decision == "go on":
+                done.append(f"it still falls, so on to step {self.auto.total_steps}")
+            grown = decision == "grow" or grown
+        grown = self._ask(step, done) or grown
+        if done:
+            what = "next" if self.auto.rung != rung else "goes on"
+            logger.info("auto, step %d: %s; %s: %s", step, "; ".join(done), what, self.auto.ladder[self.auto.rung])
+        if grown or (done and step == 0):
             self._remember()
+
+    def _ask(self, step: int, done: list[str]) -> bool:
+        """Ask what has to be asked before the next step; whether a later stage is to come."""
+        grown = False
+        while self.auto.asks(step):
+            stage = self.auto.ladder[self.auto.rung]
+            said = self.ask(stage).per_flop
+            # A number that is none, of a gradient lost in noise, is no promise; and no JSON.
+            low, high = (value if math.isfinite(value) else 0.0 for value in (said.low, said.high))
+            self.log({SIGNAL: (low + high) / 2, f"{SIGNAL}_low": low, f"{SIGNAL}_high": high})
+            grown = self.auto.answer(step, low) is not None or grown
+            done.append(f"signal of {stage} {low:.2f} to {high:.2f} of plain's, asking {self._ask_share():.1%} so far")
+        return grown
+
+    def _ask_share(self) -> float:
+        """What questions have cost, of what plain prompt tuning would."""
+        return self.auto.ask_spent / self.auto.asked
 
     def _remember(self) -> None:
         """Keep the prompt as it is where a stage begins, for a resumed run too."""

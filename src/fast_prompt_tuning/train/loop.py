@@ -28,6 +28,7 @@ from ..prompt.prompted import PromptedPLM
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
+from ..scores.signal import Signal, ask
 from . import checkpoint, parallel, resuming
 from .batches import Batches
 from .compiled import CompiledLayers
@@ -123,6 +124,7 @@ class Loop:
                 folder,
                 writes=self.state.is_world_process_zero,
                 measure=partial_function(self.probe, probe),
+                ask=partial_function(self.ask, probe),
                 log=self.log,
             )
 
@@ -304,6 +306,14 @@ class Loop:
             loss = self.prompted.loss({k: v.to(device) for k, v in probe.items()})
         self.ledger.add("probe", parallel.size() * work_flops(self.cost, loss.work))
         return float(loss.value)
+
+    def ask(self, examples: Mapping[str, torch.Tensor], stage: Stage) -> Signal:
+        """The signal of a stage on the probe's examples; every process measures it."""
+        rows = (stage.batch or self.train.batch_size) * self.train.accumulate * parallel.size()
+        assert self.partial is not None
+        signal, flops = ask(self.prompted, self.partial, stage, examples, step_examples=rows)
+        self.ledger.add("probe", parallel.size() * flops)
+        return signal
 
     # -- between two steps --------------------------------------------------------------------------------------------
 
