@@ -241,7 +241,8 @@ def test_greedy_through_the_exported_prompt_equals_ours(tmp_path, name):
     rows = input_ids_of(session, session.encoded["test"])
     ours, _, _ = predict(session, session.prompted(prompt), session.encoded["test"])
     for ids, found in zip(rows, ours, strict=True):
-        embeds = torch.cat([prompt, plm.get_input_embeddings()(torch.tensor(ids))])[None]
+        text = plm.get_input_embeddings()(torch.tensor(ids, device=plm.device))
+        embeds = torch.cat([prompt.to(text), text])[None]
         out = plm.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False)
         assert tokenizer.batch_decode(out, skip_special_tokens=True)[0].strip() == found.text
 
