@@ -267,7 +267,7 @@ def run_peer(model: Any, rows: Any, collator: Any, batch: int) -> float:
             args=arguments,
             train_dataset=rows,
             data_collator=collator,
-            optimizers=make_optimizer([prompt_parameter(model)], config.optim),
+            optimizers=make_optimizer([prompt_parameter(model)], config.optim, config.train.steps),
             callbacks=[clock],
         )
         trainer.remove_callback(transformers.PrinterCallback)

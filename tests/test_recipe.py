@@ -202,6 +202,12 @@ def test_schedule_takes_the_tasks_stacks_then_the_recipes():
         load(MINIMAL, ["stacks=[encoder]"]).schedule(DECODER, None)
 
 
+@pytest.mark.parametrize("name", ["t5_paper_large", "t5_paper_xl"])
+def test_the_papers_rate_is_constant_whatever_the_default_is(name):
+    assert "lr_schedule: constant" in built_in("recipes")[name].read_text()
+    assert load(name).optim.lr_schedule == "constant"
+
+
 def test_a_running_mean_needs_a_prompt_and_a_decay():
     assert load({**MINIMAL, "optim": {"ema_decay": 0.9}}).optim.ema_decay == 0.9
     assert load(MINIMAL).optim.ema_decay is None

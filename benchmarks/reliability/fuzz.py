@@ -217,7 +217,7 @@ def _forged(folder: Path) -> Iterator[Target]:
     place = folder / "checkpoint-3"
     place.mkdir(parents=True)
     weight, optim = torch.nn.Parameter(torch.rand(3, 4)), config.load(toy().recipe(folder / "run")).optim
-    adam, rates = optimizer.make_optimizer([weight], optim)
+    adam, rates = optimizer.make_optimizer([weight], optim, 1)
     weight.grad = torch.ones_like(weight)
     adam.step()
     log = [{"step": 1, "loss": 1.0}, {"step": 2, "eval_accuracy": 1.0, "train_flops": 1.0, "train_seconds": 1.0}]

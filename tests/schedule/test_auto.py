@@ -266,6 +266,25 @@ def falling_with_steps(self: Any, *probe: Any) -> float:
 measured = Loop.probe
 
 
+def test_a_rate_that_falls_does_so_again_over_steps_that_are_added(tmp_path, monkeypatch):
+    """It is at zero where the run would end as far as is known, and a resumed run has the same rates."""
+    monkeypatch.setattr(Loop, "probe", falling_with_steps)
+    whole = recipe(tmp_path / "whole", save_every=1, keep_checkpoints=60, eval_every=48, log_every=1)
+    whole = config.load(whole.model_dump(mode="json"), ["optim.lr_schedule=linear", "optim.lr=0.24"])
+    assert run.train(whole).steps == 30
+    rates = rates_of(tmp_path / "whole")
+    assert rates[:24] == pytest.approx([0.01 * left for left in range(24, 0, -1)])
+    assert rates[24:] == pytest.approx([0.24 * left / total for total in (26, 28, 30) for left in (2, 1)])
+    for reached in (14, 24, 25, 26, 29):
+        again, _ = resumed_from(whole, reached)
+        assert rates_of(Path(again.output)) == rates
+        assert losses_of(Path(again.output)) == losses_of(tmp_path / "whole")
+
+
+def rates_of(folder: Path) -> list[float]:
+    return [r["learning_rate"] for r in read_log(folder / "log.jsonl") if "learning_rate" in r]
+
+
 def test_a_run_that_goes_on_costs_no_more_than_plain_and_resumes(tmp_path, monkeypatch):
     """Every probe is lower than the one before: what the small stage has saved is spent, and nothing else."""
     monkeypatch.setattr(Loop, "probe", falling_with_steps)

@@ -246,12 +246,12 @@ EVERY = {"train__save_every": 1, "train__keep_checkpoints": 99, "train__log_ever
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("method", ["pt", "ld", "fr", "cr", "pt ema"])
+@pytest.mark.parametrize("method", ["pt", "ld", "fr", "cr", "pt ema", "pt linear", "cr cosine"])
 def test_resumed_from_any_step_it_is_the_same_run(tmp_path, name, method, monkeypatch):
     """Bit by bit: batches, sizes, losses, prompt. Log lines are of three steps: a window may be cut by the stop."""
     optimizer = {"optim__optimizer": "adafactor", "optim__lr": 0.3, "optim__warmup_steps": 5} if name == "t5" else {}
-    if method.endswith(" ema"):
-        method, optimizer = method.removesuffix(" ema"), {**optimizer, "optim__ema_decay": 0.8}
+    method, _, more = method.partition(" ")
+    optimizer |= {"": {}, "ema": {"optim__ema_decay": 0.8}}.get(more, {"optim__lr_schedule": more})
     settings = {**EVERY, **optimizer, "method": method, "model__path": str(toy().model(name)), "train__steps": 12}
     config = recipe(tmp_path / "run", **settings)
     seen = watch_steps(monkeypatch)

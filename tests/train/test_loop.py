@@ -134,3 +134,26 @@ def test_full_fine_tuning_is_cut_into_parts_where_memory_ends(tmp_path, monkeypa
     parts = run.train(recipe(tmp_path / "parts", **options))
     assert "4 parts of at most 1 examples" in caplog.text
     assert dict(parts.losses) == pytest.approx(dict(whole.losses), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lr_schedule", "rates"),
+    [
+        ("constant", [0.0, 0.04, 0.08, 0.08, 0.08, 0.08]),
+        ("linear", [0.0, 0.04, 0.08, 0.06, 0.04, 0.02]),
+        ("cosine", [0.0, 0.04, 0.08, 0.0683, 0.04, 0.0117]),
+    ],
+)
+def test_rates_rise_and_then_stay_or_fall_to_the_end_of_the_run(lr_schedule, rates, tmp_path):
+    optim = {"optim__lr": 0.08, "optim__warmup_steps": 2, "optim__lr_schedule": lr_schedule}
+    run.train(recipe(tmp_path, **optim, method="pt", train__steps=6, train__log_every=1))
+    logged = [r["learning_rate"] for r in read_log(tmp_path / "log.jsonl") if "learning_rate" in r]
+    assert logged == pytest.approx(rates, abs=1e-4)
+
+
+def test_a_run_resumed_with_more_steps_falls_to_its_new_end(tmp_path):
+    settings = {"optim__lr": 0.08, "optim__lr_schedule": "linear", "method": "pt", "train__log_every": 1}
+    run.train(recipe(tmp_path, **settings, train__steps=4))
+    run.train(recipe(tmp_path, **settings, train__steps=8), resume=True, allow_changed=True)
+    logged = [r["learning_rate"] for r in read_log(tmp_path / "log.jsonl") if "learning_rate" in r]
+    assert logged == pytest.approx([0.08, 0.06, 0.04, 0.02, 0.04, 0.03, 0.02, 0.01])

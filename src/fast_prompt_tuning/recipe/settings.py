@@ -166,11 +166,12 @@ class OptimConfig(_Section):
     """The optimizer; all of its settings, none hidden."""
 
     optimizer: Literal["adam", "adafactor"] = Field("adam", description="adafactor is the paper's, for T5")
-    lr: float = Field(
-        0.01, gt=0, allow_inf_nan=False, description="constant learning rate (the paper's Adafactor: 0.3)"
+    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="highest learning rate (the paper's Adafactor: 0.3)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="what it does after the warm-up: stay (the paper), or fall to zero at the run's end"
     )
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="the paper: 1e-5")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up before the constant rate")
+    warmup_steps: int = Field(0, ge=0, description="steps in which it rises from zero")
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="gradient norm is clipped at this")
     ema_decay: float | None = Field(
         None,

@@ -173,7 +173,7 @@ def _batches(session: Session, rows: Dataset, epoch: int = 0) -> Iterator[list[d
 def _plain_steps(session: Session, prompted: PromptedPLM, rows: Dataset, steps: int) -> tuple[torch.Tensor, float]:
     """The prompt `(P, H)` after plain steps, on the CPU, and their FLOPs; one process makes the passes of all."""
     parameter, optim = prompted.parameter, session.config.optim
-    optimizer, rates = make_optimizer([parameter], optim)
+    optimizer, rates = make_optimizer([parameter], optim, session.config.train.steps)
     epochs = itertools.chain.from_iterable(_batches(session, rows, epoch) for epoch in itertools.count())
     flops = 0.0
     with evaluating(prompted.module):

@@ -34,7 +34,7 @@ from .batches import Batches
 from .compiled import CompiledLayers
 from .growth import Growth, log_growth
 from .guard import LastGood, Signals
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, reaching
 from .trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,9 @@ class Loop:
         self.schedule, self.cost, self.partial = schedule, cost, partial
         self.folder, self.evaluate_prompt, self.callbacks = folder, evaluate, list(callbacks)
         self.ledger, self.record, self.spent = ledger or FlopsLedger(), dict(record or {}), spent
-        self.optimizer, self.rates = make_optimizer(prompted.trained, config.optim)
         self.state, self.control = TrainerState(), TrainerControl()
+        self.state.max_steps = schedule.now.total_steps
+        self.optimizer, self.rates = make_optimizer(prompted.trained, config.optim, self.state.max_steps)
         self.state.is_world_process_zero = self.state.is_local_process_zero = parallel.rank() == 0
         self.signals = Signals()
         self.good = None if prompted.whole else LastGood(prompted.trained)  # all weights are too many to keep twice
@@ -143,7 +144,7 @@ class Loop:
         if isinstance(self.schedule, AutoSchedule):
             self.schedule.replay(self.state.log_history)
         self._saved = time.perf_counter()
-        self.state.max_steps = self.schedule.now.total_steps
+        self._set_end()
         if self.state.global_step >= self.state.max_steps:
             return
         with self.signals, self._ready():
@@ -210,10 +211,16 @@ class Loop:
         self.seconds += time.perf_counter() - begun
         if self.growth is not None:
             self.growth.consider(self.state.global_step, self.optimizer.state)
-            self.state.max_steps = self.schedule.now.total_steps
+            self._set_end()
         self._set_due()
         self._tell("on_step_end")
         self._do_what_is_due()
+
+    def _set_end(self) -> None:
+        """Take the end that the schedule has by now: rates that fall are at zero there."""
+        end = self.schedule.now.total_steps
+        if end != self.state.max_steps:
+            self.state.max_steps, self.rates = end, reaching(self.rates, self.config.optim, end)
 
     def _enter(self, step: int) -> Stage:
         stage = self.schedule.now.stage_at(step)

@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_constant_schedule_with_warmup
+from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from ..recipe import OptimConfig
 
+_NAMES = {"constant": "constant_with_warmup"}
+"""Where the library's name of a schedule is not the recipe's."""
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> tuple[torch.optim.Optimizer, Any]:
-    """The optimizer and its learning-rate schedule (constant after a linear warm-up).
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, total_steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer and its learning rates for a run of so many steps.
 
     `adafactor` is the paper's (Section 4.1): no relative step, no parameter scaling. `adam` has PyTorch's defaults.
     """
@@ -30,7 +35,28 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         )
     else:
         optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    return optimizer, get_constant_schedule_with_warmup(optimizer, config.warmup_steps)
+    return optimizer, _rates(optimizer, config, total_steps)
+
+
+def _rates(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> Any:
+    name = _NAMES.get(config.lr_schedule, config.lr_schedule)
+    return get_scheduler(name, optimizer, config.warmup_steps, total_steps)
+
+
+def reaching(rates: Any, config: OptimConfig, total_steps: int) -> Any:
+    """Learning rates like `rates`, at the same step, of a run that has another number of steps."""
+    anew = _rates(rates.optimizer, config, total_steps)
+    _place(anew, rates.state_dict())
+    return anew
+
+
+def _place(rates: Any, steps: Mapping[str, Any]) -> None:
+    """Put learning rates at the step of another's state."""
+    at = {key: steps[key] for key in ("last_epoch", "_step_count")}
+    now = [base * factor(at["last_epoch"]) for base, factor in zip(rates.base_lrs, rates.lr_lambdas, strict=True)]
+    rates.load_state_dict({**rates.state_dict(), **at, "_last_lr": now})
+    for group, rate in zip(rates.optimizer.param_groups, now, strict=True):
+        group["lr"] = rate
 
 
 def go_on(
@@ -50,11 +76,6 @@ def go_on(
     state, steps = saved
     if now == before:
         optimizer.load_state_dict(state)
-        rates.load_state_dict(steps)
-        return
-    if now["optimizer"] == before["optimizer"]:
+    elif now["optimizer"] == before["optimizer"]:
         optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
-    position = {key: steps[key] for key in ("last_epoch", "_step_count")}
-    rates.load_state_dict({**rates.state_dict(), **position})
-    for group, base, factor in zip(optimizer.param_groups, rates.base_lrs, rates.lr_lambdas, strict=True):
-        group["lr"] = base * factor(position["last_epoch"])
+    _place(rates, steps)

@@ -109,7 +109,7 @@ def check(stored: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConf
         raise CheckpointError(f"{where}: process_0 holds no state of random generators")
     if not prompted.whole:
         _like(checkpoint.load_state(folder, "good"), [p.detach() for p in trained], f"{where}: good")
-    optimizer, rates = make_optimizer(trained, optim)
+    optimizer, rates = make_optimizer(trained, optim, 1)
     _like(checkpoint.load_state(folder, "scheduler"), rates.state_dict(), f"{where}: scheduler")
     saved = checkpoint.load_state(folder, "optimizer")
     if record.config.optim.optimizer == optim.optimizer:
@@ -166,7 +166,7 @@ def _check_moments(state: Any, trained: Sequence[nn.Parameter], optim: OptimConf
         shape = tuple(trained[i].shape)
         tiny = nn.Parameter(torch.zeros([2] * len(shape)))
         tiny.grad = torch.zeros_like(tiny)
-        scratch, _ = make_optimizer([tiny], optim)
+        scratch, _ = make_optimizer([tiny], optim, 1)
         scratch.step()
         expected = scratch.state[tiny]
         if not isinstance(moments, dict) or not set(expected) <= set(moments):
