@@ -118,14 +118,14 @@ class Loop:
         self._compiled = CompiledLayers(prompted.plm) if self.train.compile else None
         self._trackers: Accelerator | None = None
         self.growth: Growth | None = None
-        if isinstance(schedule, AutoSchedule) and folder is not None and probe is not None:
+        if isinstance(schedule, AutoSchedule) and folder is not None and probe is not None and partial is not None:
             self.growth = Growth(
                 schedule,
                 prompted.parameter,
                 folder,
                 writes=self.state.is_world_process_zero,
                 measure=partial_function(self.probe, probe),
-                ask=partial_function(self.ask, probe),
+                ask=partial_function(self.ask, partial, probe),
                 log=self.log,
             )
 
@@ -314,11 +314,10 @@ class Loop:
         self.ledger.add("probe", parallel.size() * work_flops(self.cost, loss.work))
         return float(loss.value)
 
-    def ask(self, examples: Mapping[str, torch.Tensor], stage: Stage) -> Signal:
+    def ask(self, partial: PartialPLM, examples: Mapping[str, torch.Tensor], stage: Stage) -> Signal:
         """The signal of a stage on the probe's examples; every process measures it."""
         rows = (stage.batch or self.train.batch_size) * self.train.accumulate * parallel.size()
-        assert self.partial is not None
-        signal, flops = ask(self.prompted, self.partial, stage, examples, step_examples=rows)
+        signal, flops = ask(self.prompted, partial, stage, examples, step_examples=rows)
         self.ledger.add("probe", parallel.size() * flops)
         return signal
 
