@@ -356,3 +356,11 @@ def test_the_study_of_the_signal_is_the_committed_one():
     assert f"at most {best}" in page
     shown = [row for row in prompts.splitlines()[2:] if "-influence" not in row]
     assert [row for row in shown if row not in page] == []
+
+
+def test_the_table_of_slow_prompts_is_the_committed_one():
+    script = [sys.executable, str(ROOT / "benchmarks" / "slow_prompt.py"), "--summary"]
+    table, certain = subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip().split("\n\n")
+    page = PAGES["docs/methods/layer_dropping.md"].read_text(encoding="utf-8")
+    assert table in page
+    assert certain in page
