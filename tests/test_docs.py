@@ -358,6 +358,16 @@ def test_the_study_of_the_signal_is_the_committed_one():
     assert [row for row in shown if row not in page] == []
 
 
+def test_the_tables_of_held_out_loss_are_the_committed_ones_and_meet_their_targets():
+    script = [sys.executable, str(ROOT / "benchmarks" / "quality" / "held_out.py"), "--check"]
+    chosen, rates, runs = (
+        subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip().split("\n\n")
+    )
+    assert chosen in PAGES["docs/methods/auto.md"].read_text(encoding="utf-8")
+    assert rates in PAGES["docs/methods/rate.md"].read_text(encoding="utf-8")
+    assert runs in PAGES["docs/measured.md"].read_text(encoding="utf-8")
+
+
 def test_the_table_of_slow_prompts_is_the_committed_one():
     script = [sys.executable, str(ROOT / "benchmarks" / "slow_prompt.py"), "--summary"]
     table, certain = subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip().split("\n\n")

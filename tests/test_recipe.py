@@ -194,12 +194,13 @@ BOTH = Stage(8, 16, stacks=("encoder", "decoder"))
 
 
 def test_schedule_takes_the_tasks_stacks_then_the_recipes():
-    assert load(MINIMAL).schedule(BOTH, ["encoder"]).stages[0].stacks == ("encoder",)
-    assert load(MINIMAL).schedule(BOTH, None).stages[0].stacks == ("encoder", "decoder")
-    assert load(MINIMAL).schedule(DECODER, ["encoder"]).stages[0].stacks == ("decoder",)  # it has no encoder
-    assert load(MINIMAL, ["stacks=[decoder]"]).schedule(BOTH, ["encoder"]).stages[0].stacks == ("decoder",)
+    cut = {**MINIMAL, "method": "cr"}
+    assert load(cut).schedule(BOTH, ["encoder"]).stages[0].stacks == ("encoder",)
+    assert load(cut).schedule(BOTH, None).stages[0].stacks == ("encoder", "decoder")
+    assert load(cut).schedule(DECODER, ["encoder"]).stages[0].stacks == ("decoder",)  # it has no encoder
+    assert load(cut, ["stacks=[decoder]"]).schedule(BOTH, ["encoder"]).stages[0].stacks == ("decoder",)
     with pytest.raises(ScheduleError, match="encoder"):
-        load(MINIMAL, ["stacks=[encoder]"]).schedule(DECODER, None)
+        load(cut, ["stacks=[encoder]"]).schedule(DECODER, None)
 
 
 @pytest.mark.parametrize("name", ["t5_paper_large", "t5_paper_xl"])
@@ -218,8 +219,16 @@ def test_a_running_mean_needs_a_prompt_and_a_decay():
             load({**MINIMAL, "optim": {"ema_decay": bad}})
 
 
+def test_a_schedule_of_ones_own_needs_no_method():
+    steps = [{"layers": 2, "steps": 40}, {"steps": 60}]
+    assert load({**MINIMAL, "stages": steps}).method == "cr"
+    assert load({**MINIMAL, "stages": [{"layers": 2}]}).method == load(MINIMAL).method == "auto"
+    with pytest.raises(ConfigError, match="method='auto'; leave it out"):
+        load({**MINIMAL, "method": "auto", "stages": steps})
+
+
 def test_schedules_of_methods():
-    cr = load(MINIMAL).schedule(DECODER)
+    cr = load({**MINIMAL, "method": "cr"}).schedule(DECODER)
     assert [(s.layers, s.ffn, s.steps) for s in cr.stages] == [(2, 4, 20), (4, 8, 20), (6, 12, 20), (8, 16, 40)]
     for method in ("pt", "full"):
         schedule = load({**MINIMAL, "method": method}).schedule(DECODER)

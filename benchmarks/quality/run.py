@@ -332,8 +332,8 @@ def settings_of(
     settings: dict[str, Any] = {
         "model": {"path": MODELS[model](), "dtype": args.dtype},
         "data": data_of(task_name, tuning, args, work),
-        "prompt": {"tokens": 20, "init": "vocab"},
-        "optim": {"optimizer": "adam", "lr": rate},
+        "prompt": {"tokens": 20, "init": "vocab", "placement": "prefix"},
+        "optim": {"optimizer": "adam", "lr": rate, "lr_schedule": "constant"},
         "cache": {"budget_mib": 4096},
         "scoring": {"examples": 64},
         "train": {

@@ -29,3 +29,5 @@ PLACEMENTS = {
     ),
 }
 """Every placement by its name in recipes. The first is the default: the paper's, and the one that PEFT can load."""
+
+FRONT = next(iter(PLACEMENTS))

@@ -21,7 +21,7 @@ def _middle(monkeypatch):
 
 @pytest.mark.parametrize("task", ["topics", "words"])
 def test_it_trains_scores_and_generates_by_every_command(fpt, tmp_path, task):
-    run, changes = tmp_path / "run", {"method": "cr", "data__task": str(getattr(toy(), task))}
+    run, changes = tmp_path / "run", {"optim__lr_schedule": "constant", "data__task": str(getattr(toy(), task))}
     recipe = toy().write_recipe(tmp_path / "recipe.yaml", run, prompt__placement="middle", **changes)
     plan = json.loads(fpt("plan", "-c", recipe, "--json")[0])
     fpt("train", "-c", recipe)

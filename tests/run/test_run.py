@@ -666,11 +666,12 @@ def test_a_run_killed_among_bad_steps_ends_with_the_prompt_before_them(tmp_path,
 
 
 def test_a_huge_learning_rate_stops_the_run_and_leaves_a_finite_prompt(tmp_path):
+    constant = {"optim__lr": 3.3e37, "optim__lr_schedule": "constant"}
     with pytest.raises(TrainingStopped, match="saved in"):
-        run.train(recipe(tmp_path / "run", optim__lr=3.3e37, method="pt", train__steps=40))
+        run.train(recipe(tmp_path / "run", **constant, method="pt", train__steps=40))
     assert torch.isfinite(load_prompt(tmp_path / "run" / "prompt")).all()
     with pytest.raises(TrainingStopped):
-        run.train(recipe(tmp_path / "full", optim__lr=3.3e37, method="full"))
+        run.train(recipe(tmp_path / "full", **constant, method="full"))
 
 
 # -- what must not be mistaken for something else ---------------------------------------------------------------------

@@ -201,7 +201,7 @@ def recipe(folder: Path, kind: str = "llama", **train: Any) -> config.RunConfig:
         {
             "model": {"path": str(getattr(made, kind)), "dtype": "float32"},
             "data": {"task": str(made.topics), "validation_limit": 8, "max_input_tokens": 20},
-            "prompt": {"tokens": 3},
+            "prompt": {"tokens": 3, "placement": "prefix"},
             "method": "auto",
             "optim": {"lr": 0.05},
             "train": {"steps": 24, "batch_size": 8, "log_every": 1, "eval_every": 8, **train},

@@ -378,8 +378,9 @@ def test_changed_data_is_refused(tmp_path, split):
 
 
 def test_a_changed_recipe_is_taken_on_request(tmp_path):
-    interrupted(recipe(tmp_path / "run"))
-    longer = recipe(tmp_path / "run", train__steps=14, optim__lr=0.01)
+    constant = {"optim__lr_schedule": "constant"}
+    interrupted(recipe(tmp_path / "run", **constant))
+    longer = recipe(tmp_path / "run", train__steps=14, optim__lr=0.01, **constant)
     with pytest.raises(ConfigError, match=r"optim\.lr was 0\.05, is 0\.01.*--allow-changed"):
         run.train(longer, resume=True)
     result = run.train(longer, resume=True, allow_changed=True)

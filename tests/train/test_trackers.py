@@ -24,7 +24,7 @@ def test_tensorboard_reads_the_whole_run(name, tmp_path, monkeypatch):
         return {e.step: e.value for e in events.Scalars(tag)}
 
     assert read("train/loss") == pytest.approx(dict(result.losses), rel=1e-4)
-    assert list(read("train/learning_rate").values()) == pytest.approx([0.05] * result.steps)
+    assert list(read("train/learning_rate").values()) == pytest.approx([0.05 - 0.005 * n for n in range(result.steps)])
     starts = [*result.boundaries, result.steps]
     stages = {step: n for n in range(len(starts) - 1) for step in range(starts[n] + 1, starts[n + 1] + 1)}
     assert read("train/stage") == stages

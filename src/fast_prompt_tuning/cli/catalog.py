@@ -46,7 +46,7 @@ METHOD_TEXTS = {
     "ld": "layer dropping: 25, 50, 75% of the layers for 20% of the steps each, then the full model",
     "fr": "FFN reduction: 25, 50, 75% of the feed-forward neurons, by activation score, likewise",
     "cr": "compound reduction: both",
-    "auto": "small batches first; grows when the full model's held-out loss says so, and never costs much more than pt",
+    "auto": "chooses place, rate and stages; grows by the full model's held-out loss, never costs much more than pt",
     "full": "fine-tuning of all weights, as a baseline",
 }
 

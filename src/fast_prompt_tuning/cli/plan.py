@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..placements import PLACEMENTS
+from ..placements import FRONT, PLACEMENTS
 from ..schedule.auto import AutoSchedule, best_case
 from ..schedule.stages import Stage, size_text
 from .console import Sets, emit, listed, people, quiet_libraries, wants_json
@@ -49,7 +49,7 @@ NO_TASK = "none"
 def plan(
     config: Annotated[str | None, typer.Option("--config", "-c", help="Recipe to plan; options replace parts.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or a config.json: weights are not needed.")] = None,
-    method: Annotated[str | None, typer.Option(help="pt, ld, fr, cr, or auto at its cheapest; default cr.")] = None,
+    method: Annotated[str | None, typer.Option(help="pt, ld, fr, cr, or auto at its cheapest; default auto.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of the whole run; default 30000.")] = None,
     input_tokens: Annotated[
         int | None, typer.Option(help="Text tokens of an input, without the prompt; default 492.")
@@ -66,7 +66,8 @@ def plan(
         ),
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help=f"Where the prompt stands: {', '.join(PLACEMENTS)}; default prefix.")
+        str | None,
+        typer.Option(help=f"Where the prompt stands: {', '.join(PLACEMENTS)}; default auto's choice."),
     ] = None,
     after_tokens: Annotated[int, typer.Option(help="Of the text tokens, those after a prompt within the text.")] = 0,
     examples: Annotated[int, typer.Option(help="Training examples, whose texts may be kept.")] = 1000,
@@ -89,9 +90,23 @@ def plan(
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
     recipe = _recipe(config, options, stages, sets)
-    placement, input_tokens, method = recipe.prompt.placement, recipe.data.max_input_tokens, recipe.method
+    if recipe.method == "full":
+        raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
+    quiet_libraries(transformers_only=True)
+    name = recipe.model.path
+    if name.endswith(".gguf") or ("/" not in name and not Path(name).exists()):  # the others need no PyTorch
+        from ..plm.loading import locate
+
+        name = locate(name)
+    model_config = configs.load_config(name)
+    full = configs.full_stage(model_config)
+    if recipe.method == "auto" and compare is None and not measure:
+        from ..run.choices import placed_by_auto
+
+        recipe = placed_by_auto(recipe, decoder=len(full.stacks) == 1, asks=after_tokens > 0)
+    placement, input_tokens = recipe.prompt.placement, recipe.data.max_input_tokens
     placed = None
-    if placement != "prefix":  # the classes need PyTorch
+    if placement != FRONT:  # the classes need PyTorch
         from ..prompt.prompted import placement_named
 
         placed = placement_named(placement)
@@ -103,16 +118,6 @@ def plan(
         )
     if placed and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
-    if method == "full":
-        raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
-    quiet_libraries(transformers_only=True)
-    name = recipe.model.path
-    if name.endswith(".gguf") or ("/" not in name and not Path(name).exists()):  # the others need no PyTorch
-        from ..plm.loading import locate
-
-        name = locate(name)
-    model_config = configs.load_config(name)
-    full = configs.full_stage(model_config)
     target, task_stacks = _of_task(recipe)
     asked = BatchShape(
         batch=recipe.train.batch_size,

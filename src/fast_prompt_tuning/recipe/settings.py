@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..placements import PLACEMENTS
+from ..placements import FRONT, PLACEMENTS
 from ..schedule.auto import AutoSchedule, default_ladder
 from ..schedule.stages import Schedule, Stage
 
@@ -81,7 +81,7 @@ class PromptConfig(_Section):
     text: str | None = Field(None, description="the text of init: text")
     path: UserPath | None = Field(None, description="the saved prompt of init: prompt")
     placement: Annotated[str, AfterValidator(_placed)] = Field(
-        "prefix", description="; ".join(f"{name}: {place.where}" for name, place in PLACEMENTS.items())
+        FRONT, description="; ".join(f"{name}: {place.where}" for name, place in PLACEMENTS.items())
     )
 
     @model_validator(mode="after")
@@ -165,10 +165,12 @@ class ScoringConfig(_Section):
 class OptimConfig(_Section):
     """The optimizer; all of its settings, none hidden."""
 
-    optimizer: Literal["adam", "adafactor"] = Field("adam", description="adafactor is the paper's, for T5")
+    optimizer: Literal["adam", "adafactor", "prodigy"] = Field(
+        "adam", description="adafactor is the paper's, for T5; prodigy finds its rate: leave lr at 1"
+    )
     lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="highest learning rate (the paper's Adafactor: 0.3)")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="what it does after the warm-up: stay (the paper), or fall to zero at the run's end"
+        "linear", description="what it does after the warm-up: fall to zero at the run's end, or stay (the paper)"
     )
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="the paper: 1e-5")
     warmup_steps: int = Field(0, ge=0, description="steps in which it rises from zero")
@@ -231,7 +233,7 @@ class RunConfig(_Section):
     model: ModelConfig
     data: DataConfig
     method: Literal["pt", "ld", "fr", "cr", "auto", "full"] = Field(
-        "cr", description="which partial PLMs (fpt ls methods)"
+        "auto", description="what is trained, and how it grows (fpt ls methods); cr where stages have steps"
     )
     stages: list[StageConfig] | None = Field(
         None, description="a schedule of your own instead of the paper's; with auto, what to try, small to large"
@@ -247,12 +249,17 @@ class RunConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _layers_of_auto(cls, given: Any) -> Any:
-        """What `auto` leaves out of its own accord are the layers of least influence."""
-        if isinstance(given, dict) and given.get("method") == "auto" and not given.get("stages"):
-            scoring = given.get("scoring") or {}
-            if isinstance(scoring, dict):
-                return {**given, "scoring": {"keep_layers": "influence", **scoring}}
+    def _method_and_layers(cls, given: Any) -> Any:
+        """Stages that have steps are a schedule, as `cr` has one; the layers that `auto` leaves out influence least."""
+        if not isinstance(given, dict):
+            return given
+        stages = given.get("stages")
+        steps = isinstance(stages, list) and any(isinstance(stage, dict) and "steps" in stage for stage in stages)
+        if steps and "method" not in given:
+            given = {**given, "method": "cr"}
+        scoring = given.get("scoring") or {}
+        if given.get("method", "auto") == "auto" and not stages and isinstance(scoring, dict):
+            return {**given, "scoring": {"keep_layers": "influence", **scoring}}
         return given
 
     @model_validator(mode="after")
@@ -261,7 +268,7 @@ class RunConfig(_Section):
             raise ValueError(
                 f"optim.ema_decay={self.optim.ema_decay} averages the prompt, and method='full' has none; leave it out"
             )
-        if self.prompt.placement != "prefix":
+        if self.prompt.placement != FRONT:
             place = f"prompt.placement={self.prompt.placement!r}"
             if self.method == "full":
                 raise ValueError(f"{place} has no prompt with method='full'; leave one of them out")
@@ -291,6 +298,8 @@ class RunConfig(_Section):
         auto = self.method == "auto"
         if self.method in ("pt", "full"):
             raise ValueError(f"stages cannot be set with method={self.method!r}; leave one of them out")
+        if not stages:
+            raise ValueError("stages=[] names no stage; leave it out, or name some")
         for i, stage in enumerate(stages):
             if (stage.steps is None) != auto:
                 fix = "leave it out, for auto decides, or set method=cr" if auto else "set it"
@@ -320,9 +329,7 @@ class RunConfig(_Section):
         if self.method == "auto":
             whole = StageConfig().stage(full, stacks)  # type: ignore[call-arg]
             smaller = [stage for s in self.stages or () if (stage := s.stage(full, stacks)) != whole]
-            ladder = (
-                [*smaller, whole] if self.stages else default_ladder(whole, self.train.batch_size, self.train.steps)
-            )
+            ladder = [*smaller, whole] if self.stages else self.auto_ladder(whole, self.train.batch_size)
             schedule = AutoSchedule(ladder, self.train.steps)
         elif self.stages is not None:
             schedule = Schedule(s.stage(full, stacks) for s in self.stages)
@@ -332,6 +339,16 @@ class RunConfig(_Section):
         for stage in schedule.candidates:
             stage.check_fits(full)
         return schedule
+
+    def auto_ladder(self, whole: Stage, batch_size: int) -> tuple[Stage, ...]:
+        """The stages that `auto` climbs on batches of so many examples, where the recipe names none.
+
+        Where texts are kept, their one pass is most of the cost: smaller batches save little of the rest, and ended
+        higher in loss in five of six comparisons (docs/methods/auto.md).
+        """
+        if self.prompt.placement != FRONT:
+            return (whole,)
+        return default_ladder(whole, batch_size, self.train.steps)
 
     @property
     def trains_without_dropout(self) -> bool:

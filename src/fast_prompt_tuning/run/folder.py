@@ -22,6 +22,7 @@ from ..prompt.soft_prompt import form_of, prompt_folder
 from ..recipe import RunConfig
 from ..train import checkpoint, restored
 from ..yaml_text import read_yaml
+from .choices import left_open
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,16 @@ def recipe_changes(config: RunConfig) -> list[str]:
 
 
 def changes_from(before: Any, config: RunConfig) -> list[str]:
-    """How a recipe differs from one that was saved: settings that came later have their defaults there."""
+    """How a recipe differs from one that was saved: settings that came later have their defaults there.
+
+    What `auto` chose for the saved one is no difference to a recipe that leaves it open.
+    """
+    now = config.model_dump(mode="json")
     with suppress(ValidationError, ScheduleError):
         before = RunConfig.model_validate(before).model_dump(mode="json")
-    return differences(before, config.model_dump(mode="json"))
+        for section, name in left_open(config):
+            now[section][name] = before[section][name]
+    return differences(before, now)
 
 
 RUN_MARK = "# The resolved recipe of a run of fast-prompt-tuning.\n"

@@ -20,12 +20,13 @@ from ..cost.ledger import FlopsLedger
 from ..data.batches import input_lengths
 from ..data.splits import examples_fingerprint, tokens_fingerprint, train_split
 from ..errors import ConfigError, TrainingStopped
+from ..placements import FRONT
 from ..plm import fingerprint
 from ..plm.dropout import without_dropout
 from ..plm.partial import PartialPLM
 from ..prompt.prompted import PromptedPLM
 from ..recipe import RunConfig
-from ..schedule.auto import WINDOWS, AutoSchedule, default_ladder, probe_examples
+from ..schedule.auto import WINDOWS, AutoSchedule, probe_examples
 from ..schedule.stages import Schedule
 from ..train import checkpoint, parallel
 from ..train.batches import Batches, make_collator
@@ -34,6 +35,7 @@ from ..train.resuming import log_of
 from ..train.running_mean import EmaCallback
 from .advice import GradientCheck, advise
 from .best import Best, Scored
+from .choices import chosen
 from .finish import finish, zero_shot
 from .folder import Earlier, check_folder, open_folder, write_log
 from .preparation import Needed, check_rate, checked_schedule, needed_by, scored_partial, trainable
@@ -78,7 +80,7 @@ def train(
     check_folder(config, earlier)
     set_seed(config.train.seed)
     session = session or open_session(config, ("train", "validation"), resume=resume)
-    session.config = config
+    session.config = config = chosen(config, session.task, session.plm)
     run = Run.prepared(session, started)
     with ExitStack() as held:
         # All that can be refused has been: only now is an earlier run replaced, or a folder made.
@@ -249,7 +251,9 @@ def _with_probe(schedule: AutoSchedule, session: Session) -> tuple[AutoSchedule,
     if config.stages is None and config.train.batch_tokens is not None:
         # A quarter of the batches that there are, not of those that the budget leaves no room for.
         usual = median_high(map(len, batches_of_epoch(config, input_lengths(rows))))
-        schedule = AutoSchedule(default_ladder(schedule.ladder[-1], usual, config.train.steps), config.train.steps)
+        schedule = AutoSchedule(config.auto_ladder(schedule.ladder[-1], usual), config.train.steps)
+    if not schedule.tries and len(schedule.ladder) == 1 and config.prompt.placement != FRONT:
+        return schedule, rows, None
     if not schedule.tries:
         logger.warning(
             "method=auto has nothing to try here, so this is plain prompt tuning: batches must have at least 4 "

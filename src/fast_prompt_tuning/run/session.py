@@ -32,6 +32,7 @@ from ..prompt.soft_prompt import context_length
 from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
 from ..train import parallel
+from .choices import chosen
 from .folder import read_log
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     plm = load_plm(config.model.path, dtype=dtype, device=device, revision=config.model.revision)
     if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
         plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
+    config = chosen(config, task, plm)
     session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
     kind = placement_named(config.prompt.placement)
     kind.check(plm)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from prodigyopt import Prodigy
 from torch import nn
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
@@ -21,7 +22,8 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, Any]:
     """The optimizer and its learning rates for a run of so many steps.
 
-    `adafactor` is the paper's (Section 4.1): no relative step, no parameter scaling. `adam` has PyTorch's defaults.
+    `adafactor` is the paper's (Section 4.1): no relative step, no parameter scaling. `adam` has PyTorch's defaults,
+    `prodigy` its own (Mishchenko and Defazio 2024, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner").
     """
     trained = list(parameters)
     if config.optimizer == "adafactor":
@@ -33,6 +35,9 @@ def make_optimizer(
             relative_step=False,
             warmup_init=False,
         )
+    elif config.optimizer == "prodigy":
+        # A finite number in place of infinity, which no checkpoint's JSON holds.
+        optimizer = Prodigy(trained, lr=config.lr, weight_decay=config.weight_decay, growth_rate=1e30)
     else:
         optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     return optimizer, _rates(optimizer, config, total_steps)

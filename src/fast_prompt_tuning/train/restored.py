@@ -113,7 +113,10 @@ def check(stored: checkpoint.Checkpoint, prompted: PromptedPLM, optim: OptimConf
     _like(checkpoint.load_state(folder, "scheduler"), rates.state_dict(), f"{where}: scheduler")
     saved = checkpoint.load_state(folder, "optimizer")
     if record.config.optim.optimizer == optim.optimizer:
-        _like(saved, {**optimizer.state_dict(), "state": ...}, f"{where}: optimizer")
+        ours = optimizer.state_dict()
+        _, used = _one_step(2, optim)  # an optimizer may add to its groups when it steps
+        groups = [{**used.param_groups[0], "params": group["params"]} for group in ours["param_groups"]]
+        _like(saved, {**ours, "state": ..., "param_groups": groups}, f"{where}: optimizer")
         _check_moments(saved["state"], trained, optim, f"{where}: optimizer")
     if prompted.whole:
         check_weights(folder, prompted.module)
@@ -158,20 +161,26 @@ def _described(value: Any) -> str:
     return shown(value)
 
 
+def _one_step(dimensions: int, optim: OptimConfig) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """A tiny parameter, and the optimizer that has made a step on it."""
+    tiny = nn.Parameter(torch.ones([2] * dimensions))
+    tiny.grad = torch.ones_like(tiny)
+    scratch, _ = make_optimizer([tiny], optim, 1)
+    scratch.step()
+    return tiny, scratch
+
+
 def _check_moments(state: Any, trained: Sequence[nn.Parameter], optim: OptimConfig, where: str) -> None:
     """What the optimizer remembers of each parameter: what one step on a tiny one leaves, in this one's sizes."""
     if not isinstance(state, dict) or not set(state) <= set(range(len(trained))):
         raise CheckpointError(f"{where}.state is not of this run's {len(trained)} parameters; use --overwrite")
     for i, moments in state.items():
         shape = tuple(trained[i].shape)
-        tiny = nn.Parameter(torch.zeros([2] * len(shape)))
-        tiny.grad = torch.zeros_like(tiny)
-        scratch, _ = make_optimizer([tiny], optim, 1)
-        scratch.step()
+        tiny, scratch = _one_step(len(shape), optim)
         expected = scratch.state[tiny]
         if not isinstance(moments, dict) or not set(expected) <= set(moments):
             raise CheckpointError(f"{where}.state.{i} lacks {', '.join(expected)}; use --overwrite")
-        shapes = {(), shape, shape[:-1], shape[:-2] + shape[-1:]}
+        shapes = {(), shape, shape[:-1], shape[:-2] + shape[-1:], (math.prod(shape),)}
         for name, value in moments.items():
             tensor = isinstance(value, torch.Tensor)
             if tensor != isinstance(expected[name], torch.Tensor) if name in expected else False:
