@@ -52,7 +52,7 @@ def _options(
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "demo": (train.demo, "fpt demo --method ld"),
+    "demo": (train.demo, "fpt demo --set train.steps=100"),
     "train": (train.train, "fpt train -c bbc_topics_smollm2 --set train.steps=50 --set output=runs/mine"),
     "eval": (evaluate.evaluate, "fpt eval runs/mine runs/other --zero-shot"),
     "predict": (predict.predict, 'fpt predict runs/mine "Shares fell after the announcement"'),

@@ -14,15 +14,14 @@ from .console import Config, Sets, emit, people, progress, quiet_libraries, want
 
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "runs/demo",
-    method: Annotated[str, typer.Option(help="What to compare with plain prompt tuning: ld, fr, cr or auto.")] = "cr",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Compare plain prompt tuning and FPT on a real model and real news, in minutes on two CPU cores."""
+    """Compare plain prompt tuning, the paper's FPT and auto on a real model and real news, on two CPU cores."""
     from .demo import demo as run_demo
 
     quiet_libraries()
-    record = run_demo(progress(), people(), output=output, method=method, overwrite=overwrite, overrides=sets)
+    record = run_demo(progress(), people(), output=output, overwrite=overwrite, overrides=sets)
     if wants_json():
         emit(record)
     if record["status"] == "interrupted":
