@@ -210,3 +210,12 @@ def test_a_plan_has_the_recipes_defaults(fpt, tmp_path):
     plain = json.loads(fpt("plan", "--model", toy().llama, "--task", "mnli", "--json")[0])
     assert plain == json.loads(fpt("plan", "-c", tmp_path / "r.yaml", "--json")[0])
     assert "batches of 16 × (20 + 492) tokens" in fpt("plan", "--model", toy().llama)[0]
+
+
+def test_no_librarys_bar_is_in_a_log():
+    script = (
+        "from fast_prompt_tuning.cli.console import quiet_libraries; quiet_libraries(); "
+        "from tqdm.auto import tqdm; print(sum(tqdm(range(3))))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("3\n", "")

@@ -65,6 +65,7 @@ def quiet_libraries(transformers_only: bool = False) -> None:
     """Our own progress is shown; the libraries' bars and notices are noise beside it."""
     if state["debug"]:
         return
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers' GGUF bar has no other switch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
