@@ -832,7 +832,8 @@ def test_an_interrupted_demo(fpt, tmp_path, monkeypatch):
 
 def test_a_run_of_all_weights_is_scored_and_answers(fpt, tmp_path):
     recipe = toy().write_recipe(tmp_path / "r.yaml", tmp_path / "run", method="full", optim__lr=0.001)
-    fpt("train", "--config", recipe, "--set", "train.steps=4")
+    out, _ = fpt("train", "--config", recipe, "--set", "train.steps=4")
+    assert f"next: fpt eval {tmp_path / 'run'} --zero-shot, or fpt predict {tmp_path / 'run'} 'some text'" in out
     saved = json.loads((tmp_path / "run" / "result.json").read_text())
     out, _ = fpt("eval", tmp_path / "run", "--json")
     assert only_json(out)["results"][str(tmp_path / "run")]["metrics"] == saved["metrics"]

@@ -219,3 +219,22 @@ def test_no_librarys_bar_is_in_a_log():
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("3\n", "")
+
+
+def test_auto_says_what_it_chose_unless_quiet(fpt, tmp_path):
+    settings = {"model": {"path": str(toy().llama)}, "data": {"task": str(toy().topics), "max_input_tokens": 16},
+                "train": {"steps": 4, "batch_size": 4}, "output": str(tmp_path / "run")}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    command = [
+        sys.executable,
+        "-m",
+        "fast_prompt_tuning",
+        "train",
+        "-c",
+        str(tmp_path / "r.yaml"),
+        "--overwrite",
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "INFO auto: the prompt stands after each text" in said
+    assert said.count("INFO auto: Prodigy finds the learning rate") == 1
+    assert subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True).stderr == ""

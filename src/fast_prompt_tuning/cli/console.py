@@ -48,6 +48,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(
             level=logging.DEBUG if state["debug"] else logging.WARNING, format="%(levelname)s %(message)s"
         )
+        logging.getLogger("fast_prompt_tuning.auto").setLevel(logging.WARNING if state["quiet"] else logging.INFO)
         if not state["debug"]:
             warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
         function(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def train(
     under_way, out = (progress(), people()) if speaks else (Console(quiet=True),) * 2
     with reporting(under_way, settings.name or Path(settings.output).name, session) as (callbacks, hook):
         result = run.train(
-            settings,
+            session.config,
             overwrite=overwrite,
             resume=resume,
             allow_changed=allow_changed,
@@ -75,7 +76,10 @@ def train(
             on_schedule=hook,
         )
     out.print(comparison_table([result]))
-    out.print(f"run {settings.output}", markup=False, highlight=False, soft_wrap=True)
+    run_folder = shlex.quote(settings.output)
+    advice = f"next: fpt eval {run_folder} --zero-shot, or fpt predict {run_folder} 'some text'"
+    for line in (f"run {settings.output}", *([advice] if result.status == "finished" else [])):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     if wants_json() and speaks:
         emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
     if result.status == "interrupted":

@@ -7,7 +7,6 @@ behind the text costs 23 to 34% of the FLOPs of one in front with a tuned rate. 
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -16,8 +15,7 @@ from ..errors import FptError
 from ..placements import FRONT
 from ..prompt.prompted import placement_named
 from ..recipe import RunConfig, load, override
-
-logger = logging.getLogger(__name__)
+from ..schedule.auto import decisions
 
 
 def chosen(config: RunConfig, task: Task, plm: Any) -> RunConfig:
@@ -32,7 +30,7 @@ def chosen(config: RunConfig, task: Task, plm: Any) -> RunConfig:
         placement = place
         changes.append(override("prompt.placement", place))
         where = "after each text" if place == "suffix" else "between each text and what the template asks about it"
-        logger.info(
+        decisions.info(
             "auto: the prompt stands %s, so that the model reads a text once (prompt.placement=%s; for a stock PEFT "
             "adapter set prompt.placement=%s)",
             where,
@@ -41,7 +39,7 @@ def chosen(config: RunConfig, task: Task, plm: Any) -> RunConfig:
         )
     if ("optim", "lr") in open_ and placement != FRONT:
         changes += [override("optim.optimizer", "prodigy"), override("optim.lr", 1.0)]
-        logger.info("auto: Prodigy finds the learning rate (optim.optimizer=prodigy; set optim.lr to choose one)")
+        decisions.info("auto: Prodigy finds the learning rate (optim.optimizer=prodigy; set optim.lr to choose one)")
     return load(config.model_dump(mode="json"), changes) if changes else config
 
 
@@ -81,7 +79,7 @@ def _cheapest(config: RunConfig, task: Task, plm: Any) -> str:
     try:
         placement_named(place).check(plm)
     except FptError as error:
-        logger.info("auto: the prompt stands in front: %s", error)
+        decisions.info("auto: the prompt stands in front: %s", error)
         return FRONT
     return place
 

@@ -16,7 +16,7 @@ from ..data.batches import LengthBatchSampler, input_lengths
 from ..prompt.front import batch_shape
 from ..prompt.prompted import placement_named
 from ..recipe import RunConfig
-from ..schedule.auto import AutoSchedule
+from ..schedule.auto import AutoSchedule, decisions
 from ..schedule.stages import Schedule, Stage
 from ..train import parallel
 from .preparation import calibration_batches
@@ -76,7 +76,7 @@ def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) 
     known = AutoSchedule(schedule.ladder, schedule.asked, costs, once / step, prices)
     paying = [i for i, stage in enumerate(known.ladder) if not known.is_cut(i) or known.pays(i)]
     for i in sorted(set(range(len(known.ladder))) - set(paying)):
-        logger.info("auto: %s is not tried: to ask what it teaches costs more than it could save", known.ladder[i])
+        decisions.info("auto: %s is not tried: to ask what it teaches costs more than it could save", known.ladder[i])
     return AutoSchedule(
         [known.ladder[i] for i in paying],
         schedule.asked,

@@ -79,7 +79,9 @@ def train(
     earlier = Earlier.of(overwrite=overwrite, resume=resume, allow_changed=allow_changed)
     check_folder(config, earlier)
     set_seed(config.train.seed)
-    session = session or open_session(config, ("train", "validation"), resume=resume)
+    if session is None:
+        session = open_session(config, ("train", "validation"), resume=resume)
+        config = session.config
     session.config = config = chosen(config, session.task, session.plm)
     run = Run.prepared(session, started)
     with ExitStack() as held:

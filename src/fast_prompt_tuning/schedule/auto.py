@@ -18,6 +18,7 @@ the run has cost what plain prompt tuning would: what a small start saved is spe
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,9 @@ from typing import Any
 
 from ..errors import ScheduleError, is_whole
 from .stages import PAPER_SPLIT, Schedule, Stage
+
+decisions = logging.getLogger("fast_prompt_tuning.auto")
+"""Where every choice, question and decision of `auto` is said in one line, at level INFO; `fpt` shows it."""
 
 LEAST_DROP = 0.01
 """A window counts as progress if it lowers the best probe of its stage by this part of it."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..files import new_file
 from ..plm.partial import PartialPLM
-from ..schedule.auto import PROBE, SIGNAL, AutoSchedule
+from ..schedule.auto import PROBE, SIGNAL, AutoSchedule, decisions
 from ..schedule.stages import Stage
 from ..scores.signal import Signal
 from .checkpoint import CANNOT_WRITE, STAGE_START
@@ -83,7 +83,7 @@ class Growth:
         grown = self._ask(step, done) or grown
         if done:
             what = "next" if self.auto.rung != rung else "goes on"
-            logger.info("auto, step %d: %s; %s: %s", step, "; ".join(done), what, self.auto.ladder[self.auto.rung])
+            decisions.info("auto, step %d: %s; %s: %s", step, "; ".join(done), what, self.auto.ladder[self.auto.rung])
         if grown or (done and step == 0):
             self._remember()
 
