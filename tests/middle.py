@@ -13,7 +13,7 @@ from fast_prompt_tuning.cost.work import PromptPass, Work
 from fast_prompt_tuning.errors import ModelError
 from fast_prompt_tuning.plm.objective import IGNORED, labelled_logits
 from fast_prompt_tuning.prompt.passes import split_batch
-from fast_prompt_tuning.prompt.prediction import log_probability
+from fast_prompt_tuning.prompt.prediction import padded_ids
 from fast_prompt_tuning.prompt.prompted import Loss, PromptedPLM
 
 
@@ -37,13 +37,14 @@ class Middle(PromptedPLM):
         work = Work((PromptPass(self._sized(parts.texts, parts.targets.shape[1]), self._kind()),))
         return Loss(total / (targets.numel() if num_items is None else num_items), work)
 
-    def _label_scores(self, prompt, inputs, labels):
+    def _reader(self, prompt, inputs):
         texts = [i.ids for i in inputs]
-        table = [
-            log_probability(*self._logits(prompt, texts, targets, targets), len(texts))
-            for targets in (torch.tensor([ids] * len(texts)) for ids in labels)
-        ]
-        return torch.stack(table, 1), Work()
+
+        def read(targets):
+            ids, real = padded_ids(targets)
+            return self._logits(prompt, texts, ids, ids.masked_fill(real == 0, IGNORED))
+
+        return read, Work()
 
     def generation_inputs(self, prompt, inputs, copies):
         rows = self._embedded(prompt, [i.ids for i in inputs])

@@ -26,6 +26,7 @@ ARROWS = {  # a package imports only from itself, from these and from `FOR_ALL`
     "scores": "schedule plm cost data prompt",
     "train": "recipe schedule plm cost data prompt scores",
     "run": "recipe schedule plm cost data prompt scores train",
+    "engines": "recipe data plm prompt run",
     "report": "recipe schedule plm cost data prompt run",
     "paper": "recipe schedule plm cost data prompt scores train run report",
     "cli": "recipe schedule plm cost data prompt scores train run report paper",

@@ -33,7 +33,8 @@ def evaluate(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Score saved prompts side by side on the full model. Next: `fpt predict RUN`."""
-    from .run_folder import check_ensemble, settings_of
+    from ..recipe import settings_of
+    from .run_folder import check_ensemble
 
     settings = settings_of(runs[0], sets)
     for path in (output, submission):

@@ -30,9 +30,9 @@ def predict(
     """
     from ..data.readers import render_rows
     from ..prompt.soft_prompt import load_prompt
+    from ..recipe import settings_of
     from ..run.session import encode_for, open_session
     from ..run.session import predict as answers_to
-    from .run_folder import settings_of
 
     if texts and file is not None:
         raise ConfigError(f"--file {str(file)!r} and {len(texts)} texts on the line exclude each other; give one")

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError
-from ..recipe import RunConfig, load, override
+from ..errors import ConfigError
+from ..recipe import RunConfig, settings_of
 
 if TYPE_CHECKING:
     from ..data.tasks import Task
-
-
-def settings_of(folder: Path, sets: Iterable[str] = ()) -> RunConfig:
-    """The recipe of a run; of a run of all weights, with its own model in place of the one it began with.
-
-    Raises:
-        DataError: there is none in the folder. ConfigError: as `recipe.load`.
-    """
-    saved = folder / "config.yaml"
-    if not saved.is_file():
-        raise DataError("there is no config.yaml: this is not the folder of a run", file=str(folder))
-    tuned = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
-    return load(saved, [*tuned, *sets])
 
 
 def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:

@@ -13,8 +13,7 @@ from ..cost.work import PromptPass, TextPass, Work
 from ..errors import ModelError
 from ..plm.objective import IGNORED, loss_of
 from .passes import generation_inputs, split_batch, split_texts, suffix_logits
-from .prediction import log_probability
-from .prompted import Input, Loss, PromptedPLM, labelled_tokens
+from .prompted import Input, Loss, PromptedPLM, Reader, labelled_tokens
 from .text_states import TextStates, check_text_apart, cut_of_texts, text_states
 
 
@@ -55,28 +54,21 @@ class AfterText(PromptedPLM):
         work = self._texts(text) + Work((PromptPass(replace(shape, label_tokens=mean), self._kind()),))
         return Loss(loss, work)
 
-    def _label_scores(
-        self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]
-    ) -> tuple[torch.Tensor, Work]:
-        """The text is run once for all labels, or not at all if its states are kept."""
+    def _reader(self, prompt: torch.Tensor | None, inputs: Sequence[Input]) -> tuple[Reader, Work]:
+        """As `PromptedPLM._reader`: the text is run once for all targets, or not at all if its states are kept."""
         firsts, ends = self._split(inputs)
         text = text_states(self.plm, firsts, self.cache)
-        width = max(map(len, ends))
 
-        def logits_of(label: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            """Of one label after each text."""
-            targets = torch.zeros(len(inputs), width + len(label), dtype=torch.long)
-            marks = torch.full_like(targets, IGNORED)
-            for i, end in enumerate(ends):
-                targets[i, : len(end) + len(label)] = torch.tensor([*end, *label])
-                marks[i, len(end) : len(end) + len(label)] = torch.tensor(label)
-            return suffix_logits(self.plm, prompt, text, targets, marks)
+        def read(targets: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            width = max(len(end) + len(ids) for end, ids in zip(ends, targets, strict=True))
+            rows = torch.zeros(len(inputs), width, dtype=torch.long)
+            labels = torch.full_like(rows, IGNORED)
+            for i, (end, ids) in enumerate(zip(ends, targets, strict=True)):
+                rows[i, : len(end) + len(ids)] = torch.tensor([*end, *ids])
+                labels[i, len(end) : len(end) + len(ids)] = torch.tensor(ids)
+            return suffix_logits(self.plm, prompt, text, rows, labels)
 
-        if not self.plm.config.is_encoder_decoder and all(len(ids) == 1 for ids in labels):
-            table = torch.log_softmax(logits_of(labels[0])[0].float(), -1)[:, [ids[0] for ids in labels]]
-        else:
-            table = torch.stack([log_probability(*logits_of(ids), len(inputs)) for ids in labels], 1)
-        return table, self._texts(text)
+        return read, self._texts(text)
 
     def generation_inputs(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int

@@ -17,8 +17,8 @@ from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, Work
 from ..data.trimming import TAIL
 from ..plm.objective import IGNORED, label_loss, labelled_logits, last_layer_rows, selected_rows
-from .prediction import log_probability, padded_ids
-from .prompted import Input, Loss, PromptedPLM, labelled_tokens
+from .prediction import padded_ids
+from .prompted import Input, Loss, PromptedPLM, Reader, labelled_tokens
 
 
 class Front(PromptedPLM):
@@ -61,11 +61,37 @@ class Front(PromptedPLM):
             "labels": batch["labels"],
         }
 
+    def _reader(self, prompt: torch.Tensor | None, inputs: Sequence[Input]) -> tuple[Reader, Work]:
+        """As `PromptedPLM._reader`; an encoder runs once for all targets."""
+        rows = [i.ids for i in inputs]
+        if not self.plm.config.is_encoder_decoder:
+            return lambda targets: _behind(self.plm, prompt, rows, targets), Work()
+        padded = prompted_inputs(self.plm, prompt, rows, left=False)
+        encoded = self.plm.get_encoder()(inputs_embeds=padded.embeds, attention_mask=padded.mask)
+
+        def read(targets: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            ids, real = padded_ids(targets)
+            labels = ids.masked_fill(real == 0, IGNORED).to(padded.mask.device)
+            batch = {"encoder_outputs": encoded, "attention_mask": padded.mask, "labels": labels}
+            return labelled_logits(self.plm, batch)
+
+        return read, Work()
+
     def _label_scores(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]
     ) -> tuple[torch.Tensor, Work]:
-        score = _score_encoder_decoder if self.plm.config.is_encoder_decoder else _score_decoder
-        return score(self.plm, prompt, [i.ids for i in inputs], labels), Work()
+        """Labels of one token compete for the next one: nothing of a decoder runs behind the input."""
+        if self.plm.config.is_encoder_decoder or any(len(ids) > 1 for ids in labels):
+            return super()._label_scores(prompt, inputs, labels)
+        padded = prompted_inputs(self.plm, prompt, [i.ids for i in inputs], left=False)
+        last = padded.mask.sum(1) - 1
+
+        def ends(shape: torch.Size) -> torch.Tensor:
+            return torch.arange(shape[0], device=last.device) * shape[1] + last
+
+        with selected_rows(self.plm, ends), last_layer_rows(self.plm, ends):
+            logits = self.plm(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
+        return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]], Work()
 
     def generation_inputs(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], copies: int
@@ -127,41 +153,13 @@ def prompted_inputs(plm: Any, prompt: torch.Tensor | None, inputs: Sequence[Sequ
     return Padded(embeds, mask)
 
 
-def _score_decoder(
-    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
-) -> torch.Tensor:
-    """`(B, number of labels)` summed log-probabilities."""
-    if all(len(ids) == 1 for ids in labels):
-        # One pass serves all labels: they compete for the same next token.
-        padded = prompted_inputs(plm, prompt, inputs, left=False)
-        last = padded.mask.sum(1) - 1
-
-        def ends(shape: torch.Size) -> torch.Tensor:
-            return torch.arange(shape[0], device=last.device) * shape[1] + last
-
-        with selected_rows(plm, ends), last_layer_rows(plm, ends):
-            logits = plm(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
-        return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]]
-    columns = []
-    for ids in labels:
-        padded = prompted_inputs(plm, prompt, [[*tokens, *ids] for tokens in inputs], left=False)
-        targets = torch.full(padded.mask.shape, IGNORED, device=padded.mask.device)
-        for row, end in enumerate(padded.mask.sum(1).tolist()):
-            targets[row, end - len(ids) : end] = torch.tensor(ids)
-        batch = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask, "labels": targets}
-        columns.append(log_probability(*labelled_logits(plm, batch), len(inputs)))
-    return torch.stack(columns, 1)
-
-
-def _score_encoder_decoder(
-    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], labels: list[list[int]]
-) -> torch.Tensor:
-    """`(B, number of labels)`; the encoder runs once for all labels."""
-    padded = prompted_inputs(plm, prompt, inputs, left=False)
-    encoded = plm.get_encoder()(inputs_embeds=padded.embeds, attention_mask=padded.mask)
-    columns = []
-    for ids in labels:
-        targets = torch.tensor([ids] * len(inputs), device=padded.mask.device)
-        batch = {"encoder_outputs": encoded, "attention_mask": padded.mask, "labels": targets}
-        columns.append(log_probability(*labelled_logits(plm, batch), len(inputs)))
-    return torch.stack(columns, 1)
+def _behind(
+    plm: Any, prompt: torch.Tensor | None, inputs: list[Sequence[int]], targets: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`labelled_logits` of a decoder's targets, each behind its input."""
+    padded = prompted_inputs(plm, prompt, [[*i, *t] for i, t in zip(inputs, targets, strict=True)], left=False)
+    labels = torch.full(padded.mask.shape, IGNORED, device=padded.mask.device)
+    for row, (end, ids) in enumerate(zip(padded.mask.sum(1).tolist(), targets, strict=True)):
+        labels[row, end - len(ids) : end] = torch.tensor(ids)
+    batch = {"inputs_embeds": padded.embeds, "attention_mask": padded.mask, "labels": labels}
+    return labelled_logits(plm, batch)

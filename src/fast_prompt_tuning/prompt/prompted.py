@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +25,7 @@ from ..placements import PLACEMENTS
 from ..plm.modes import inference
 from ..plm.objective import IGNORED
 from .generation import GenerationOptions, answers
-from .prediction import Prediction, batches_by_length, likeliest, prompts_of
+from .prediction import Prediction, batches_by_length, likeliest, log_probability, prompts_of
 from .soft_prompt import prompt_parameter
 from .text_cache import TextCache
 
@@ -37,6 +37,17 @@ class Input(NamedTuple):
 
     ids: Sequence[int]
     tail: int = 0
+
+
+Reader = Callable[[list[list[int]]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Targets, one for each input → logits `(N, V)` at their tokens, the tokens `(N,)`, and the input of each `(N,)`."""
+
+
+class Likelihood(NamedTuple):
+    """Log-probability of a target, summed over its tokens, and whether each of them is the likeliest."""
+
+    value: float
+    greedy: bool
 
 
 class Loss(NamedTuple):
@@ -132,10 +143,20 @@ class PromptedPLM(ABC):
         """
 
     @abstractmethod
+    def _reader(self, prompt: torch.Tensor | None, inputs: Sequence[Input]) -> tuple[Reader, Work]:
+        """What reads targets behind the inputs, as often as wanted; and the work of texts alone."""
+
     def _label_scores(
         self, prompt: torch.Tensor | None, inputs: Sequence[Input], labels: list[list[int]]
     ) -> tuple[torch.Tensor, Work]:
         """Summed log-probabilities `(B, number of labels)`, and the work of texts alone."""
+        read, work = self._reader(prompt, inputs)
+        several = [[ids] * len(inputs) for ids in labels]
+        if not self.plm.config.is_encoder_decoder and all(len(ids) == 1 for ids in labels):
+            # One pass serves all labels: they compete for the same next token.
+            logits = read(several[0])[0]
+            return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]], work
+        return torch.stack([log_probability(*read(targets), len(inputs)) for targets in several], 1), work
 
     @abstractmethod
     def generation_inputs(
@@ -186,6 +207,24 @@ class PromptedPLM(ABC):
         if lost:
             logger.warning("%d of %d inputs have no answer: the model's output is not a number", lost, len(inputs))
         return [predictions[i] for i in range(len(inputs))], work
+
+    def likelihoods(
+        self, inputs: Sequence[Input], targets: Sequence[Sequence[int]], *, batch_size: int = 16
+    ) -> list[Likelihood]:
+        """How probable each input's own target is, and whether greedy generation would begin with it.
+
+        Args:
+            targets: token ids, at least one for each input.
+        """
+        found: dict[int, Likelihood] = {}
+        with inference(self.plm):
+            for picked in batches_by_length([[*i.ids, *t] for i, t in zip(inputs, targets, strict=True)], batch_size):
+                read, _ = self._reader(prompts_of(self.prompt, picked), [inputs[i] for i in picked])
+                logits, wanted, sequence = read([list(targets[i]) for i in picked])
+                sums = log_probability(logits, wanted, sequence, len(picked)).tolist()
+                missed = set(sequence[logits.argmax(-1) != wanted].tolist())
+                found.update({i: Likelihood(sums[n], n not in missed) for n, i in enumerate(picked)})
+        return [found[i] for i in range(len(inputs))]
 
     def generate(
         self, inputs: Sequence[Input], tokenizer: Any, options: GenerationOptions

@@ -1,6 +1,6 @@
 """The recipe: every setting of a run, validated before anything is loaded, saved resolved with the run."""
 
-from .reading import load, override
+from .reading import load, override, settings_of
 from .settings import CacheConfig, OptimConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -10,4 +10,5 @@ __all__ = [
     "TrainConfig",
     "load",
     "override",
+    "settings_of",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import paths
-from ..errors import ConfigError, ScheduleError, nearest, shown
+from ..errors import ConfigError, DataError, ScheduleError, nearest, shown
 from ..yaml_text import load_yaml, problems, read_yaml
 from .settings import RunConfig
 
@@ -99,3 +99,16 @@ def _override(data: dict[str, Any], text: str) -> None:
         data[section] = dict(inner) if isinstance(inner, dict) else {}
         data = data[section]
     data[last] = _placed(parsed, "", (*sections, last))
+
+
+def settings_of(folder: Path, sets: Iterable[str] = ()) -> RunConfig:
+    """The recipe of a run; of a run of all weights, with its own model in place of the one it began with.
+
+    Raises:
+        DataError: there is none in the folder. ConfigError: as `load`.
+    """
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        raise DataError("there is no config.yaml: this is not the folder of a run", file=str(folder))
+    tuned = [override("model.path", str(folder / "model"))] if (folder / "model").is_dir() else []
+    return load(saved, [*tuned, *sets])

@@ -1,0 +1,1 @@
+"""Tuned prompts in other people's programs."""
