@@ -238,3 +238,29 @@ def test_auto_says_what_it_chose_unless_quiet(fpt, tmp_path):
     assert "INFO auto: the prompt stands after each text" in said
     assert said.count("INFO auto: Prodigy finds the learning rate") == 1
     assert subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_several_runs_answer_a_text_that_is_read_once(fpt, tmp_path, monkeypatch, caplog):
+    from fast_prompt_tuning.prompt.text_cache import TextCache
+
+    runs = {}
+    for name, task, place in (("a", "topics", "infix"), ("b", "words", "infix"), ("c", "topics", "suffix")):
+        runs[name] = tmp_path / name
+        changes = {"data__task": str(getattr(toy(), task)), "prompt__placement": place, "method": "pt"}
+        fpt("train", "-c", toy().write_recipe(tmp_path / f"{name}.yaml", runs[name], **changes))
+    texts = ["goal match team", "profit market bank shares"]
+    alone = {name: fpt("predict", run, *texts)[0].splitlines() for name, run in runs.items()}
+    read, put = [], TextCache.put
+    monkeypatch.setattr(TextCache, "put", lambda self, *rest: (read.append(1), put(self, *rest)))
+    out, _ = fpt("predict", runs["a"], "--also", runs["b"], *texts)
+    assert out.splitlines() == [f"{runs[name]}\t{alone[name][i]}" for i in range(2) for name in "ab"]
+    assert len(read) == len(texts)
+    assert "read more than once" not in caplog.text
+    lines = fpt("predict", runs["a"], "--also", runs["c"], *texts, "--json")[0].splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["prediction"] for r in records] == [alone[name][i] for i in range(2) for name in "ac"]
+    assert [r["run"] for r in records] == [str(runs["a"]), str(runs["c"])] * 2
+    assert "2 texts were read more than once" in caplog.text
+    other = tmp_path / "other"
+    fpt("train", "-c", toy().write_recipe(tmp_path / "o.yaml", other, model__path=str(toy().t5), method="pt"))
+    assert "--also needs prompts of one model" in said(fpt, "predict", runs["a"], "--also", other, "goal")

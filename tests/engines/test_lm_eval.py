@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +147,18 @@ def test_a_long_context_loses_its_beginning_and_an_empty_one_has_a_start(tmp_pat
     cut = model.loglikelihood(asked([" ".join(long.split()[-(model.room - 1) :])], " sport"))[0]
     assert value == pytest.approx(cut.value if hasattr(cut, "value") else cut[0], rel=1e-4)
     assert empty < 0
+
+
+def test_the_guides_commands_run(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "lm_eval.md").read_text(encoding="utf-8")
+    (task,) = re.findall(r"```yaml\n(.*?)```", guide, flags=re.DOTALL)
+    (command,) = re.findall(r"^python (-m fast_prompt_tuning.*)$", guide, flags=re.M)
+    labels, rows = ("billing", "technical"), articles(6, seed=3)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tickets.yaml").write_text(task)
+    lines = (json.dumps({"text": row["text"], "label": labels[i % 2]}) + "\n" for i, row in enumerate(rows))
+    (tmp_path / "dev.jsonl").write_text("".join(lines))
+    tuned(tmp_path / "runs", "llama", "suffix").rename(tmp_path / "runs" / "mine")
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"tickets .*\|acc", done.stdout)

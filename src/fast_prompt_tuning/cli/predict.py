@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, DataError
 from .console import Sets, emit, quiet_libraries, wants_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..prompt.prompted import PromptedPLM
+    from ..run.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def predict(
@@ -22,36 +32,47 @@ def predict(
         list[str] | None, typer.Argument(metavar="[TEXT]…", help="Texts; none: one per line on standard input.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Read inputs from this file, one per line.")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="Another run of the model that answers, too; repeatable.")
+    ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Answer new texts with a saved prompt, one line each; empty lines are passed over.
 
-    A line that is a JSON object gives the task's fields by name.
+    A line that is a JSON object gives the task's fields by name. With --also every run answers every text: `RUN`, a tab
+    and the answer. A text that prompts within it share is read once.
     """
-    from ..data.readers import render_rows
     from ..prompt.soft_prompt import load_prompt
     from ..recipe import settings_of
-    from ..run.session import encode_for, open_session
-    from ..run.session import predict as answers_to
+    from ..run.session import beside, open_session
+    from .run_folder import check_one_model
 
     if texts and file is not None:
         raise ConfigError(f"--file {str(file)!r} and {len(texts)} texts on the line exclude each other; give one")
     quiet_libraries()
     settings = settings_of(folder, sets)
-    prompt = None if settings.method == "full" else load_prompt(folder)
-    session = open_session(settings, ())
+    others = {run: settings_of(run, sets) for run in also or ()}
+    for run, its in others.items():
+        check_one_model("--also", folder, settings, run, its)
+        if "full" in (settings.method, its.method):
+            raise ConfigError("--also is for prompts; a run of all weights has a model of its own: ask it by itself")
+    prompts = {run: None if settings.method == "full" else load_prompt(run) for run in (folder, *others)}
+    first = open_session(settings, ())
+    sessions = {folder: first} | {run: beside(first, its) for run, its in others.items()}
+    asked = [_Asked(str(run), session, session.prompted(prompts[run])) for run, session in sessions.items()]
+
+    apart: list[int] = []
 
     def answer_batch(batch: list[str]) -> None:
-        rows = [_fields(session.task, text, session.decoder) for text in batch]
-        encoded = encode_for(session, render_rows(session.task, rows, decoder=session.decoder))
-        predictions, answers, _ = answers_to(session, session.prompted(prompt), encoded)
-        for text, prediction, answer in zip(batch, predictions, answers, strict=True):
-            if wants_json():
-                record = {"input": text, "prediction": answer, "score": prediction.score}
-                emit(record | ({"probabilities": shares} if (shares := prediction.probabilities) else {}))
-            else:
-                sys.stdout.write(answer + "\n")
+        encoded = [each.encoded(batch) for each in asked]
+        fronts = zip(*(each.fronts(rows) for each, rows in zip(asked, encoded, strict=True)), strict=True)
+        apart.append(sum(len(set(of_text)) > 1 for of_text in fronts))
+        lines = [each.lines(batch, rows, named=bool(others)) for each, rows in zip(asked, encoded, strict=True)]
+        for of_text in zip(*lines, strict=True):
+            for line in of_text:
+                emit(line) if isinstance(line, dict) else sys.stdout.write(line + "\n")
         sys.stdout.flush()
+        first.texts.forget()  # the next texts are others, and need the room
 
     # Typed at a terminal, every line is answered at once; piped in, in batches.
     size = 1 if sys.stdin.isatty() and not (texts or file) else settings.eval.batch_size
@@ -62,6 +83,54 @@ def predict(
     while batch:
         answer_batch(batch)
         batch = list(islice(inputs, size))
+    if any(apart):
+        logger.warning(
+            "%d texts were read more than once: what stands before the prompts differs. To share texts, train with "
+            "prompt.placement=infix, templates that begin alike, and room for the whole text",
+            sum(apart),
+        )
+
+
+@dataclass
+class _Asked:
+    """A run that answers."""
+
+    name: str
+    session: Session
+    prompted: PromptedPLM
+
+    def encoded(self, batch: list[str]) -> Dataset:
+        from ..data.readers import render_rows
+        from ..run.session import encode_for
+
+        task, decoder = self.session.task, self.session.decoder
+        rows = [_fields(task, text, decoder) for text in batch]
+        return encode_for(self.session, render_rows(task, rows, decoder=decoder))
+
+    def fronts(self, encoded: Dataset) -> list[tuple[Any, ...]]:
+        """What of each text is read before the prompt, and kept; of a prompt in front nothing that others share."""
+        from ..run.session import input_ids_of
+
+        if not self.prompted.keeps_texts:
+            return [(self.name,)] * len(encoded)
+        ids, tails = input_ids_of(self.session, encoded), encoded["n_tail"]
+        if not self.prompted.needs_tail:
+            return [tuple(row) for row in ids]
+        return [tuple(row[: len(row) - tail]) for row, tail in zip(ids, tails, strict=True)]
+
+    def lines(self, batch: list[str], encoded: Dataset, *, named: bool) -> list[str | dict[str, Any]]:
+        """An answer to each text, as a line or, under --json, as a record."""
+        from ..run.session import predict as answers_to
+
+        predictions, answers, _ = answers_to(self.session, self.prompted, encoded)
+        if not wants_json():
+            return [f"{self.name}\t{answer}" if named else answer for answer in answers]
+        run = {"run": self.name} if named else {}
+        return [
+            {**run, "input": text, "prediction": answer, "score": prediction.score}
+            | ({"probabilities": shares} if (shares := prediction.probabilities) else {})
+            for text, prediction, answer in zip(batch, predictions, answers, strict=True)
+        ]
 
 
 def _lines(file: Path | None) -> Iterator[str]:

@@ -38,16 +38,21 @@ def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
         if not (run / "config.yaml").is_file():
             continue
         other = settings_of(run)
-        if not (_named(first) == _named(other) or (weights_of(runs[0]) == weights_of(run) is not None)):
-            raise ConfigError(
-                f"--ensemble needs prompts of one model: {str(runs[0])!r} is of {first.model.path!r}, {str(folder)!r} "
-                f"of {other.model.path!r}; leave one out"
-            )
+        check_one_model("--ensemble", runs[0], first, run, other)
         if _content(task_of(other)) != _content(task):
             raise ConfigError(
                 f"--ensemble needs prompts of one task: {str(folder)!r} is of {task_of(other).name!r}, not of "
                 f"{task.name!r} as {str(runs[0])!r} is; leave one out"
             )
+
+
+def check_one_model(option: str, run: Path, settings: RunConfig, other: Path, its: RunConfig) -> None:
+    """Raise ConfigError unless two runs are of one model: by its name, or by its weights."""
+    if not (_named(settings) == _named(its) or (weights_of(run) == weights_of(other) is not None)):
+        raise ConfigError(
+            f"{option} needs prompts of one model: {str(run)!r} is of {settings.model.path!r}, {str(other)!r} "
+            f"of {its.model.path!r}; leave one out"
+        )
 
 
 def _named(settings: RunConfig) -> tuple[str, str | None]:

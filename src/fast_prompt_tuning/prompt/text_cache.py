@@ -96,9 +96,9 @@ class TextCache:
             self.forget(self._stage)
         self._stage = cut
 
-    def forget(self, cut: str) -> None:
-        """Free the states of one stage."""
-        for key in [k for k in self._states if k.startswith(f"{cut}-")]:
+    def forget(self, cut: str | None = None) -> None:
+        """Free the states of one stage, or all."""
+        for key in [k for k in self._states if cut is None or k.startswith(f"{cut}-")]:
             self.bytes -= self._states.pop(key).nbytes
 
 
@@ -210,9 +210,9 @@ class DiskTextCache(TextCache):
         except (OSError, SafetensorError) as error:  # a full disk costs time, not the run
             logger.warning("a text's states could not be kept in %s: %s", self.folder, error)
 
-    def forget(self, cut: str) -> None:
+    def forget(self, cut: str | None = None) -> None:
         """Let go of one stage's mappings; its files stay for other runs."""
-        for key in [k for k in self._states if k.startswith(f"{cut}-")]:
+        for key in [k for k in self._states if cut is None or k.startswith(f"{cut}-")]:
             del self._states[key]
 
     def _make_room(self, size: int) -> bool:

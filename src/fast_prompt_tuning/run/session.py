@@ -155,7 +155,32 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
         plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
     config = chosen(config, task, plm)
-    session = Session(config, plm, tokenizer, task, CostModel.from_model(plm))
+    session = _checked(Session(config, plm, tokenizer, task, CostModel.from_model(plm)))
+    for split in splits:
+        _load_split(session, split)
+    if "train" in session.examples:
+        _check_targets(session)
+    return session
+
+
+def beside(session: Session, config: RunConfig) -> Session:
+    """A session of another run's recipe, without data, on the model that is loaded; kept texts are shared.
+
+    Raises:
+        FptError: as `open_session`.
+    """
+    task = task_of(config)
+    shared = {"model": session.config.model, "cache": session.config.cache}
+    config = chosen(config.model_copy(update=shared), task, session.plm)
+    other = _checked(Session(config, session.plm, session.tokenizer, task, session.cost))
+    if placement_named(config.prompt.placement).keeps_texts:
+        other._texts = (config.cache, session.texts)
+    return other
+
+
+def _checked(session: Session) -> Session:
+    """The session with its label words' tokens, once all of its recipe that needs no data fits the model."""
+    config, plm, tokenizer, task = session.config, session.plm, session.tokenizer, session.task
     kind = placement_named(config.prompt.placement)
     kind.check(plm)
     if kind.keeps_texts:
@@ -168,10 +193,6 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
             raise ConfigError(f"{what} need {sum(needs.values())} positions, but this model has {limit}; lower one")
     _check_ids(session, tokenizer.pad_token_id)
     choose_attention(plm, config.prompt.tokens + config.data.max_input_tokens + session.max_target_tokens)
-    for split in splits:
-        _load_split(session, split)
-    if "train" in session.examples:
-        _check_targets(session)
     if task.labels:
         texts = task.choices(decoder=session.decoder)
         most = session.max_target_tokens
