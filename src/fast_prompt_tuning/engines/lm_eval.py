@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -54,6 +55,8 @@ class PromptedLM(LM):  # type: ignore[misc]
     ):
         super().__init__()
         folder = Path(path)
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness's default, on every machine
         settings = settings_of(folder, [] if device is None else [override("model.device", device)])
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size!r} must be a whole number of at least 1; auto is not known here")
