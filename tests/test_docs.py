@@ -251,6 +251,20 @@ def test_the_flops_columns_are_what_the_code_counts(convention):
     assert " / ".join(f"{100 * runs[m]:.1f}" for m in PAPER_TABLE2["large"]) in REPRODUCTION
 
 
+def test_the_table_of_many_prompts_is_the_committed_one():
+    page = PAGES["docs/guides/serving.md"].read_text(encoding="utf-8")
+    for r in json.loads((ROOT / "benchmarks" / "results" / "many_prompts.json").read_text()):
+        cells = [f"{r['seconds_a_text']['shared']:.2f}", f"{r['ratio']:.0%}", f"{r['ratio_to_in_front']:.0%}"]
+        assert f"| {r['batch']} | {' | '.join(cells)} |" in page
+        assert r["same_answers"] == 1
+
+
+def test_the_page_of_settings_is_the_codes():
+    made = [sys.executable, "-c", "import settings; print(settings.page(), end='')"]
+    printed = subprocess.run(made, capture_output=True, text=True, check=True, cwd=ROOT / "docs").stdout
+    assert printed == PAGES["docs/settings.md"].read_text(encoding="utf-8"), "run python docs/settings.py"
+
+
 def test_the_readme_is_short():
     assert len(README.split()) <= 700
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", README, flags=re.DOTALL)

@@ -3,6 +3,7 @@
     python benchmarks/quality/held_out.py --squad squad2-dev.json
     python benchmarks/quality/held_out.py --summary       # the tables, from the committed JSON alone
     python benchmarks/quality/held_out.py --check         # and whether the targets hold
+    python benchmarks/quality/held_out.py --picture docs/pictures/held_out.png
 
 Two models, three tasks with texts as long as people's, three seeds. Every run takes 128 steps of 8 of 256 examples, and
 a rate that falls to zero. The highest one is the best of three on another split and seed, for a prompt in front and for
@@ -34,6 +35,7 @@ from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cli.console import quiet_libraries
 from fast_prompt_tuning.files import write_atomic
 from fast_prompt_tuning.prompt.prediction import batches_by_length
+from fast_prompt_tuning.report.figures import COLOURS, blank_figure, save, styled
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.session import open_session
 from fast_prompt_tuning.train.batches import make_collator
@@ -229,6 +231,26 @@ def rate_table(out: Path) -> str:
     return "\n".join(lines)
 
 
+def picture(out: Path, target: Path) -> None:
+    """FLOPs of each run relative to plain prompt tuning's, and when each seed reaches plain's mean final loss."""
+    found = verdicts(out)
+    cells = cells_by_seed(out)
+    with styled():
+        figure = blank_figure(2.6)
+        axes = figure.add_subplot()
+        for y, v in enumerate(reversed(found)):
+            plain = mean_curve([c["runs"][PLAIN] for c in cells[v.model, v.task]])
+            axes.barh(y, 100 * v.cost, height=0.6, color=COLOURS[4], zorder=2)
+            for cell in cells[v.model, v.task]:
+                at = flops_to(cell["runs"][CHOSEN]["curve"], plain[-1][2] * (1 + WITHIN))
+                if at is not None:
+                    axes.plot(100 * at / plain[-1][1], y, "o", color=COLOURS[1], markersize=5, zorder=3)
+        axes.set_yticks(range(len(found)), [f"{v.model}, {v.task}" for v in reversed(found)])
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("% of plain prompt tuning's FLOPs", loc="left")
+        save(figure, target)
+
+
 def missed(out: Path) -> list[str]:
     """The targets that do not hold: at most 40% on each of the six, 25% on four, and no worse a metric."""
     found = verdicts(out)
@@ -278,10 +300,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--summary", action="store_true", help="print the tables of the results and end")
     parser.add_argument("--check", action="store_true", help="fail where a target is missed")
+    parser.add_argument("--picture", type=Path, help="draw what auto's choice costs")
     args = parser.parse_args()
     for name, task in TASKS.items():
         grid.TASKS[name] = TASKS[name] = replace(task, steps=args.steps or task.steps)
-    if not (args.summary or args.check):
+    if not (args.summary or args.check or args.picture):
         quiet_libraries()
         args.out.mkdir(parents=True, exist_ok=True)
         for seed in args.seeds:
@@ -291,6 +314,8 @@ def main() -> None:
                     path = args.out / f"{model}-{task}-{name}.json"
                     if not path.is_file():
                         write_atomic(path, json.dumps(study(model, task, seed, args), indent=1) + "\n")
+    if args.picture:
+        picture(args.out, args.picture)
     print(verdict_table(args.out), rate_table(args.out), summary(args.out), sep="\n\n")
     if args.check and (wrong := missed(args.out)):
         sys.exit("missed: " + "; ".join(wrong))
