@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from ..errors import FptError, TrainingStopped
 from ..train.launcher import end_with_launcher
-from . import catalog, evaluate, plan, predict, report, reproduce, share, signals, study, train
+from . import catalog, evaluate, init, plan, predict, report, reproduce, share, signals, study, train
 from .console import Debug, Json, Quiet, command, remember, state
 
 EXIT_STOPPED, EXIT_INPUT, EXIT_BUG = 1, 2, 70
@@ -53,6 +53,7 @@ def _options(
 
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "demo": (train.demo, "fpt demo --set train.steps=100"),
+    "init": (init.init, "fpt init tickets.csv -o tickets"),
     "train": (train.train, "fpt train -c bbc_topics_smollm2 --set train.steps=50 --set output=runs/mine"),
     "eval": (evaluate.evaluate, "fpt eval runs/mine runs/other --zero-shot"),
     "predict": (predict.predict, 'fpt predict runs/mine "Shares fell after the announcement"'),

@@ -105,18 +105,23 @@ def show(
         emit({"task": task.name, "split": split, "examples": shown, "counted": len(rows), unit: lengths})
         return
     console = people()
-    for row in shown:
-        console.rule(f"{task.name} {split} {row['id']}", align="left")
-        console.print(f"[bold]input[/bold]   {escape(_shortened(row['input']))}", highlight=False)
-        console.print(f"[bold]target[/bold]  {escape(repr(row['target']))}", highlight=False)
-        gold = json.dumps(row["references"], ensure_ascii=False)
-        console.print(f"[bold]gold[/bold]    {escape(gold)}", highlight=False)
+    print_examples(console, f"{task.name} {split}", shown)
     table = Table(title=f"lengths of {len(rows)} examples", title_justify="left", header_style="bold")
     for column in ("", *lengths["input"]):
         table.add_column(column, justify="right" if column else "left")
     for field, percentiles in lengths.items():
         table.add_row(f"{field} ({unit})", *map(str, percentiles.values()))
     console.print(table)
+
+
+def print_examples(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
+    """Rendered examples, one below the other."""
+    for row in rows:
+        console.rule(f"{title} {row['id']}", align="left")
+        console.print(f"[bold]input[/bold]   {escape(_shortened(row['input']))}", highlight=False)
+        console.print(f"[bold]target[/bold]  {escape(repr(row['target']))}", highlight=False)
+        gold = json.dumps(row["references"], ensure_ascii=False)
+        console.print(f"[bold]gold[/bold]    {escape(gold)}", highlight=False)
 
 
 def _percentiles(lengths: list[int]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Rows of local files in the formats people have: JSONL, JSON, CSV, TSV, GLUE's TSV, SQuAD, ReCoRD; gzipped or not.
+"""Rows of local files in the formats people have: JSONL, JSON, CSV, TSV, Parquet, GLUE's TSV, SQuAD, ReCoRD.
 
 Read here rather than with the loaders of `datasets`: those name neither the line nor the reason of a bad row, and
 GLUE's TSV has no quoting.
@@ -266,6 +266,20 @@ def _read_squad(path: Path) -> Rows:
                 yield Row({**fields, "title": str(article.get("title", ""))}, number)
 
 
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                for number, fields in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
+                    yield Row(fields, number)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"not a readable Parquet file: {error}", file=str(path)) from None
+
+
 def _member(value: Any, key: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, dict):
         raise DataError(f"a JSON object with {key!r} is expected, not {type(value).__name__}")
@@ -304,6 +318,7 @@ _READERS: Mapping[str, tuple[tuple[str, ...], Callable[[Path], Rows]]] = Mapping
         "glue_tsv": ((".tsv", ".txt"), _read_glue_tsv),
         "squad": ((".json",), _read_squad),
         "record": ((".jsonl", ".json"), _read_record),
+        "parquet": ((".parquet",), _read_parquet),
     }
 )
 
