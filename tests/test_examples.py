@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
+import json
 import runpy
 import shlex
 import shutil
@@ -10,11 +14,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig
-from toy import toy
+from toy import recipe, toy
 
 from fast_prompt_tuning.cli import app as cli
 from fast_prompt_tuning.cli import console
+from fast_prompt_tuning.plm.loading import load_plm, load_tokenizer
+from fast_prompt_tuning.run import run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -61,3 +68,34 @@ def test_notebook():
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "infix"])
+def test_what_a_vllm_server_is_sent_answers_as_fpt_does(placement, tmp_path, monkeypatch, capsys):
+    """The server is played by the model itself, on the embeddings of the request."""
+    sent: list[dict] = []
+    changes = {"data__task": str(toy().words), "prompt__placement": placement, "method": "pt"}
+    run.train(recipe(tmp_path / "run", **changes))
+    texts = ["goal match team", "profit market bank shares"]
+    for text in texts:
+        with pytest.raises(SystemExit):
+            cli.main(["predict", str(tmp_path / "run"), text])
+    expected = capsys.readouterr().out.splitlines()[-len(texts) :]
+    plm, tokenizer = load_plm(str(toy().llama), dtype="float32"), load_tokenizer(str(toy().llama))
+
+    def served(asked):
+        body = json.loads(asked.data)
+        sent.append(body)
+        embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+        made = plm.generate(
+            inputs_embeds=embeds[None], attention_mask=torch.ones(1, len(embeds), dtype=torch.long), do_sample=False,
+            max_new_tokens=body["max_tokens"], eos_token_id=tokenizer.eos_token_id, pad_token_id=1,
+        )  # fmt: skip
+        text = tokenizer.decode(made[0], skip_special_tokens=True).split(body["stop"])[0]
+        return contextlib.closing(io.BytesIO(json.dumps({"choices": [{"text": text}]}).encode()))
+
+    monkeypatch.setattr("urllib.request.urlopen", served)
+    monkeypatch.setattr(sys, "argv", ["vllm_client.py", str(tmp_path / "run"), *texts])
+    runpy.run_path(str(EXAMPLES / "vllm_client.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-len(texts) :] == expected
+    assert {body["temperature"] for body in sent} == {0}
