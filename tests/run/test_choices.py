@@ -65,6 +65,7 @@ def test_an_encoder_decoders_stays_in_front_and_starts_small(tmp_path):
         ({"optim": {"optimizer": "adam"}}, ("suffix", "adam", 0.01)),
         ({"stages": [{"batch": 2}]}, ("prefix", "adam", 0.01)),
         ({"cache": {"tier": "none"}}, ("prefix", "adam", 0.01)),
+        ({"prompt": {"init": "prompt", "path": "saved"}}, ("prefix", "adam", 0.01)),
         ({"method": "pt"}, ("prefix", "adam", 0.01)),
         ({"train": {"steps": 24, "batch_size": 8, "gradient_checkpointing": True}}, ("prefix", "adam", 0.01)),
     ],

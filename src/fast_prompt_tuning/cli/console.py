@@ -48,7 +48,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(
             level=logging.DEBUG if state["debug"] else logging.WARNING, format="%(levelname)s %(message)s"
         )
-        logging.getLogger("fast_prompt_tuning.auto").setLevel(logging.WARNING if state["quiet"] else logging.INFO)
+        speaks = not state["quiet"] and os.environ.get("RANK", "0") == "0"  # of several processes the main one
+        logging.getLogger("fast_prompt_tuning.auto").setLevel(logging.INFO if speaks else logging.WARNING)
         if not state["debug"]:
             warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
         function(**options)
