@@ -3,7 +3,7 @@
 Each task has labels of one token and asks a question of its own behind the prompt. The prompts are random, for only
 time is measured. In interleaved rounds over the same texts, one text at a time and in batches:
 
-  shared    every text is run once; ten prompts are scored behind its states
+  shared    every text is run once; ten prompts are scored behind its states, in the same passes
   apart     every prompt runs the whole text, as ten calls of `fpt predict` would
   in front  ten prompts in front of the text, as PEFT has them
 
@@ -31,6 +31,7 @@ from fast_prompt_tuning.plm.objective import choose_attention
 from fast_prompt_tuning.prompt.places import place
 from fast_prompt_tuning.prompt.prompted import Input
 from fast_prompt_tuning.prompt.text_cache import TextCache
+from fast_prompt_tuning.prompt.together import score_together
 
 COMMITTED = Path(__file__).parent / "results" / "many_prompts.json"
 TASKS, QUESTION, LABELS = 10, 6, 5
@@ -51,12 +52,16 @@ def measure(batch: int, args: argparse.Namespace) -> dict[str, Any]:
 
     def answer(where: str, shared: bool) -> list[Any]:
         cache = TextCache(plm, budget_mib=16384) if shared else None
+        prompted = [place(plm, prompt, where, cache) for prompt in prompts]
         found = []
         for start in range(0, len(texts), batch):
-            for prompt, question, choices in zip(prompts, questions, labels, strict=True):
-                inputs = [Input([*text, *question], QUESTION) for text in texts[start : start + batch]]
-                predictions, _ = place(plm, prompt, where, cache).score(inputs, choices, batch_size=batch)
-                found += [p.text for p in predictions]
+            inputs = [[Input([*text, *q], QUESTION) for text in texts[start : start + batch]] for q in questions]
+            if shared:
+                scored = score_together(prompted, inputs, labels)
+            else:
+                each = zip(prompted, inputs, labels, strict=True)
+                scored = [asked.score(rows, choices, batch_size=batch)[0] for asked, rows, choices in each]
+            found += [p.text for predictions in scored for p in predictions]
         return found
 
     variants = {"shared": ("infix", True), "apart": ("infix", False), "in front": ("prefix", False)}

@@ -244,16 +244,18 @@ def test_several_runs_answer_a_text_that_is_read_once(fpt, tmp_path, monkeypatch
     from fast_prompt_tuning.prompt.text_cache import TextCache
 
     runs = {}
-    for name, task, place in (("a", "topics", "infix"), ("b", "words", "infix"), ("c", "topics", "suffix")):
+    kinds = {"a": ("topics", "infix"), "b": ("words", "infix"), "c": ("topics", "suffix"), "d": ("topics", "infix")}
+    for seed, (name, (task, place)) in enumerate(kinds.items()):
         runs[name] = tmp_path / name
         changes = {"data__task": str(getattr(toy(), task)), "prompt__placement": place, "method": "pt"}
+        changes |= {"train__seed": seed, "train__steps": 40}
         fpt("train", "-c", toy().write_recipe(tmp_path / f"{name}.yaml", runs[name], **changes))
     texts = ["goal match team", "profit market bank shares"]
     alone = {name: fpt("predict", run, *texts)[0].splitlines() for name, run in runs.items()}
     read, put = [], TextCache.put
     monkeypatch.setattr(TextCache, "put", lambda self, *rest: (read.append(1), put(self, *rest)))
-    out, _ = fpt("predict", runs["a"], "--also", runs["b"], *texts)
-    assert out.splitlines() == [f"{runs[name]}\t{alone[name][i]}" for i in range(2) for name in "ab"]
+    out, _ = fpt("predict", runs["a"], "--also", runs["b"], "--also", runs["d"], *texts)
+    assert out.splitlines() == [f"{runs[name]}\t{alone[name][i]}" for i in range(2) for name in "abd"]
     assert len(read) == len(texts)
     assert "read more than once" not in caplog.text
     lines = fpt("predict", runs["a"], "--also", runs["c"], *texts, "--json")[0].splitlines()

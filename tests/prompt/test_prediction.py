@@ -13,8 +13,12 @@ from toy import toy
 from fast_prompt_tuning.errors import DataError
 from fast_prompt_tuning.plm.loading import load_plm, load_tokenizer
 from fast_prompt_tuning.prompt.front import prompted_inputs
+from fast_prompt_tuning.prompt.places import place
 from fast_prompt_tuning.prompt.prediction import Prediction, by_length, combine
+from fast_prompt_tuning.prompt.prompted import Input
 from fast_prompt_tuning.prompt.soft_prompt import export_prompt
+from fast_prompt_tuning.prompt.text_cache import TextCache
+from fast_prompt_tuning.prompt.together import score_together
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.session import input_ids_of, open_session, predict
@@ -291,3 +295,21 @@ def test_a_model_whose_output_is_no_number_answers_nothing(caplog):
     assert math.isnan(found.score)
     assert "1 of 1 inputs have no answer: the model's output is not a number" in caplog.text
     assert combine([found, *good]).text == ""
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix", "infix"])
+def test_prompts_that_score_together_score_as_each_does_alone(placement):
+    plm, kept = BY_NAME["llama"].plm(), None
+    if placement != "prefix":
+        kept = TextCache(plm)
+    prompts = torch.randn(3, 4, plm.config.hidden_size)
+    choices = [{"a": [5], "b": [6]}, {"c": [6], "d": [7], "e": [9]}, {"a": [8], "c": [5]}]
+    texts = [[7, 8, 9, 5], [6, 5], [9, 9, 8]]
+    asked = [place(plm, prompt, placement, kept) for prompt in prompts]
+    inputs = [[Input([*text, *range(5, 6 + n)], 1 + n) for text in texts] for n in range(3)]
+    found = score_together(asked, inputs, choices, batch_size=4)
+    for each, rows, words, predictions in zip(asked, inputs, choices, found, strict=True):
+        alone, _ = each.score(rows, words)
+        assert [p.text for p in predictions] == [p.text for p in alone]
+        for one, other in zip(predictions, alone, strict=True):
+            assert one.label_scores == pytest.approx(other.label_scores, rel=1e-4)

@@ -20,6 +20,7 @@ from .console import Sets, emit, quiet_libraries, wants_json
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..prompt.prediction import Prediction
     from ..prompt.prompted import PromptedPLM
     from ..run.session import Session
 
@@ -45,6 +46,7 @@ def predict(
     from ..prompt.soft_prompt import load_prompt
     from ..recipe import settings_of
     from ..run.session import beside, open_session
+    from ..run.together import predict_together
     from .run_folder import check_one_model
 
     if texts and file is not None:
@@ -67,7 +69,8 @@ def predict(
         encoded = [each.encoded(batch) for each in asked]
         fronts = zip(*(each.fronts(rows) for each, rows in zip(asked, encoded, strict=True)), strict=True)
         apart.append(sum(len(set(of_text)) > 1 for of_text in fronts))
-        lines = [each.lines(batch, rows, named=bool(others)) for each, rows in zip(asked, encoded, strict=True)]
+        found = predict_together([a.session for a in asked], [a.prompted for a in asked], encoded)
+        lines = [a.lines(batch, *each, named=bool(others)) for a, each in zip(asked, found, strict=True)]
         for of_text in zip(*lines, strict=True):
             for line in of_text:
                 emit(line) if isinstance(line, dict) else sys.stdout.write(line + "\n")
@@ -118,11 +121,10 @@ class _Asked:
             return [tuple(row) for row in ids]
         return [tuple(row[: len(row) - tail]) for row, tail in zip(ids, tails, strict=True)]
 
-    def lines(self, batch: list[str], encoded: Dataset, *, named: bool) -> list[str | dict[str, Any]]:
+    def lines(
+        self, batch: list[str], predictions: list[Prediction], answers: list[str], *, named: bool
+    ) -> list[str | dict[str, Any]]:
         """An answer to each text, as a line or, under --json, as a record."""
-        from ..run.session import predict as answers_to
-
-        predictions, answers, _ = answers_to(self.session, self.prompted, encoded)
         if not wants_json():
             return [f"{self.name}\t{answer}" if named else answer for answer in answers]
         run = {"run": self.name} if named else {}
