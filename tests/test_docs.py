@@ -259,6 +259,13 @@ def test_the_table_of_many_prompts_is_the_committed_one():
         assert r["same_answers"] == 1
 
 
+def test_the_engines_answers_are_the_committed_ones():
+    page = PAGES["docs/guides/lm_eval.md"].read_text(encoding="utf-8")
+    places = {"prefix": "in front", "suffix": "after the text"}
+    for r in json.loads((ROOT / "benchmarks" / "results" / "engines.json").read_text()):
+        assert f"| {places[r['placement']]} | {r['equal']} of {r['examples']} |" in page
+
+
 def test_the_page_of_settings_is_the_codes():
     made = [sys.executable, "-c", "import settings; print(settings.page(), end='')"]
     printed = subprocess.run(made, capture_output=True, text=True, check=True, cwd=ROOT / "docs").stdout
