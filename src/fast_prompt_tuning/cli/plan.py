@@ -90,6 +90,8 @@ def plan(
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
     recipe = _recipe(config, options, stages, sets)
+    if recipe.train.epochs is not None:
+        raise ConfigError(f"train.epochs={recipe.train.epochs} is no number of steps until data are read; give --steps")
     if recipe.method == "full":
         raise ConfigError("method='full' tunes all weights, which no plan counts; choose pt, ld, fr, cr or auto")
     quiet_libraries(transformers_only=True)
@@ -190,6 +192,8 @@ def _recipe(config: str | None, options: dict[str, Any], stages: str | None, set
     if "stacks" in options:
         options["stacks"] = listed(options["stacks"])
     overrides = [override(OPTIONS[name], value) for name, value in options.items()]
+    if "steps" in options:
+        overrides.append(override("train.epochs", None))
     if "task" in options:  # it takes the place of a recipe's templates
         overrides += [override(f"data.{name}", None) for name in ("input_template", "target_template", "labels")]
     if stages is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -186,7 +187,13 @@ class OptimConfig(_Section):
 class TrainConfig(_Section):
     """Length and shape of the run."""
 
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int = Field(0, ge=0, description="optimizer steps")
+    epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="passes over the training examples, in place of steps"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end after so many evaluations without a better first metric; default never"
+    )
     batch_size: int = Field(16, ge=1, description="examples per forward pass and process")
     batch_tokens: int | None = Field(
         None, ge=1, description="text tokens per forward pass at most, padding included: long texts in smaller batches"
@@ -207,6 +214,19 @@ class TrainConfig(_Section):
         default_factory=list, description="tensorboard, wandb, trackio"
     )
     seed: int = Field(0, ge=0)
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between evaluations."""
+        return self.eval_every or max(1, math.ceil(self.steps / 10))
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.steps and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs} are both a length; leave one of them out")
+        if not self.steps and self.epochs is None:
+            raise ValueError(f"train.steps={self.steps} is no length of a run; set train.steps or train.epochs")
+        return self
 
 
 class EvalConfig(_Section):
@@ -304,6 +324,8 @@ class RunConfig(_Section):
             if (stage.steps is None) != auto:
                 fix = "leave it out, for auto decides, or set method=cr" if auto else "set it"
                 raise ValueError(f"stages[{i}].steps={stage.steps} with method={self.method!r}; {fix}")
+        if self.train.epochs is not None and not auto:
+            raise ValueError(f"stages have steps, so train.epochs={self.train.epochs} cannot be set; set train.steps")
         total = sum(stage.steps or 0 for stage in stages)
         if total != self.train.steps and not auto:
             raise ValueError(f"stages add up to {total} steps, but train.steps={self.train.steps}; make them equal")

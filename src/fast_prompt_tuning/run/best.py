@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..files import new_folder
 from ..prompt.prompted import PromptedPLM
 from ..prompt.soft_prompt import load_prompt
+from ..recipe import TrainConfig
 from ..train import checkpoint, parallel, restored
 from .folder import check_fits
 from .session import Evaluation
@@ -66,6 +69,25 @@ class Best:
                 self.prompted.parameter.copy_(self.prompt)
         elif self.prompted.whole and self.saved is not None:
             checkpoint.load_trained(self.saved, self.prompted.module)
+
+
+class EarlyStop(TrainerCallback):
+    """Ends a run that has not found a better prompt for `train.patience` evaluations."""
+
+    def __init__(self, best: Best, train: TrainConfig):
+        self.best, self.patience, self.every = best, train.patience or 0, train.evaluation_interval
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step - self.best.step < self.patience * self.every or state.global_step >= state.max_steps:
+            return
+        control.should_training_stop = True
+        logger.warning(
+            "step %d: no better %s since step %d, so the run ends here (train.patience=%d)",
+            state.global_step,
+            self.best.primary,
+            self.best.step,
+            self.patience,
+        )
 
 
 class Scored:

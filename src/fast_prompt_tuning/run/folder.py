@@ -108,12 +108,14 @@ def recipe_changes(config: RunConfig) -> list[str]:
 def changes_from(before: Any, config: RunConfig) -> list[str]:
     """How a recipe differs from one that was saved: settings that came later have their defaults there.
 
-    What `auto` chose for the saved one is no difference to a recipe that leaves it open.
+    What `auto` chose for the saved one is no difference to a recipe that leaves it open, and its steps are none to a
+    recipe of epochs.
     """
     now = config.model_dump(mode="json")
     with suppress(ValidationError, ScheduleError):
         before = RunConfig.model_validate(before).model_dump(mode="json")
-        for section, name in left_open(config):
+        by_epochs = [("train", "steps"), ("train", "epochs")] if config.train.epochs is not None else []
+        for section, name in [*left_open(config), *by_epochs]:
             now[section][name] = before[section][name]
     return differences(before, now)
 

@@ -34,14 +34,14 @@ from ..train.loop import Loop
 from ..train.resuming import log_of
 from ..train.running_mean import EmaCallback
 from .advice import GradientCheck, advise
-from .best import Best, Scored
+from .best import Best, EarlyStop, Scored
 from .choices import chosen
 from .finish import finish, zero_shot
 from .folder import Earlier, check_folder, open_folder, write_log
 from .preparation import Needed, check_rate, checked_schedule, needed_by, scored_partial, trainable
 from .pricing import batches_of_epoch, priced, say_if_nothing_is_saved
 from .results import RunResult
-from .session import Session, evaluate, open_session
+from .session import Session, evaluate, open_session, with_steps
 
 __all__ = ["Run", "train", "zero_shot"]
 
@@ -82,7 +82,7 @@ def train(
     if session is None:
         session = open_session(config, ("train", "validation"), resume=resume)
         config = session.config
-    session.config = config = chosen(config, session.task, session.plm)
+    session.config = config = with_steps(chosen(config, session.task, session.plm), session.encoded["train"])
     run = Run.prepared(session, started)
     with ExitStack() as held:
         # All that can be refused has been: only now is an earlier run replaced, or a folder made.
@@ -179,7 +179,7 @@ class Run:
             seconds = past.get("total_seconds", 0.0) + time.perf_counter() - self.started
             return {"total_seconds": seconds, "dtype": str(self.session.plm.dtype).removeprefix("torch.")}
 
-        loop = self._loop(places, evaluate_prompt, spent, callbacks)
+        loop = self._loop(places, best, evaluate_prompt, spent, callbacks)
         quiet = without_dropout(self.prompted.module) if self.config.trains_without_dropout else nullcontext()
         with quiet:
             status, reason = self._steps(loop, resume_point)
@@ -194,6 +194,7 @@ class Run:
     def _loop(
         self,
         places: Path,
+        best: Best,
         evaluate_prompt: Callable[[int], dict[str, float]],
         spent: Callable[[], dict[str, Any]],
         callbacks: Sequence[TrainerCallback],
@@ -217,6 +218,7 @@ class Run:
             callbacks=[
                 GradientCheck(self.prompted.trained, self.schedule),
                 *mean,
+                *([EarlyStop(best, config.train)] if config.train.patience else []),
                 _RunLog(self.folder / "log.jsonl"),
                 *callbacks,
             ],

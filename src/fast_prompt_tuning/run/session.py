@@ -32,6 +32,7 @@ from ..prompt.soft_prompt import context_length
 from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
 from ..train import parallel
+from ..train.batches import sampler_of
 from .choices import chosen
 from .folder import read_log
 
@@ -160,7 +161,17 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
         _load_split(session, split)
     if "train" in session.examples:
         _check_targets(session)
+        session.config = with_steps(session.config, session.encoded["train"])
     return session
+
+
+def with_steps(config: RunConfig, rows: Dataset) -> RunConfig:
+    """The recipe with `train.steps` in place of `train.epochs`, of which a part of a step is a whole one."""
+    if config.train.epochs is None:
+        return config
+    an_epoch = -(-len(sampler_of(rows, config.train)) // config.train.accumulate)
+    steps = {"epochs": None, "steps": math.ceil(config.train.epochs * an_epoch)}
+    return config.model_copy(update={"train": config.train.model_copy(update=steps)})
 
 
 def beside(session: Session, config: RunConfig) -> Session:

@@ -114,7 +114,7 @@ class Loop:
         self._norm = self._rate = 0.0  # of the last step
         self._flops = 0.0  # of this process, not in the ledger yet
         self._stage: Stage | None = None
-        self._every = self.train.eval_every or max(1, math.ceil(self.train.steps / 10))
+        self._every = self.train.evaluation_interval
         self._compiled = CompiledLayers(prompted.plm) if self.train.compile else None
         self._trackers: Accelerator | None = None
         self.growth: Growth | None = None
