@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from settings import BY_NAME, HIDDEN, VOCAB
 from toy import tokenizer
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, T5Tokenizer
@@ -336,3 +344,20 @@ def test_an_adapter_with_vectors_for_the_decoder_too_is_what_peft_uses_of_it(tmp
     found = load_prompt(tmp_path)
     assert found.shape[0] == 4
     assert torch.equal(found, model.get_prompt(batch_size=1)[0, :4])
+
+
+@pytest.mark.parametrize("name", ["llama", "t5-gated"])
+def test_a_prompt_of_pefts_p_tuning_is_what_its_encoder_makes(name, tmp_path):
+    plm = BY_NAME[name].plm()
+    kind = TaskType.SEQ_2_SEQ_LM if plm.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    config = PromptEncoderConfig(
+        task_type=kind, num_virtual_tokens=4, encoder_hidden_size=8, num_transformer_submodules=1
+    )
+    model = get_peft_model(plm, config).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        made = model.get_prompt(batch_size=1)[0]
+    assert torch.equal(load_prompt(tmp_path), made)
+    other = get_peft_model(BY_NAME[name].plm(), soft_prompt_config(plm, num_virtual_tokens=4))
+    init_soft_prompt(other, "prompt", path=tmp_path)
+    assert torch.equal(prompt_parameter(other).detach(), made.float())

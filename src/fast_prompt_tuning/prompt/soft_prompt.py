@@ -265,6 +265,10 @@ def place_of(path: str | Path) -> str:
     return "prefix" if record is None else str(record["placement"])
 
 
+FROM_PEFT = ("PROMPT_TUNING", "P_TUNING")
+"""Adapters of stock PEFT that are a prompt in front: of p-tuning PEFT saves what its encoder makes."""
+
+
 def load_prompt(path: str | Path) -> torch.Tensor:
     """The vectors `(P, H)` of a prompt saved by `model.save_pretrained(path)`, wherever it stands; or of a run.
 
@@ -291,8 +295,10 @@ def load_prompt(path: str | Path) -> torch.Tensor:
             f"{str(folder)!r} is not a saved soft prompt ({type(error).__name__}: {error}); it needs "
             "adapter_config.json and adapter_model.safetensors with prompt_embeddings"
         ) from error
-    if kind != "PROMPT_TUNING":
-        raise ConfigError(f"{str(folder)!r} holds a PEFT adapter of type {shown(kind)}, not a soft prompt")
+    if kind not in FROM_PEFT:
+        raise ConfigError(
+            f"{str(folder)!r} holds a PEFT adapter of type {shown(kind)}, not a soft prompt ({', '.join(FROM_PEFT)})"
+        )
     values = _vectors(values, folder)
     if not is_whole(tokens, 1) or tokens > len(values):
         raise ConfigError(
