@@ -8,6 +8,7 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import TOPICS, articles, recipe
 
 from fast_prompt_tuning.data import readers as examples
 from fast_prompt_tuning.data import submissions
@@ -16,6 +17,7 @@ from fast_prompt_tuning.data.task_files import load_task, task_from_templates
 from fast_prompt_tuning.data.tasks import Replace, Source, Task
 from fast_prompt_tuning.errors import ConfigError, DataError
 from fast_prompt_tuning.paths import built_in
+from fast_prompt_tuning.run import run
 
 DATA = Path(__file__).parents[1] / "files"
 PASSAGE = "Anna Lee met the mayor of Leeds on Monday. Anna Lee praised Leeds. The mayor, Omar Khan, agreed."
@@ -609,3 +611,25 @@ def test_a_replacement_that_does_not_fit_its_pattern():
     with pytest.raises(ValueError, match=r"by '\\\\9' does not fit the pattern 'a'"):
         Replace(field="text", pattern="a", by="\\9")
     assert Replace(field="text", pattern="(a)", by=r"\1").by == r"\1"
+
+
+def test_a_recipe_takes_its_rows_from_a_data_set_of_the_hub_or_a_folder_of_one(tmp_path):
+    """A folder as `datasets` knows them stands for the Hub, where no network is."""
+    folder, words = tmp_path / "news", sorted(TOPICS)
+    for split, number in (("train", 40), ("validation", 12)):
+        rows = [{"text": row["text"], "label": words.index(row["label"])} for row in articles(number, seed=1)]
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=words)})
+        (folder / split).parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    templates = {"input_template": "{{ text }}\nTopic:", "target_template": " {{ label }}", "labels": words}
+    data = {"hub": str(folder), "max_input_tokens": 16, "max_target_tokens": 4, **templates}
+    found = run.train(recipe(tmp_path / "run", method="pt", data=data))
+    assert found.examples == 12
+    for wrong, said in (
+        ({**data, "files": {"train": "a.jsonl"}}, "both say where the rows are"),
+        ({"task": "bbc_topics", "hub": "a/b"}, "both say where the rows are"),
+        ({**templates, "hub_config": "x", "files": {"train": "a"}}, "set data.hub, or leave it out"),
+        (templates, "or data.hub"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            recipe(tmp_path / "x", data=wrong)

@@ -60,6 +60,8 @@ def _validate(data: Mapping[str, Any], where: str) -> Task:
 def task_from_templates(
     *,
     files: Mapping[str, str],
+    hub: str | None = None,
+    hub_config: str | None = None,
     input_template: str,
     target_template: str,
     labels: Sequence[str] | None = None,
@@ -72,6 +74,8 @@ def task_from_templates(
 
     Args:
         files: split -> local file.
+        hub: in place of files a data set on the Hub, or a folder of one. Its class labels become their names.
+        hub_config: its configuration.
         input_template: Jinja template, such as `"{{ text }}\nTopic:"`.
         target_template: Jinja template, such as `" {{ label }}"`.
         labels: the words of a closed set, which the field `label` holds.
@@ -85,7 +89,7 @@ def task_from_templates(
     data = {
         "name": "custom",
         "version": 1,
-        "source": {"files": files},
+        "source": {"files": files, "hub": hub, "config": hub_config},
         "input_template": input_template,
         "target_template": target_template,
         "labels": None if labels is None else {word: word for word in labels},

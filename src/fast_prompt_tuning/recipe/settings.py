@@ -55,6 +55,10 @@ class DataConfig(_Section):
     files: dict[str, UserPath] = Field(
         default_factory=dict, description="split -> local file, in place of the task's own"
     )
+    hub: str | None = Field(
+        None, min_length=1, description="with templates, in place of files: data set on the Hub, or a folder of one"
+    )
+    hub_config: str | None = Field(None, description="its configuration")
     train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
     validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
     test_limit: int | None = Field(None, ge=1, description="test on at most this many examples; default all")
@@ -69,8 +73,13 @@ class DataConfig(_Section):
             raise ValueError("needs a task, or input_template and target_template; set data.task")
         if self.task is not None and (templates != (None, None) or self.labels is not None):
             raise ValueError(f"task={self.task!r} has templates and labels of its own; leave out data.task or these")
-        if self.task is None and not self.files:
-            raise ValueError("templates need files; set data.files.train and data.files.validation")
+        if self.hub_config is not None and self.hub is None:
+            raise ValueError(f"hub_config={self.hub_config!r} is of no data set; set data.hub, or leave it out")
+        if self.hub is not None and (self.task is not None or self.files):
+            other = f"task={self.task!r}" if self.task is not None else "files"
+            raise ValueError(f"hub={self.hub!r} and {other} both say where the rows are; leave one of them out")
+        if self.task is None and not (self.files or self.hub):
+            raise ValueError("templates need rows; set data.files.train and data.files.validation, or data.hub")
         return self
 
 

@@ -128,6 +128,8 @@ def task_of(config: RunConfig) -> tasks.Task:
         return task_files.load_task(data.task)
     return task_files.task_from_templates(
         files=data.files,
+        hub=data.hub,
+        hub_config=data.hub_config,
         input_template=data.input_template or "",
         target_template=data.target_template or "",
         labels=data.labels,
