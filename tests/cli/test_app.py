@@ -272,8 +272,14 @@ def test_push(fpt, made, monkeypatch):
     from fast_prompt_tuning.report import hub
 
     monkeypatch.setattr(hub, "push_prompt", lambda folder, repo, private: f"{folder} {repo} {private}")
-    assert fpt("push", made / "topics", "me/prompt")[0] == f"{made / 'topics'} me/prompt True\n"
-    assert fpt("push", made / "topics", "me/prompt", "--public")[0] == f"{made / 'topics'} me/prompt False\n"
+    sent = ("push", made / "topics", "me/prompt", "--upload")
+    assert fpt(*sent)[0] == f"{made / 'topics'} me/prompt True\n"
+    assert fpt(*sent, "--public")[0] == f"{made / 'topics'} me/prompt False\n"
+    monkeypatch.setattr(hub, "push_prompt", None)
+    out, _ = fpt("push", made / "topics", "me/prompt")
+    for said in ("adapter_model.safetensors: ", "library_name: peft", "nothing was uploaded; add --upload"):
+        assert said in out
+    assert set(only_json(fpt("push", made / "topics", "me/prompt", "--json")[0])["files"]) >= {"README.md"}
 
 
 def test_predict(fpt, made, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_quiet_behind_the_command(fpt, tmp_path):
 
 def test_json_of_commands_that_had_none(fpt, made, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "push_prompt", lambda folder, repo, private: f"https://hub/{repo}")
-    assert json.loads(fpt("push", made, "me/mine", "--json")[0]) == {"address": "https://hub/me/mine"}
+    assert json.loads(fpt("push", made, "me/mine", "--upload", "--json")[0]) == {"address": "https://hub/me/mine"}
     found = json.loads(fpt("export", made, tmp_path / "p.safetensors", "--json")[0])
     assert (found["output"], found["shape"]) == (str(tmp_path / "p.safetensors"), [3, 16])
     assert json.loads(fpt("show", "recipe", "t5_paper_large", "--json")[0])["optim"]["optimizer"] == "adafactor"

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from settings import BY_NAME
 
 from fast_prompt_tuning.errors import ConfigError, DataError
+from fast_prompt_tuning.prompt.soft_prompt import load_prompt
 from fast_prompt_tuning.report import hub
 from fast_prompt_tuning.run.results import RunResult, save_result
 
@@ -98,3 +100,26 @@ def test_refusals_are_typed(run, uploads, tmp_path):
     (run / "prompt" / "adapter_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="not a saved soft prompt"):
         hub.push_prompt(run, "me/prompt")
+
+
+def test_a_prompt_that_was_pushed_can_be_pulled(run, uploads, tmp_path, monkeypatch, fpt):
+    hub.push_prompt(run, "me/prompt")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for name, content in {**uploads[1], "evil.bin": b"x"}.items():
+        (shared / name).write_bytes(content)
+
+    def snapshot(repo_id, allow_patterns, token):
+        if repo_id != "me/prompt":
+            raise OSError("404 Not Found")
+        return str(shared)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert fpt("pull", "me/prompt", tmp_path / "pulled")[0] == f"prompt {tmp_path / 'pulled'}\n"
+    assert {p.name for p in (tmp_path / "pulled").iterdir()} == set(uploads[1])
+    assert torch.equal(load_prompt(tmp_path / "pulled"), load_prompt(run / "prompt"))
+    assert "is there already" in fpt("pull", "me/prompt", tmp_path / "pulled", code=2)[1]
+    assert "repo_id='me/none' cannot be read: 404" in fpt("pull", "me/none", tmp_path / "new", code=2)[1]
+    (shared / "adapter_model.safetensors").unlink()
+    assert "is not a saved soft prompt" in fpt("pull", "me/prompt", tmp_path / "new", code=2)[1]
+    assert not (tmp_path / "new").exists()

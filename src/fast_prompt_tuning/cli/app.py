@@ -61,6 +61,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "show": (catalog.show, "fpt show task bbc_topics --model smollm2-135m"),
     "export": (share.export, "fpt export runs/mine prompt.safetensors"),
     "push": (share.push, "fpt push runs/mine my-name/my-prompt"),
+    "pull": (share.pull, "fpt pull my-name/my-prompt prompts/mine"),
     "plan": (plan.plan, "fpt plan --model my-model --compare pt,ld,fr,cr,auto --steps 2000 --input-tokens 256"),
     "reproduce": (reproduce.reproduce, "fpt reproduce table2"),
     "compare": (report.compare, "fpt compare runs/plain runs/mine"),

@@ -34,13 +34,38 @@ def export(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")],
+    upload: Annotated[bool, typer.Option("--upload", help="Do it; else only show what would be uploaded.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Let everyone see it; default private.")] = False,
 ) -> None:
-    """Upload a run's prompt and a card with its quality and cost to the Hugging Face Hub."""
-    from ..report.hub import push_prompt
+    """Upload a run's prompt and a card with its quality and cost to the Hugging Face Hub; a dry run by default."""
+    from ..report.hub import prompt_files, push_prompt
 
-    address = push_prompt(folder, repo_id, private=not public)
+    if upload:
+        address = push_prompt(folder, repo_id, private=not public)
+        if wants_json():
+            emit({"address": address})
+        else:
+            sys.stdout.write(address + "\n")
+        return
+    files = prompt_files(folder)
     if wants_json():
-        emit({"address": address})
+        emit({"address": None, "files": {name: len(content) for name, content in files.items()}})
+        return
+    for name, content in files.items():
+        say(f"{name}: {len(content):,} bytes")
+    say("\n" + files["README.md"].decode("utf-8"))
+    say(f"nothing was uploaded; add --upload to send this to {repo_id} ({'public' if public else 'private'})")
+
+
+def pull(
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")],
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Download a prompt that `fpt push` has shared. Next: `--set prompt.init=prompt --set prompt.path=FOLDER`."""
+    from ..report.hub import pull_prompt
+
+    target = pull_prompt(repo_id, folder)
+    if wants_json():
+        emit({"folder": str(target)})
     else:
-        sys.stdout.write(address + "\n")
+        say(f"prompt {target}")
