@@ -107,8 +107,8 @@ OWN_FOLDER = "fpt-texts-1"
 
 _FOLDER = re.compile("[0-9a-f]{32}(-int8)?")
 _TEXT = r"[0-9a-f]+-[0-9a-f]{32}\.safetensors"
-_FILE = re.compile(rf"{_TEXT}|\.({_TEXT}-)?[0-9a-f]{{32}}")
-"""Names of folders, of texts and of what a killed process was writing, here and in earlier versions."""
+_FILE = re.compile(rf"{_TEXT}|\.({_TEXT}-)?[0-9a-f]{{32}}|\.tmp[0-9A-Za-z]{{6}}")
+"""Names of folders, of texts and of what a killed process was writing: safetensors, here and in earlier versions."""
 
 MAPPINGS = 16384
 """Files that a process maps at most: Linux allows 65,530 mappings, and a mapped file is read again at no cost but its
