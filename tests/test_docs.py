@@ -266,6 +266,23 @@ def test_the_engines_answers_are_the_committed_ones():
         assert f"| {places[r['placement']]} | {r['equal']} of {r['examples']} |" in page
 
 
+LONGEST_SENTENCE = 25
+"""Words; the pages of decisions and of evidence have longer ones still."""
+PLAIN_PAGES = ("README", "docs/index", "docs/how", "docs/faq", "docs/architecture", "docs/guides", "docs/methods")
+SHORT = [name for name in PAGES if name.startswith(PLAIN_PAGES)]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_sentences_are_short(name):
+    text = re.sub(r"```.*?```", "", PAGES[name].read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("|", "#", "!"))]
+    prose = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", "\n".join(lines)))
+    paragraphs = re.split(r"\n\s*\n|\n\s*[-*] |\n\d+\. ", prose)
+    ends = r"(?<=[.!?;:])[*)\]]*\s+|(?<=[.!?;:][*)])[*]*\s+"
+    found = [part for each in paragraphs for part in re.split(ends, each.replace("\n", " "))]
+    assert [part for part in found if len(part.split()) > LONGEST_SENTENCE] == []
+
+
 def test_the_page_of_settings_is_the_codes():
     made = [sys.executable, "-c", "import settings; print(settings.page(), end='')"]
     printed = subprocess.run(made, capture_output=True, text=True, check=True, cwd=ROOT / "docs").stdout
