@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +101,7 @@ def show(
     count = (lambda t: len(tokenizer(t)["input_ids"])) if tokenizer else (lambda t: len(t.split()))
     unit = "tokens" if tokenizer else "words"
     lengths = {field: _percentiles([count(text) for text in rows[field]]) for field in ("input", "target")}
-    shown = [{key: row[key] for key in ("id", "input", "target", "references")} for row in list(rows)[:3]]
+    shown = shown_of(list(rows)[:3])
     if wants_json():
         emit({"task": task.name, "split": split, "examples": shown, "counted": len(rows), unit: lengths})
         return
@@ -112,6 +113,11 @@ def show(
     for field, percentiles in lengths.items():
         table.add_row(f"{field} ({unit})", *map(str, percentiles.values()))
     console.print(table)
+
+
+def shown_of(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is shown of rendered examples."""
+    return [{key: row[key] for key in ("id", "input", "target", "references")} for row in rows]
 
 
 def print_examples(console: Any, title: str, rows: list[dict[str, Any]]) -> None:

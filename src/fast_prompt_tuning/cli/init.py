@@ -128,11 +128,11 @@ def _show(output: Path, recipe: dict[str, Any], found: Any, left_out: int) -> No
     from ..data.readers import load_examples
     from ..recipe import load
     from ..run.session import task_of
-    from .catalog import print_examples
+    from .catalog import print_examples, shown_of
 
     task = task_of(load(output / "recipe.yaml"))
     examples = load_examples(task, "train", decoder=True, limit=3)
-    shown = [{key: row[key] for key in ("id", "input", "target", "references")} for row in examples]
+    shown = shown_of(examples)
     if wants_json():
         emit({"recipe": str(output / "recipe.yaml"), **recipe, "examples": shown, "left_out": left_out})
         return

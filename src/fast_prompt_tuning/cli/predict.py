@@ -67,8 +67,9 @@ def predict(
 
     def answer_batch(batch: list[str]) -> None:
         encoded = [each.encoded(batch) for each in asked]
-        fronts = zip(*(each.fronts(rows) for each, rows in zip(asked, encoded, strict=True)), strict=True)
-        apart.append(sum(len(set(of_text)) > 1 for of_text in fronts))
+        if others:
+            fronts = zip(*(each.fronts(rows) for each, rows in zip(asked, encoded, strict=True)), strict=True)
+            apart.append(sum(len(set(of_text)) > 1 for of_text in fronts))
         found = predict_together([a.session for a in asked], [a.prompted for a in asked], encoded)
         lines = [a.lines(batch, *each, named=bool(others)) for a, each in zip(asked, found, strict=True)]
         for of_text in zip(*lines, strict=True):
@@ -112,14 +113,15 @@ class _Asked:
 
     def fronts(self, encoded: Dataset) -> list[tuple[Any, ...]]:
         """What of each text is read before the prompt, and kept; of a prompt in front nothing that others share."""
+        from ..prompt.passes import split_texts
         from ..run.session import input_ids_of
 
         if not self.prompted.keeps_texts:
             return [(self.name,)] * len(encoded)
-        ids, tails = input_ids_of(self.session, encoded), encoded["n_tail"]
-        if not self.prompted.needs_tail:
-            return [tuple(row) for row in ids]
-        return [tuple(row[: len(row) - tail]) for row, tail in zip(ids, tails, strict=True)]
+        fronts, _ = split_texts(
+            input_ids_of(self.session, encoded), encoded["n_tail"] if self.prompted.needs_tail else None
+        )
+        return [tuple(front) for front in fronts]
 
     def lines(
         self, batch: list[str], predictions: list[Prediction], answers: list[str], *, named: bool

@@ -98,8 +98,11 @@ class TextCache:
 
     def forget(self, cut: str | None = None) -> None:
         """Free the states of one stage, or all."""
-        for key in [k for k in self._states if cut is None or k.startswith(f"{cut}-")]:
-            self.bytes -= self._states.pop(key).nbytes
+        self.bytes -= sum(states.nbytes for states in self._let_go(cut))
+
+    def _let_go(self, cut: str | None) -> list[torch.Tensor]:
+        """The states of one stage, or all, which are no longer held."""
+        return [self._states.pop(key) for key in list(self._states) if cut is None or key.startswith(f"{cut}-")]
 
 
 OWN_FOLDER = "fpt-texts-1"
@@ -211,9 +214,8 @@ class DiskTextCache(TextCache):
             logger.warning("a text's states could not be kept in %s: %s", self.folder, error)
 
     def forget(self, cut: str | None = None) -> None:
-        """Let go of one stage's mappings; its files stay for other runs."""
-        for key in [k for k in self._states if cut is None or k.startswith(f"{cut}-")]:
-            del self._states[key]
+        """Let go of the mappings of one stage, or all; their files stay for other runs."""
+        self._let_go(cut)
 
     def _make_room(self, size: int) -> bool:
         """Count what the folder holds, remove what is left over and what no run uses; is there room for `size`?"""

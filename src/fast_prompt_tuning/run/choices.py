@@ -65,9 +65,9 @@ def placed_by_auto(config: RunConfig, *, decoder: bool, asks: bool) -> RunConfig
 
 
 def _wanted(config: RunConfig, decoder: bool, asks: bool) -> str:
-    needs_front = config.stages or config.train.compile or config.train.gradient_checkpointing
-    needs_front = needs_front or config.prompt.init == "prompt"  # a saved one was tuned for its place
-    if not decoder or needs_front or config.cache.tier == "none":
+    reads_anew = config.stages or config.train.compile or config.train.gradient_checkpointing
+    tuned_in_front = config.prompt.init == "prompt"  # a saved prompt was tuned for its place
+    if not decoder or reads_anew or tuned_in_front or config.cache.tier == "none":
         return FRONT
     return "infix" if asks else "suffix"
 

@@ -32,7 +32,7 @@ from ..prompt.soft_prompt import context_length
 from ..prompt.text_cache import DiskTextCache, TextCache, check_cross_attention
 from ..recipe import CacheConfig, RunConfig
 from ..train import parallel
-from ..train.batches import sampler_of
+from ..train.batches import sampler_of, steps_an_epoch
 from .choices import chosen
 from .folder import read_log
 
@@ -171,7 +171,7 @@ def with_steps(config: RunConfig, rows: Dataset) -> RunConfig:
     """The recipe with `train.steps` in place of `train.epochs`, of which a part of a step is a whole one."""
     if config.train.epochs is None:
         return config
-    an_epoch = -(-len(sampler_of(rows, config.train)) // config.train.accumulate)
+    an_epoch = steps_an_epoch(sampler_of(rows, config.train), config.train)
     steps = {"epochs": None, "steps": math.ceil(config.train.epochs * an_epoch)}
     return config.model_copy(update={"train": config.train.model_copy(update=steps)})
 

@@ -25,7 +25,7 @@ class Batches:
     def __init__(self, rows: Dataset, collate: Collator, train: TrainConfig):
         self.rows, self.collate, self.accumulate = rows, collate, train.accumulate
         self._sampler = sampler_of(rows, train)
-        self.steps_an_epoch = -(-len(self._sampler) // train.accumulate)
+        self.steps_an_epoch = steps_an_epoch(self._sampler, train)
         self._dealt: tuple[int, list[list[int]]] = (-1, [])
 
     def of(self, step: int) -> list[dict[str, torch.Tensor]]:
@@ -53,6 +53,11 @@ def sampler_of(rows: Dataset, train: TrainConfig) -> LengthBatchSampler:
     return LengthBatchSampler(
         input_lengths(rows), train.batch_size * size, seed=train.seed, max_tokens=train.batch_tokens, shares=size
     )
+
+
+def steps_an_epoch(sampler: LengthBatchSampler, train: TrainConfig) -> int:
+    """Optimizer steps of an epoch: the last one may accumulate fewer batches."""
+    return -(-len(sampler) // train.accumulate)
 
 
 def make_collator(tokenizer: Any, plm: Any, *, tails: bool = False) -> Collator:
