@@ -221,6 +221,7 @@ STAGES = [
     {"layers": 5, "ffn": 12, "steps": 4},
     {"layers": 5, "ffn": 24, "steps": 4},
 ]
+SHARD, TENSOR = {"train__parallel": "shard"}, {"train__parallel": "tensor"}
 DISTRIBUTED: dict[str, dict[str, Any]] = {
     "pt": {"method": "pt"},
     "ld, growth at 2, 5, 7": {"method": "ld"},
@@ -233,6 +234,18 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "cr, T5": {"method": "cr", "model__path": "t5", **ADAFACTOR},
     "stages on parts of the batch": {"method": "cr", "stages": STAGES, "part": True},
     "full": {"method": "full", "optim__lr": 0.01},
+    "ld, sharded": {"method": "ld", **SHARD},
+    "ld, sharded, resumed after step 6": {"method": "ld", "break_at": 7, "train__save_every": 2, **SHARD},
+    "ld, T5, sharded": {"method": "ld", "model__path": "t5", **ADAFACTOR, **SHARD},
+    "ld, prompt after the text, sharded": {"method": "ld", "prompt__placement": "suffix", **SHARD},
+    "prompt within the text, sharded": {"method": "pt", "prompt__placement": "infix", **SHARD},
+    "auto, sharded": {"method": "auto", **SHARD},
+    "layers chosen by influence, sharded": {"method": "ld", "scoring__keep_layers": "influence", **SHARD},
+    "generated answers, sharded": {"method": "pt", "eval__labels": "text", **SHARD},
+    "ld, tensor parallel": {"method": "ld", **TENSOR},
+    "ld, tensor parallel, resumed after step 6": {"method": "ld", "break_at": 7, "train__save_every": 2, **TENSOR},
+    "ld, prompt after the text, tensor parallel": {"method": "ld", "prompt__placement": "suffix", **TENSOR},
+    "auto, tensor parallel": {"method": "auto", **TENSOR},
 }
 """Each on 41 examples by 4: the last batch of an epoch has one example, so one of two processes has none."""
 
@@ -244,7 +257,8 @@ def distributed(folder: Path, kinds: list[str]) -> dict[str, Any]:
     for i, kind in enumerate(kinds):
         for processes in runs:
             changes = {"train__steps": 12, "data__train_limit": 41, **DISTRIBUTED[kind]}
-            changes["train__batch_size"] = 4 // processes
+            together = changes.get("train__parallel") == "tensor"  # two processes compute a batch as one
+            changes["train__batch_size"] = 4 if together else 4 // processes
             break_at, part = changes.pop("break_at", None), changes.pop("part", False)
             if part:
                 first = {**STAGES[0], "batch": 2 // processes}
@@ -293,10 +307,15 @@ def _launch(folder: Path, processes: int, runs: list[dict[str, Any]]) -> list[di
     return json.loads(done.read_text())  # type: ignore[no-any-return]
 
 
-def one_process_killed(folder: Path) -> dict[str, Any]:
-    """Two processes train; one is killed. The other must end with a clear error, the checkpoint must be usable."""
+def one_process_killed(folder: Path, way: str = "data") -> dict[str, Any]:
+    """Two processes train, as `train.parallel`; one is killed.
+
+    The other must end with a clear error, and the checkpoint must be usable.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    made = toy().recipe(folder / "run", method="ld", train__steps=4000, train__batch_size=2, train__save_every=2)
+    made = toy().recipe(
+        folder / "run", method="ld", train__steps=4000, train__batch_size=2, train__save_every=2, train__parallel=way
+    )
     (folder / "recipe.yaml").write_text(json.dumps(made))
     port = free_port()
     command = [sys.executable, "-m", "fast_prompt_tuning", "train", "-c", str(folder / "recipe.yaml")]

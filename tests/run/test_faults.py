@@ -75,13 +75,16 @@ def test_kills_lose_nothing(tmp_path):
 def test_two_processes_are_one(tmp_path):
     kinds = ["cr, resumed after step 6", "stages on parts of the batch"]
     kinds += ["cr, prompt after the text", "cr, prompt within the text"]
+    kinds += ["ld, sharded, resumed after step 6", "ld, T5, sharded", "auto, sharded", "generated answers, sharded"]
+    kinds += ["auto, tensor parallel"]
     for row in scenarios.distributed(tmp_path, kinds).values():
         assert row["largest_relative_difference"] < 1e-5
         assert row["metrics_equal"]
 
 
-def test_one_process_killed_ends_all(tmp_path):
-    found = scenarios.one_process_killed(tmp_path)
+@pytest.mark.parametrize("way", ["data", "shard"])
+def test_one_process_killed_ends_all(tmp_path, way):
+    found = scenarios.one_process_killed(tmp_path, way)
     assert (found["exit_code"], found["traceback"]) == (1, False)
     assert "another process of this run has ended" in found["said"][0]
     assert found["checkpoint"] >= 2

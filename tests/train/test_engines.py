@@ -62,14 +62,45 @@ def test_layers_sharded_by_fsdp_are_dropped_and_their_ffns_refused():
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path):
     monkeypatch.setenv(name, "true")
-    with pytest.raises(ConfigError, match=f"{name} is set: fpt train keeps the whole PLM on every process"):
+    with pytest.raises(ConfigError, match=f"{name} is set: .* set train.parallel=shard"):
         run.train(recipe(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
+def test_neurons_are_not_left_out_of_weights_in_parts(tmp_path):
+    made = toy().recipe(tmp_path / "run", method="cr", train__parallel="shard")
+    (tmp_path / "recipe.json").write_text(json.dumps(made))
+    port = scenarios.free_port()
+    command = [sys.executable, "-m", "fast_prompt_tuning", "train", "-c", str(tmp_path / "recipe.json")]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, env=scenarios.environment(r, 2, port), **pipes) for r in range(2)]
+    said = [child.communicate(timeout=200)[1] for child in children]
+    assert "is sharded over processes, so its neurons cannot be left out" in " ".join(said[0].split())
+    assert "Traceback" not in said[0] + said[1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("way", "changes", "says"),
+    [
+        ("shard", {"method": "full"}, "method=full does not go with train.parallel=shard: all weights would be"),
+        ("shard", {"method": "pt", "train__compile": True}, "train.compile=True does not go with train.parallel=shard"),
+        (
+            "tensor",
+            {"method": "pt", "prompt__placement": "suffix", "cache__tier": "disk"},
+            "cache.tier=disk does not go with train.parallel=tensor",
+        ),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_they_are_in_parts(tmp_path, monkeypatch, way, changes, says):
+    monkeypatch.setattr(parallel, "in_parts", lambda: way)
+    with pytest.raises(ConfigError, match=says):
+        run.train(recipe(tmp_path / "run", train__parallel=way, **changes))
+
+
 def test_alone_everything_is_shared_with_oneself():
     assert (parallel.size(), parallel.rank(), parallel.largest(3)) == (1, 0, 3)
-    assert parallel.merge(list(parallel.share([1, 2, 3]))) == [1, 2, 3]
+    assert parallel.merge(list(parallel.share([1, 2, 3])), 3) == [1, 2, 3]
     assert parallel.on_main(lambda: 5) == 5
     assert not parallel.is_lost(RuntimeError("Connection closed by peer"))
 

@@ -87,7 +87,8 @@ def _hash_values(tensor: torch.Tensor) -> bytes:
         if block.is_floating_point():
             single = block.float()  # holds every value of the narrower dtypes
             block = single if block.dtype != torch.float64 or torch.equal(single.double(), block) else block
-        digest.update(block.contiguous().view(torch.uint8).numpy())
+        # Of a copy: NumPy holds on to the memory it sees, which FSDP frees between two passes.
+        digest.update(block.clone().view(torch.uint8).numpy())
     return digest.digest()
 
 

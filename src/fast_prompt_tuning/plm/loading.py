@@ -24,7 +24,7 @@ from transformers import (
 from ..errors import ModelError
 from ..files import new_folder
 from ..paths import is_path
-from . import families, fingerprint
+from . import families, fingerprint, in_parts
 from .configs import model_class
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,14 @@ def _cannot_load(name: str, error: Exception) -> ModelError:
     )
 
 
-def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None) -> Any:
+def load_plm(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    split: tuple[str, int] | None = None,
+) -> Any:
     """Load a frozen PLM in evaluation mode.
 
     Args:
@@ -255,9 +262,10 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
             with a warning where the model's loss in it is far from float32's.
         device: torch device; default CUDA where there is one, else CPU.
         revision: revision on the hub.
+        split: the weights over processes, each of which calls this: the way (`in_parts.WAYS`) and their number.
 
     Raises:
-        ModelError: nothing there, no weights, a config without a registered family, fp16 T5.
+        ModelError: nothing there, no weights, a config without a registered family, fp16 T5, no way to split it.
     """
     place = check_device(device)
     config = loadable_config(name, revision=revision)
@@ -266,10 +274,11 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
         kind = choose_dtype(dtype, place, config)
         if kind is torch.float16 and families.of(config).name == "t5":
             raise ModelError("model.dtype='float16' overflows in T5; choose bfloat16 or float32")
+        parts = {} if split is None else in_parts.loading_options(config, *split)
         plm, report = model_class(config).from_pretrained(
-            where, revision=revision, dtype=kind, output_loading_info=True
+            where, revision=revision, dtype=kind, output_loading_info=True, **parts
         )
-        plm = plm.to(place).eval()
+        plm = (plm if split else plm.to(place)).eval()
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -281,8 +290,10 @@ def load_plm(name: str, *, dtype: str = "auto", device: str | None = None, revis
             f"and weights do not belong together, or it is no {type(plm).__name__}"
         )
     plm.requires_grad_(False)
+    if split is not None:
+        in_parts.begin(plm)
     if dtype == "auto":
-        if kind is torch.bfloat16 and (off := loss_difference(plm)) is not None and off > LOSS_BOUND:
+        if kind is torch.bfloat16 and split is None and (off := loss_difference(plm)) is not None and off > LOSS_BOUND:
             logger.warning(
                 "model.dtype=auto: in bfloat16, which is faster here, the loss of %s is %.0f%% off; using float32. Set "
                 "model.dtype=bfloat16 to have it anyway",

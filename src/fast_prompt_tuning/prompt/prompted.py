@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..cost.shapes import BatchShape
@@ -247,7 +248,9 @@ class PromptedPLM(ABC):
 
     def save(self, folder: str | Path) -> None:
         """Save what is trained."""
-        self.module.save_pretrained(str(folder))
+        # Of weights in parts, PEFT would gather the whole state from every process, to save the prompt alone.
+        alone: dict[str, Any] = {"state_dict": {}} if isinstance(self.module, PeftModel) else {}
+        self.module.save_pretrained(str(folder), **alone)
 
     @property
     def prompt_tokens(self) -> int:

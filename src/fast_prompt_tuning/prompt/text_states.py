@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import ModelError
 from ..plm import families
+from ..plm.in_parts import any_process
 from ..plm.modes import inference
 from ..plm.objective import last_layer_rows
 from ..plm.partial import cut_key
@@ -121,7 +122,9 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
     for i, row in enumerate(rows):
         if row is None:
             missing.setdefault(tuple(texts[i]), []).append(i)
-    if missing:
+    if any_process(plm, bool(missing)):
+        # A process that has all of its texts, but not all of the weights, takes part with one of them.
+        missing = missing or {tuple(texts[0]): [0]}
         computed = _run_texts(plm, list(missing), cross_attention=cache is not None and cache.cross_attention)
         for places, row in zip(missing.values(), computed, strict=True):
             if cache is not None:

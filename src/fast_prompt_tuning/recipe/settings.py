@@ -219,6 +219,11 @@ class TrainConfig(_Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile layers for training steps: pays in runs of many steps")
+    parallel: Literal["data", "shard", "tensor"] = Field(
+        "data",
+        description="several processes hold the PLM each (data), or in parts: gathered layer by layer (shard, FSDP2), "
+        "or computed together (tensor)",
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="tensorboard, wandb, trackio"
     )

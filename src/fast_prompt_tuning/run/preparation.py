@@ -183,13 +183,10 @@ def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: Flo
 
 def _scores_of_run(file: Path, kind: type[AnyScores], make: Callable[[], AnyScores]) -> AnyScores:
     """The scores in a run's folder, made where there are none; the same on every process."""
-
-    def scores() -> AnyScores:
-        if not file.is_file():  # a resumed run takes the scores it began with, whatever the prompt is now
-            make().save(file)
-        return kind.load(file)
-
-    return parallel.on_main(scores)
+    if not parallel.on_main(file.is_file):  # a resumed run takes the scores it began with, whatever the prompt is now
+        made = parallel.computed(make)
+        parallel.on_main(lambda: made.save(file))
+    return parallel.on_main(lambda: kind.load(file))
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:

@@ -64,13 +64,13 @@ def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) 
         return min(1.0, flops(stage) / full)
 
     costs = [relative(stage) for stage in schedule.ladder]
-    once = parallel.size() * forward_flops(session.cost, None, replace(usual, batch=probe))  # every process probes
-    step = train.accumulate * parallel.size() * full / len(shapes)
+    once = parallel.shares() * forward_flops(session.cost, None, replace(usual, batch=probe))  # every process probes
+    step = train.accumulate * parallel.shares() * full / len(shapes)
     asked = replace(usual.in_front, batch=probe)  # no texts are kept of a stage that is only asked
 
     def asking(stage: Stage) -> float:
         sizes = (schedule.ladder[-1], replace(stage, batch=None))
-        return parallel.size() * sum(step_flops(session.cost, size, asked) for size in sizes) / step
+        return parallel.shares() * sum(step_flops(session.cost, size, asked) for size in sizes) / step
 
     prices = [asking(stage) for stage in schedule.ladder]
     known = AutoSchedule(schedule.ladder, schedule.asked, costs, once / step, prices)
@@ -92,7 +92,7 @@ def say_if_nothing_is_saved(session: Session, schedule: Schedule | AutoSchedule,
     if not ledger["score"] or isinstance(schedule, AutoSchedule):
         return
     shape = usual_shape(session)
-    batches = config.train.accumulate * parallel.size()
+    batches = config.train.accumulate * parallel.shares()
     stages = batches * schedule_flops(session.cost, schedule, shape)
     plain = batches * schedule.total_steps * step_flops(session.cost, None, shape)
     if stages + ledger["score"] >= plain:

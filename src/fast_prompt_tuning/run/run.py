@@ -266,7 +266,7 @@ def _with_probe(schedule: AutoSchedule, session: Session) -> tuple[AutoSchedule,
             WINDOWS,
         )
         return schedule, rows, None
-    step_examples = config.train.batch_size * config.train.accumulate * parallel.size()
+    step_examples = config.train.batch_size * config.train.accumulate * parallel.shares()
     size = min(probe_examples(config.train.steps, step_examples), len(rows) // 4)
     held_out, rows = train_split(rows, size, config.train.seed)
     return priced(schedule, session, rows, size), rows, held_out

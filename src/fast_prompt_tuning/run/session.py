@@ -22,7 +22,7 @@ from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
 from ..errors import ConfigError, DataError, ModelError
 from ..files import write_atomic
-from ..plm.loading import cache_dir, load_plm, load_tokenizer, loadable_config
+from ..plm.loading import cache_dir, load_tokenizer, loadable_config
 from ..plm.objective import choose_attention
 from ..prompt.generation import GenerationOptions
 from ..prompt.places import place
@@ -35,6 +35,7 @@ from ..train import parallel
 from ..train.batches import sampler_of, steps_an_epoch
 from .choices import chosen
 from .folder import read_log
+from .loaded import loaded
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +154,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
         dtype = "float32" if config.method == "full" else past[-1].get("dtype", dtype) if past else dtype
     loadable_config(config.model.path, revision=config.model.revision)  # first: where there is none, it says why
     tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
-    device = parallel.start(config.model.device)
-    plm = load_plm(config.model.path, dtype=dtype, device=device, revision=config.model.revision)
-    if len(set(parallel.gather(str(plm.dtype)))) > 1:  # the processes' probes differ: all take the exact one
-        plm = load_plm(config.model.path, dtype="float32", device=device, revision=config.model.revision)
+    plm = loaded(config, dtype)
     config = chosen(config, task, plm)
     session = _checked(Session(config, plm, tokenizer, task, CostModel.from_model(plm)))
     for split in splits:
@@ -323,9 +321,9 @@ def predict(
     inputs = [Input(ids, tail) for ids, tail in zip(input_ids_of(session, rows), rows["n_tail"], strict=True)]
     if parallel.size() == 1:
         return _predict(session, prompted, inputs, voting)
-    mine = parallel.share(inputs)
-    predictions, answers, spent = _predict(session, prompted, mine, voting) if mine else ([], [], 0.0)
-    return parallel.merge(predictions), parallel.merge(answers), sum(parallel.gather(spent))
+    mine, count = parallel.share(inputs), len(inputs)
+    predictions, answers, flops = _predict(session, prompted, mine, voting) if mine else ([], [], 0.0)
+    return parallel.merge(predictions, count), parallel.merge(answers, count), parallel.spent(flops)
 
 
 def _predict(

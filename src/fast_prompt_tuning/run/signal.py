@@ -109,7 +109,7 @@ def report(session: Session, *, examples: int | None = None, after: int = 8, at:
             f"--at {str(at)!r} holds a prompt of placement {place_of(at)!r}, the recipe's is "
             f"{config.prompt.placement!r}; set prompt.placement={place_of(at)}"
         )
-    passes = train.accumulate * parallel.size()
+    passes = train.accumulate * parallel.shares()
     wanted = max(32, train.batch_size * passes) if examples is None else examples
     measured_on, rows = train_split(
         session.encoded["train"], math.ceil(wanted / train.batch_size) * train.batch_size, train.seed
@@ -124,7 +124,7 @@ def report(session: Session, *, examples: int | None = None, after: int = 8, at:
     steps = 0.0
     if after and at is None:
         start = prompted.parameter.detach().clone()
-        values, steps = parallel.on_main(lambda: _plain_steps(session, prompted, rows, after))
+        values, steps = parallel.computed(lambda: _plain_steps(session, prompted, rows, after))
         with torch.no_grad():
             prompted.parameter.copy_(values)
         prompts.append(_asked(partial, prompted, found, batches, passes))
@@ -152,10 +152,10 @@ def _partial(session: Session, prompted: PromptedPLM, stages: list[Stage]) -> tu
     needed = needed_by(stages, session.config, model, PartialPLM(model, keep_neurons="first").full_stage)
     neurons, layers, flops = needed.neurons, needed.layers, 0.0
     if needed.scores and neurons is None:
-        neurons = parallel.on_main(lambda: score_neurons(session, model))
+        neurons = parallel.computed(lambda: score_neurons(session, model))
         flops += sum(score_flops(session, batch) for batch in calibration_batches(session, scoring.examples))
     if needed.down_to and layers is None:
-        layers = parallel.on_main(lambda: score_layers(session, model, scoring.keep_layers, needed.down_to))
+        layers = parallel.computed(lambda: score_layers(session, model, scoring.keep_layers, needed.down_to))
         flops += float(layers.metadata["flops"])
     return cut_by(session.config, model, neurons, layers), flops
 
@@ -202,7 +202,7 @@ def _asked(
     """The signal of the candidates at the prompt as it is; processes share the batches."""
     full = partial.full_stage
     stages = {"full": full, **{c.name: c.stage for c in found}}
-    measured = parallel.merge(measure(prompted, partial, list(stages.values()), parallel.share(batches)))
+    measured = parallel.merge(measure(prompted, partial, list(stages.values()), parallel.share(batches)), len(batches))
     made = signals(stages, measured, full, passes=passes)
     plain = [one[full] for one in measured]
     return {

@@ -38,8 +38,7 @@ class Batches:
         return [self._mine(batch) for batch in self._dealt[1][start : start + self.accumulate]]
 
     def _mine(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        rank, size = parallel.rank(), parallel.size()
-        mine = batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]
+        mine = parallel.rows_of(batch)
         columns = self.rows[mine or [0]]
         padded = self.collate([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
         if not mine:  # fewer rows than processes: this one takes part with an example that carries no loss
@@ -49,7 +48,7 @@ class Batches:
 
 def sampler_of(rows: Dataset, train: TrainConfig) -> LengthBatchSampler:
     """Deals the batches of an epoch, each for all processes together."""
-    size = parallel.size()
+    size = parallel.shares()
     return LengthBatchSampler(
         input_lengths(rows), train.batch_size * size, seed=train.seed, max_tokens=train.batch_tokens, shares=size
     )

@@ -151,7 +151,9 @@ def save_trained(folder: Path, model: Any) -> None:
     """Write what is trained: a prompt as PEFT's adapter without PEFT's card, or a whole model."""
     if isinstance(model, PeftModel):
         model.peft_config[model.active_adapter].save_pretrained(str(folder))
-        weights = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        # The prompt alone is asked for: of weights in parts, the whole state would be gathered from every process.
+        prompt = get_peft_model_state_dict(model, state_dict={})
+        weights = {k: v.detach().cpu().contiguous() for k, v in prompt.items()}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     else:
         model.save_pretrained(str(folder))

@@ -252,6 +252,8 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)):
                     raise
+                if parallel.in_parts():  # the others wait for this one's part of the weights
+                    raise TrainingStopped(f"out of memory ({error}); lower train.batch_size") from error
                 reason = str(error).split("\n")[0]
             self.optimizer.zero_grad()
             clear_device_cache(garbage_collection=True)
@@ -311,14 +313,14 @@ class Loop:
         self.prompted.module.eval()
         with torch.no_grad():
             loss = self.prompted.loss({k: v.to(device) for k, v in probe.items()})
-        self.ledger.add("probe", parallel.size() * work_flops(self.cost, loss.work))
+        self.ledger.add("probe", parallel.shares() * work_flops(self.cost, loss.work))
         return float(loss.value)
 
     def ask(self, partial: PartialPLM, examples: Mapping[str, torch.Tensor], stage: Stage) -> Signal:
         """The signal of a stage on the probe's examples; every process measures it."""
-        rows = (stage.batch or self.train.batch_size) * self.train.accumulate * parallel.size()
+        rows = (stage.batch or self.train.batch_size) * self.train.accumulate * parallel.shares()
         signal, flops = ask(self.prompted, partial, stage, examples, step_examples=rows)
-        self.ledger.add("probe", parallel.size() * flops)
+        self.ledger.add("probe", parallel.shares() * flops)
         return signal
 
     # -- between two steps --------------------------------------------------------------------------------------------
@@ -382,7 +384,7 @@ class Loop:
 
     def book(self) -> None:
         """Put what all processes have spent on steps into the ledger; every process must ask."""
-        self.ledger.add("train", sum(parallel.gather(self._flops)))
+        self.ledger.add("train", parallel.spent(self._flops))
         self._flops = 0.0
 
     def evaluate(self) -> None:
