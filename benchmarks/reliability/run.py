@@ -23,6 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+KILLED = {"one process killed": "data", "one process killed, weights sharded": "shard"}
 DISTRIBUTED_GAP = 1e-5
 """Relative: a sum over two processes is rounded in another order."""
 
@@ -83,7 +84,7 @@ def distributed(quick: bool, work: Path) -> dict[str, Any]:
     kinds = list(scenarios.DISTRIBUTED)
     found: dict[str, Any] = {"runs": scenarios.distributed(work / "runs", kinds[3:5] if quick else kinds)}
     if not quick:
-        found["one process killed"] = scenarios.one_process_killed(work / "killed")
+        found |= {name: scenarios.one_process_killed(work / way, way) for name, way in KILLED.items()}
     return found
 
 
@@ -131,9 +132,12 @@ def missed(report: dict[str, Any]) -> list[str]:
     for kind, row in report.get("distributed", {}).get("runs", {}).items():
         if not row["largest_relative_difference"] <= DISTRIBUTED_GAP:
             wrong.append(f"two processes: {kind}: {row['largest_relative_difference']:.1e}")
-    killed = report.get("distributed", {}).get("one process killed", {})
-    if killed and (killed["exit_code"] != 1 or not (killed["said"] and killed["checkpoint"]) or killed["traceback"]):
-        wrong.append(f"one process killed: {killed}")
+    for name in KILLED:
+        killed = report.get("distributed", {}).get(name, {})
+        if killed and (
+            killed["exit_code"] != 1 or not (killed["said"] and killed["checkpoint"]) or killed["traceback"]
+        ):
+            wrong.append(f"{name}: {killed}")
     for part in ("fuzz", "coverage"):
         for name, row in report.get(part, {}).items():
             if isinstance(row, dict) and row["crashes"]:
@@ -221,6 +225,8 @@ def page(report: dict[str, Any]) -> str:
         f"One of two processes killed: the other ends with exit code {killed['exit_code']} and says:",
         "",
         *(f"> {line}" for line in killed["said"]),
+        "",
+        "With weights that are sharded over the processes it says the same, and the checkpoint is as usable.",
         "",
         f"The last checkpoint (step {killed['checkpoint']}) verifies.",
         "",

@@ -80,6 +80,32 @@ def test_neurons_are_not_left_out_of_weights_in_parts(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "large_models.md"
+
+
+def test_the_guides_three_commands_and_a_checkpoint_of_two_resumes_on_one(tmp_path, fpt):
+    runs = tmp_path / "runs" / "large"
+    plain = {"method": "pt", "optim__lr_schedule": "constant"}
+    made = toy().recipe(runs, **plain)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(made))
+    block = GUIDE.read_text(encoding="utf-8").split("```sh\n")[1].split("```")[0]
+    plan, *others = [line.split() for line in block.replace("recipe.yaml", str(tmp_path / "recipe.yaml")).splitlines()]
+    fpt(*plan[1:])
+    for program, *words in others:
+        assert program == "torchrun"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=200, capture_output=True)
+    result = json.loads((runs / "result.json").read_text())
+    scored, _ = fpt("--json", "eval", runs)  # by one process, of the whole model
+    assert json.loads(scored)["results"][str(runs)]["metrics"] == result["metrics"]
+    longer = ["--set", "train.parallel=shard", "--set", "train.steps=14"]
+    fpt("train", "-c", tmp_path / "recipe.yaml", *longer, "--resume", "--allow-changed")
+    whole = run.train(recipe(tmp_path / "whole", **{**plain, "train__steps": 14, "train__batch_size": 8}))
+    resumed = json.loads((runs / "result.json").read_text())["losses"]
+    assert [v for _, v in resumed[:10]] == pytest.approx([v for _, v in whole.losses[:10]], rel=1e-5)
+    assert [step for step, _ in resumed] == [step for step, _ in whole.losses]
+
+
 @pytest.mark.parametrize(
     ("way", "changes", "says"),
     [

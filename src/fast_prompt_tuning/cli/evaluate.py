@@ -58,6 +58,7 @@ def evaluate(
     from ..run.preparation import partial_of
     from ..run.session import evaluate as score
     from ..run.session import open_session, task_of, write_predictions, write_submission
+    from ..train import parallel
 
     quiet_libraries()
     prompts: dict[str, Any] = {"zero-shot": None} if zero_shot else {}
@@ -102,8 +103,10 @@ def evaluate(
             for metric, value in scored.result.values.items():
                 low, high = scored.result.intervals[metric]
                 table.add_row(escape(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(scored.result.n))
-            if output is not None and name == str(runs[0]):
+            if output is not None and name == str(runs[0]) and parallel.rank() == 0:
                 write_predictions(output, session.examples[split], scored)
+    if parallel.rank() != 0:  # the main process speaks for all
+        return
     people().print(table)
     if wants_json():
         emit({"split": split, "partial": partial, "results": records})

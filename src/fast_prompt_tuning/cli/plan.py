@@ -73,6 +73,8 @@ def plan(
     examples: Annotated[int, typer.Option(help="Training examples, whose texts may be kept.")] = 1000,
     convention: Annotated[str, typer.Option(help="all: every product; linear: as the paper's tool counts.")] = "all",
     compare: Annotated[str | None, typer.Option(help="Methods side by side, e.g. pt,ld,fr,cr,auto.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="Also plan for so many devices together.")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="Memory of each device, e.g. 24GiB.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Also time real steps here, for 20 seconds.")] = False,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, for memory and --measure.")] = None,
     sets: Sets = [],  # noqa: B006
@@ -87,6 +89,12 @@ def plan(
 
     if convention not in CONVENTIONS:
         raise ConfigError(f"--convention {convention!r} is unknown; choose one of {', '.join(CONVENTIONS)}")
+    if (devices is None) != (device_memory is None):
+        raise ConfigError(
+            f"--devices {devices} and --device-memory {device_memory}: a plan for devices needs both; "
+            "give, for example, --devices 8 --device-memory 24GiB"
+        )
+    memory = None if device_memory is None else _memory(device_memory)
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise ConfigError(f"--dtype {dtype!r} is unknown; choose bfloat16, float16 or float32")
     recipe = _recipe(config, options, stages, sets)
@@ -139,8 +147,10 @@ def plan(
     }
     if compare is not None:
         methods = listed(compare)
-        if stages or measure or placed:
-            raise ConfigError("--compare has no --stages, --measure or --placement; plan one method with them")
+        if stages or measure or placed or devices:
+            raise ConfigError(
+                "--compare has no --stages, --measure, --devices or --placement; plan one method with them"
+            )
         if not methods:
             raise ConfigError(f"--compare {compare!r} names no method, for example pt,ld,fr,cr")
         stacks_cut = tuple(recipe.stacks or (s for s in full.stacks if s in task_stacks)) or None
@@ -166,8 +176,13 @@ def plan(
             shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)
         for name, each in shapes.items():
             texts[name] = plans.plan_texts(cost, schedule, each, examples=examples, dtype_bytes=bytes_each)
+    held: dict[str, Any] = {}
+    if devices is not None and memory is not None:
+        kept = min(texts["text_cache"].bytes, devices * recipe.cache.budget_mib * 2**20) if texts else 0
+        options = {"accumulate": recipe.train.accumulate, "texts": kept, "dtype_bytes": bytes_each}
+        held = _on_devices(CostModel.from_config(model_config), devices, memory, shape, options)
     if wants_json():
-        emit({**run_plan.to_dict(), **{name: asdict(each) for name, each in texts.items()}})
+        emit({**run_plan.to_dict(), **{name: asdict(each) for name, each in texts.items()}, **held})
         return
     out = people()
     out.print(_stage_table(run_plan, full, asked))
@@ -175,6 +190,68 @@ def plan(
         if name != "text_cache":
             out.print("\nwith cache.cross_attention: true")
         out.print(_text_lines(each, examples, placement), highlight=False)
+    if held:
+        out.print(_device_table(held["devices"], str(device_memory)))
+        out.print(_command(held["devices"], config), highlight=False, soft_wrap=True)
+
+
+def _memory(text: str) -> float:
+    """Bytes of `24GiB`, `24GB` or `24`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|)", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise ConfigError(f"--device-memory {text!r} is no size; give, for example, 24GiB")
+    return float(match[1]) * (10**9 if match[2].upper() == "GB" else 2**30)
+
+
+def _on_devices(cost: Any, devices: int, memory: float, shape: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Each way of `train.parallel` on so many devices, and the fewest of them that hold the run."""
+    from ..cost.devices import ROOM, WAYS, divides, fewest, share
+
+    rows = {}
+    for way in WAYS:
+        each, least = share(cost, way, devices, shape, **options), fewest(cost, way, memory, devices, shape, **options)
+        possible = way != "tensor" or divides(cost, devices)
+        rows[way] = {
+            **asdict(each),
+            "memory": each.memory,
+            "fits": possible and each.memory <= ROOM * memory,
+            "possible": possible,
+            "fewest": least and least.devices,
+        }
+    return {"devices": rows}
+
+
+def _device_table(rows: dict[str, Any], memory: str) -> Table:
+    from ..cost.devices import ROOM
+
+    number = next(iter(rows.values()))["devices"]
+    table = Table(
+        title=f"on {number} devices of {memory}, filled to {ROOM:.0%}: what each holds, receives in a step, and the "
+        "fewest that do",
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("parallel", "weights", "activations", "texts", "memory", "received", "fewest"):
+        table.add_column(name, justify="left" if name == "parallel" else "right")
+    for way, row in rows.items():
+        sizes = [
+            _bytes(row[name]) if row["possible"] else "–" for name in ("weights", "activations", "texts", "memory")
+        ]
+        received = _bytes(row["received"]) if row["possible"] else "–"
+        table.add_row(way, *sizes, received, str(row["fewest"] or "more"))
+    return table
+
+
+def _command(rows: dict[str, Any], config: str | None) -> str:
+    """What to type for the way that sends least and fits."""
+    fitting = [way for way, row in rows.items() if row["fits"]]
+    if not fitting:
+        return "it does not fit: give more devices, a smaller --batch-size, or --dtype bfloat16"
+    way = min(fitting, key=lambda one: rows[one]["received"])
+    command = f"torchrun --nproc-per-node {rows[way]['devices']} -m fast_prompt_tuning train"
+    return f"{command} -c {config or 'RECIPE'} --set train.parallel={way}"
 
 
 def _recipe(config: str | None, options: dict[str, Any], stages: str | None, sets: list[str]) -> RunConfig:

@@ -395,4 +395,5 @@ def write_predictions(path: Path, rows: Dataset, evaluation: Evaluation) -> None
 def write_submission(session: Session, prompted: PromptedPLM, split: str, path: Path) -> None:
     """Answers to a split, which needs no labels, in the benchmark's own format (`submissions.write_submission`)."""
     _, answers, _ = predict(session, prompted, session.encoded[split])
-    submissions.write_submission(session.task, path, list(session.examples[split]["id"]), answers)
+    if parallel.rank() == 0:
+        submissions.write_submission(session.task, path, list(session.examples[split]["id"]), answers)
