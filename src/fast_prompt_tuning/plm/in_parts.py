@@ -12,8 +12,6 @@ from transformers.distributed import DistributedConfig
 
 from ..errors import ModelError
 from . import families, fingerprint
-from .configs import model_class
-from .stacks import layer_list
 
 WAYS = ("shard", "tensor")
 """`shard`: every process holds a part of each layer and gathers it to run it (PyTorch's FSDP2). `tensor`: every process
@@ -39,15 +37,9 @@ def loading_options(config: Any, way: str, processes: int) -> dict[str, Any]:
                 "train.parallel=shard"
             )
         return {"distributed_config": DistributedConfig(tp_size=processes)}
-    with torch.device("meta"):
-        plm = model_class(config).from_config(config)
-    names = {module: name for name, module in plm.named_modules()}
-    lists = [layer_list(plm, spec) for spec in families.of(config).stacks.values()]
-    layers = [names[getattr(parent, attribute)] for parent, attribute in lists if parent is not None]
-    alone = copy.deepcopy(config)
-    alone.base_model_fsdp_plan = {}  # a rule of transformers' own names embeddings that T5 ties
-    plan = {f"{name}.*": "free_full_weight" for name in layers}
-    return {"config": alone, "distributed_config": DistributedConfig(fsdp_size=processes, fsdp_plan=plan)}
+    alone = copy.deepcopy(config)  # with our layers for a plan: a rule of transformers' names embeddings that T5 ties
+    alone.base_model_fsdp_plan = {f"{s.layers}.*": "free_full_weight" for s in families.of(config).stacks.values()}
+    return {"config": alone, "distributed_config": DistributedConfig(fsdp_size=processes)}
 
 
 def begin(plm: Any) -> None:
