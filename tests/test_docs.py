@@ -309,6 +309,20 @@ def test_recipes_in_the_readme_exist():
         assert yaml.safe_load(recipe.read_text(encoding="utf-8"))
 
 
+def test_the_gpus_numbers_are_the_committed_ones():
+    page = PAGES["docs/reproduction.md"].read_text(encoding="utf-8")
+    large, xl = (
+        json.loads((ROOT / f"benchmarks/results/gpu_cost_{name}.json").read_text()) for name in ("large", "xl")
+    )
+    for a, b in zip(large["rows"], xl["rows"], strict=True):
+        numbers = (a["wall_clock"], a["flops_all"], b["wall_clock"], b["flops_all"])
+        row = f"| {a['method'].upper()} {a['layers']}, {a['ffn']} / {b['ffn']} | "
+        assert row + " | ".join(f"{n:.1f}" for n in numbers) + f" | {a['paper_wall_clock']} |" in page
+    for found in (large, xl):
+        assert f"{100 * found['full']['utilisation']:.0f}% " in page
+        assert f"{found['peak_memory_bytes'] / 2**30:.1f} GiB" in page
+
+
 def test_the_guides_numbers_are_the_committed_ones():
     demo = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["runs"]
     row = next(line for line in PAGES["docs/guides/schedule.md"].read_text().splitlines() if "demo.json" in line)
