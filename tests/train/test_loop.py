@@ -9,11 +9,13 @@ import torch
 from toy import Broken, recipe
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from fast_prompt_tuning.errors import TrainingStopped
 from fast_prompt_tuning.prompt import front
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
 from fast_prompt_tuning.recipe import RunConfig
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.folder import read_log
+from fast_prompt_tuning.run.session import open_session
 from fast_prompt_tuning.train import checkpoint, loop
 
 
@@ -134,6 +136,17 @@ def test_full_fine_tuning_is_cut_into_parts_where_memory_ends(tmp_path, monkeypa
     parts = run.train(recipe(tmp_path / "parts", **options))
     assert "4 parts of at most 1 examples" in caplog.text
     assert dict(parts.losses) == pytest.approx(dict(whole.losses), rel=1e-4)
+
+
+def test_a_process_with_a_part_of_the_weights_does_not_cut_its_batch(tmp_path, monkeypatch):
+    def spent(model, batch, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    session = open_session(recipe(tmp_path / "run", method="pt"), ("train", "validation"))
+    monkeypatch.setattr(front, "label_loss", spent)
+    monkeypatch.setattr(loop.parallel, "in_parts", lambda: "shard")
+    with pytest.raises(TrainingStopped, match=r"out of memory at step 0 .* lower train.batch_size"):
+        run.train(session.config, session=session)
 
 
 @pytest.mark.parametrize(

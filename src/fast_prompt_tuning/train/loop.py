@@ -252,9 +252,12 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)):
                     raise
-                if parallel.in_parts():  # the others wait for this one's part of the weights
-                    raise TrainingStopped(f"out of memory ({error}); lower train.batch_size") from error
                 reason = str(error).split("\n")[0]
+                if parallel.in_parts():  # the others wait for this one's part of the weights
+                    raise TrainingStopped(
+                        f"out of memory at step {self.state.global_step} ({reason}), and with train.parallel="
+                        f"{parallel.in_parts()} a process cannot make its batch smaller alone; lower train.batch_size"
+                    ) from error
             self.optimizer.zero_grad()
             clear_device_cache(garbage_collection=True)
             if self.parts >= rows:
