@@ -297,3 +297,11 @@ def test_every_method_is_a_valid_recipe(quality):
             base = {"model": {"path": "x"}, "data": {"task": "bbc_topics"}, "output": "y",
                     "train": {"steps": task.steps, "batch_size": task.batch}, **settings(model, task)}  # fmt: skip
             assert config.load(base).train.steps == task.steps, name
+
+
+def test_a_model_four_times_as_large_as_a_processs_limit_trained_in_parts():
+    found = json.loads((ROOT / "benchmarks" / "results" / "shard_memory.json").read_text())
+    assert found["limit_bytes"] == found["model_bytes"] // 4
+    assert len(found["own_bytes"]) == found["processes"]
+    assert max(found["own_bytes"]) + found["part_bytes"] <= found["limit_bytes"]
+    assert len(found["losses"]) == 3
