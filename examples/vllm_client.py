@@ -27,10 +27,14 @@ from fast_prompt_tuning.run.session import Session, encode_for, input_ids_of, op
 def embedded(session: Session, prompt: torch.Tensor, where: str, fields: dict[str, Any]) -> torch.Tensor:
     """The input's embeddings with the prompt `(P, H)` in its place: `(P + T, H)`, for a decoder-only model."""
     rows = encode_for(session, render_rows(session.task, [fields], decoder=True))
-    ids = torch.tensor(input_ids_of(session, rows)[0], device=session.plm.device)
-    before = {"prefix": 0, "suffix": len(ids), "infix": len(ids) - rows["n_tail"][0]}[where]
+    return placed(session, prompt, where, input_ids_of(session, rows)[0], rows["n_tail"][0])
+
+
+def placed(session: Session, prompt: torch.Tensor, where: str, ids: list[int], tail: int) -> torch.Tensor:
+    """The same of token ids, the last `tail` of which stand behind a prompt within them."""
+    before = {"prefix": 0, "suffix": len(ids), "infix": len(ids) - tail}[where]
     with torch.no_grad():
-        text = session.plm.get_input_embeddings()(ids)
+        text = session.plm.get_input_embeddings()(torch.tensor(ids, device=session.plm.device))
     return torch.cat([text[:before], prompt.to(text), text[before:]])
 
 
