@@ -17,6 +17,7 @@ from fast_prompt_tuning.errors import ConfigError, ModelError
 from fast_prompt_tuning.plm import families
 from fast_prompt_tuning.plm.partial import PartialPLM
 from fast_prompt_tuning.prompt import text_attention
+from fast_prompt_tuning.prompt import text_states as text_states_module
 from fast_prompt_tuning.prompt.after_text import WithinText
 from fast_prompt_tuning.prompt.soft_prompt import export_prompt, place_of
 from fast_prompt_tuning.prompt.suffix_model import SuffixPromptModel, load_soft_prompt, suffix_loss
@@ -295,6 +296,17 @@ def test_a_prompt_and_a_target_the_decoder_has_no_positions_for():
     ids = torch.randint(3, VOCAB, (2, 60))
     with pytest.raises(ModelError, match="a prompt of 20 tokens and a target of 60 need 80 positions"):
         model(input_ids=ids[:, :10], labels=ids)
+
+
+def test_a_process_that_runs_a_text_for_others_keeps_it_once(monkeypatch, caplog):
+    plm = BY_NAME["llama"].plm()
+    cache = TextCache(plm)
+    first = text_states(plm, [[5, 6, 7], [8, 9]], cache)
+    monkeypatch.setattr(text_states_module, "any_process", lambda *_: True)  # another process lacks a text
+    again = text_states(plm, [[5, 6, 7], [8, 9]], cache)
+    assert (again.ran, len(cache)) == ((1, 3), 2)
+    torch.testing.assert_close(again.states, first.states)
+    assert not caplog.records  # the budget is not spent
 
 
 def test_texts_run_under_autocast_are_other_texts():

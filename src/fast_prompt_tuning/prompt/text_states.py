@@ -127,7 +127,7 @@ def text_states(plm: Any, texts: Sequence[Sequence[int]], cache: TextCache | Non
         missing = missing or {tuple(texts[0]): [0]}
         computed = _run_texts(plm, list(missing), cross_attention=cache is not None and cache.cross_attention)
         for places, row in zip(missing.values(), computed, strict=True):
-            if cache is not None:
+            if cache is not None and rows[places[0]] is None:
                 cache.put(keys[places[0]], row)
             for i in places:
                 rows[i] = row
