@@ -78,6 +78,19 @@ def test_a_plan_for_70_billion_weights(fpt, tmp_path):
     assert "it does not fit: give more devices" in fpt(*line, "2GiB")[0]
 
 
+def test_a_plan_names_no_way_that_a_run_would_refuse(fpt, tmp_path):
+    """FFN reduction needs whole layers; transformers has no tensor-parallel plan for T5."""
+
+    def possible(config, *options):
+        config.save_pretrained(tmp_path)
+        line = ["--json", "plan", "--model", tmp_path, "--devices", 2, "--device-memory", "24GiB", *options]
+        return {way for way, row in json.loads(fpt(*line)[0])["devices"].items() if row["possible"]}
+
+    assert possible(LLAMA_70B, "--method", "ld") == {"data", "shard", "tensor"}
+    assert possible(LLAMA_70B, "--method", "cr") == {"data"}
+    assert possible(BY_NAME["t5"].config(), "--method", "ld") == {"data", "shard"}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -180,7 +180,14 @@ def plan(
     if devices is not None and memory is not None:
         kept = min(texts["text_cache"].bytes, devices * recipe.cache.budget_mib * 2**20) if texts else 0
         options = {"accumulate": recipe.train.accumulate, "texts": kept, "dtype_bytes": bytes_each}
-        held = _on_devices(CostModel.from_config(model_config), devices, memory, shape, options)
+        cost = CostModel.from_config(model_config)
+        sizes = [cost.sizes(stage) for stage in schedule.stages]
+        able = {
+            "data": True,
+            "shard": not any(size[name].ffn < cost.stacks[name].ffn for size in sizes for name in size),
+        }
+        able["tensor"] = able["shard"] and bool(getattr(model_config, "base_model_tp_plan", None))
+        held = _on_devices(cost, devices, memory, shape, able, options)
     if wants_json():
         emit({**run_plan.to_dict(), **{name: asdict(each) for name, each in texts.items()}, **held})
         return
@@ -203,14 +210,21 @@ def _memory(text: str) -> float:
     return float(match[1]) * (10**9 if match[2].upper() == "GB" else 2**30)
 
 
-def _on_devices(cost: Any, devices: int, memory: float, shape: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Each way of `train.parallel` on so many devices, and the fewest of them that hold the run."""
+def _on_devices(
+    cost: Any, devices: int, memory: float, shape: Any, able: dict[str, bool], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Each way of `train.parallel` on so many devices, and the fewest of them that hold the run.
+
+    Args:
+        able: whether model and schedule can go that way at all.
+    """
     from ..cost.devices import ROOM, WAYS, divides, fewest, share
 
     rows = {}
     for way in WAYS:
-        each, least = share(cost, way, devices, shape, **options), fewest(cost, way, memory, devices, shape, **options)
-        possible = way != "tensor" or divides(cost, devices)
+        each = share(cost, way, devices, shape, **options)
+        least = fewest(cost, way, memory, devices, shape, **options) if able[way] else None
+        possible = able[way] and (way != "tensor" or divides(cost, devices))
         rows[way] = {
             **asdict(each),
             "memory": each.memory,

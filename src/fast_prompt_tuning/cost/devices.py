@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from .memory import activation_bytes
 from .shapes import BatchShape, CostModel
 
 Way = Literal["data", "shard", "tensor"]
-WAYS: Mapping[Way, str] = MappingProxyType({
-    "data": "each device holds the whole model",
-    "shard": "each device holds a part of each layer, and gathers it to run it",
-    "tensor": "all devices compute each layer together",
-})  # fmt: skip
+"""`data`: each device holds the whole model. `shard`: a part of each layer, gathered to run it. `tensor`: all devices
+compute each layer together."""
+WAYS: tuple[Way, ...] = get_args(Way)
 
 ROOM = 0.9
 """The part of a device's memory that a plan fills: the rest is for the allocator, kernels and the driver."""

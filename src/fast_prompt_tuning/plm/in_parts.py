@@ -13,10 +13,6 @@ from transformers.distributed import DistributedConfig
 from ..errors import ModelError
 from . import families, fingerprint
 
-WAYS = ("shard", "tensor")
-"""`shard`: every process holds a part of each layer and gathers it to run it (PyTorch's FSDP2). `tensor`: every process
-computes its part of each layer (tensor parallelism)."""
-
 
 def loading_options(config: Any, way: str, processes: int) -> dict[str, Any]:
     """What `from_pretrained` of transformers takes beside the rest: each process then reads its part alone.
@@ -25,7 +21,7 @@ def loading_options(config: Any, way: str, processes: int) -> dict[str, Any]:
 
     Args:
         config: the model's.
-        way: of `WAYS`.
+        way: `shard` (every process gathers a layer to run it: FSDP2) or `tensor` (it computes its part of the layer).
 
     Raises:
         ModelError: `tensor` of a family that transformers has no plan for.

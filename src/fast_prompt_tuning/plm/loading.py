@@ -262,7 +262,7 @@ def load_plm(
             with a warning where the model's loss in it is far from float32's.
         device: torch device; default CUDA where there is one, else CPU.
         revision: revision on the hub.
-        split: the weights over processes, each of which calls this: the way (`in_parts.WAYS`) and their number.
+        split: the weights over processes, each of which calls this: the way (see `in_parts`), and how many they are.
 
     Raises:
         ModelError: nothing there, no weights, a config without a registered family, fp16 T5, no way to split it.
