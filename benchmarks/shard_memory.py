@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from memory import resident
+
+sys.path.insert(0, str(Path(__file__).parent / "reliability"))
+
+from scenarios import environment, free_port
 
 PROCESSES, PARTS = 8, 4
 """Each of so many processes may hold one part of so many."""
@@ -34,22 +38,16 @@ SIZES = {
 }
 
 
-def anonymous() -> int:
-    """Bytes of this process's own memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-
 class Peak(threading.Thread):
     """The most anonymous memory that this process has while it runs, looked at a hundred times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.begun = self.most = anonymous()
+        self.begun = self.most = resident("RssAnon")
 
     def run(self) -> None:
         while True:
-            self.most = max(self.most, anonymous())
+            self.most = max(self.most, resident("RssAnon"))
             time.sleep(0.01)
 
 
@@ -75,10 +73,8 @@ def one_process(recipe: Path, result: Path) -> None:
 def measure(folder: Path, layers: int, steps: int, processes: int) -> dict[str, Any]:
     """Make the model, run the processes, and read what they took."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from toy import toy
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = json.loads((toy().llama / "config.json").read_text())
     config = LlamaConfig(**{**SIZES, "num_hidden_layers": layers, "vocab_size": sizes["vocab_size"]})
@@ -92,25 +88,10 @@ def measure(folder: Path, layers: int, steps: int, processes: int) -> dict[str, 
     changes = {"train__steps": steps, "train__batch_size": 1, "train__eval_every": steps, "train__parallel": "shard"}
     changes |= {"data__validation_limit": processes, "method": "pt", "model__path": str(folder / "model")}
     (folder / "recipe.json").write_text(json.dumps(toy().recipe(folder / "run", **changes)))
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    known: dict[str, Any] = {
-        "MALLOC_MMAP_THRESHOLD_": 2**20,
-        "MALLOC_TRIM_THRESHOLD_": 2**20,
-        "WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-    }
+    port, frees = free_port(), dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**20))
     command = [sys.executable, __file__, "--process", str(folder / "recipe.json"), str(folder / "found.json")]
     begun = time.perf_counter()
-    children = [
-        subprocess.Popen(
-            command, env={**os.environ, **{k: str(v) for k, v in {**known, "RANK": r, "LOCAL_RANK": r}.items()}}
-        )
-        for r in range(processes)
-    ]
+    children = [subprocess.Popen(command, env=environment(r, processes, port) | frees) for r in range(processes)]
     codes = [child.wait() for child in children]
     if any(codes):
         raise RuntimeError("a process has failed")

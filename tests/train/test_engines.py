@@ -48,13 +48,17 @@ def test_layers_on_a_disk_are_dropped_where_they_are(tmp_path):
         partial.check(NARROW)
 
 
-def test_layers_sharded_by_fsdp_are_dropped_and_their_ffns_refused():
-    port = scenarios.free_port()
-    command = [sys.executable, str(BENCH / "sharded.py")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+def two_processes(*words: str) -> list[tuple[str, str]]:
+    """What Python says, on stdout and stderr, as each of two processes of one run."""
+    port, pipes = scenarios.free_port(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *words]
     children = [subprocess.Popen(command, env=scenarios.environment(r, 2, port), **pipes) for r in range(2)]
-    outputs = [child.communicate(timeout=200)[0] for child in children]
-    found = json.loads(outputs[0].splitlines()[-1])
+    return [child.communicate(timeout=200) for child in children]
+
+
+def test_layers_sharded_by_fsdp_are_dropped_and_their_ffns_refused():
+    (output, _), _ = two_processes(str(BENCH / "sharded.py"))
+    found = json.loads(output.splitlines()[-1])
     assert found["equal"] == [True] * 4
     assert "is sharded over processes" in found["refused"]
 
@@ -70,11 +74,8 @@ def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path):
 def test_neurons_are_not_left_out_of_weights_in_parts(tmp_path):
     made = toy().recipe(tmp_path / "run", method="cr", train__parallel="shard")
     (tmp_path / "recipe.json").write_text(json.dumps(made))
-    port = scenarios.free_port()
-    command = [sys.executable, "-m", "fast_prompt_tuning", "train", "-c", str(tmp_path / "recipe.json")]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    children = [subprocess.Popen(command, env=scenarios.environment(r, 2, port), **pipes) for r in range(2)]
-    said = [child.communicate(timeout=200)[1] for child in children]
+    pairs = two_processes("-m", "fast_prompt_tuning", "train", "-c", str(tmp_path / "recipe.json"))
+    said = [err for _, err in pairs]
     assert "is sharded over processes, so its neurons cannot be left out" in " ".join(said[0].split())
     assert "Traceback" not in said[0] + said[1]
     assert not (tmp_path / "run").exists()

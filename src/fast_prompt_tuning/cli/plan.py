@@ -165,12 +165,12 @@ def plan(
     schedule = recipe.schedule(full, task_stacks)
     if isinstance(schedule, AutoSchedule):
         schedule = best_case(schedule.ladder, recipe.train.steps)
-    run_plan = plans.make_plan(model_config, schedule, shape, **common)
+    cost = CostModel.from_config(model_config)
+    run_plan = plans.make_plan(model_config, schedule, shape, cost=cost, **common)
     if measure:
         run_plan = run_plan.with_timing(timing.measure_stages(model_config, schedule, shape, dtype=dtype))
     texts: dict[str, Any] = {}
     if placed and placed.keeps_texts:
-        cost = CostModel.from_config(model_config)
         shapes = {"text_cache": shape}
         if len(full.stacks) > 1:
             shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)
@@ -180,13 +180,10 @@ def plan(
     if devices is not None and memory is not None:
         kept = min(texts["text_cache"].bytes, devices * recipe.cache.budget_mib * 2**20) if texts else 0
         options = {"accumulate": recipe.train.accumulate, "texts": kept, "dtype_bytes": bytes_each}
-        cost = CostModel.from_config(model_config)
         sizes = [cost.sizes(stage) for stage in schedule.stages]
-        able = {
-            "data": True,
-            "shard": not any(size[name].ffn < cost.stacks[name].ffn for size in sizes for name in size),
-        }
-        able["tensor"] = able["shard"] and bool(getattr(model_config, "base_model_tp_plan", None))
+        whole = not any(size[name].ffn < cost.stacks[name].ffn for size in sizes for name in size)
+        tensor = whole and bool(getattr(model_config, "base_model_tp_plan", None))
+        able = {"data": True, "shard": whole, "tensor": tensor}
         held = _on_devices(cost, devices, memory, shape, able, options)
     if wants_json():
         emit({**run_plan.to_dict(), **{name: asdict(each) for name, each in texts.items()}, **held})
@@ -247,14 +244,12 @@ def _device_table(rows: dict[str, Any], memory: str) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for name in ("parallel", "weights", "activations", "texts", "memory", "received", "fewest"):
+    sizes = ("weights", "activations", "texts", "memory", "received")
+    for name in ("parallel", *sizes, "fewest"):
         table.add_column(name, justify="left" if name == "parallel" else "right")
     for way, row in rows.items():
-        sizes = [
-            _bytes(row[name]) if row["possible"] else "–" for name in ("weights", "activations", "texts", "memory")
-        ]
-        received = _bytes(row["received"]) if row["possible"] else "–"
-        table.add_row(way, *sizes, received, str(row["fewest"] or "more"))
+        cells = [_bytes(row[name]) if row["possible"] else "–" for name in sizes]
+        table.add_row(way, *cells, str(row["fewest"] or "more"))
     return table
 
 

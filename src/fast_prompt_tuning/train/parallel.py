@@ -15,6 +15,7 @@ from .launcher import end_with_launcher
 T = TypeVar("T")
 
 _way = "data"
+"""How the processes share the work, as `train.parallel` has it; `start` sets it."""
 
 _LOST = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 """What errors say of a process that is gone."""
