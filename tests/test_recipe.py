@@ -81,6 +81,7 @@ def test_unknown_keys_name_the_nearest(changes, said):
         ("model=5", "model=5"),
         ("model.path=", "model.path=None"),
         ("output=''", "output=''"),
+        ("output=!!binary AQ==", "output=.*valid string"),
         ("optim.lr=-1", "optim.lr=-1"),
         ("optim.lr=.nan", "optim.lr=nan"),
         ("optim.lr=.inf", "optim.lr=inf"),

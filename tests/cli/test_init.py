@@ -86,7 +86,7 @@ def test_rows_that_lack_a_field_are_left_out(fpt, tmp_path):
     rows = [dict(row) for row in ROWS]
     rows[7]["label"] = ""
     out, _ = fpt("init", table(tmp_path / "a.csv", rows), "-o", tmp_path / "x", "--model", toy().llama)
-    assert "1 rows lack a field and were left out" in out
+    assert "1 rows lack what is needed and were left out" in out
 
 
 names = st.text(min_size=1, max_size=12).filter(str.strip)

@@ -6,12 +6,14 @@ import gzip
 import io
 import json
 
+import datasets
+import pyarrow as pa
 import pytest
 
 from fast_prompt_tuning.data import formats
 from fast_prompt_tuning.data.formats import text_lines
 from fast_prompt_tuning.data.readers import load_examples
-from fast_prompt_tuning.data.task_files import load_task, task_from_templates
+from fast_prompt_tuning.data.task_files import load_task, task_from_templates, with_source
 from fast_prompt_tuning.errors import DataError
 
 ROWS = [{"text": "a; b", "label": "x"}, {"text": "c, d", "label": "y"}]
@@ -121,3 +123,58 @@ def test_lines_of_an_open_file():
     assert list(lines) == ["a", "b\rc", "", "d"]
     with pytest.raises(DataError, match="standard input:2: not UTF-8"):
         list(text_lines(io.BytesIO(b"a\n\xff\xfe\n"), "standard input"))
+
+
+FEATURES = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])})
+LABELLED = datasets.Dataset.from_list(
+    [{"text": "a; b", "label": 0}, {"text": "c, d", "label": 1}, {"text": "e", "label": -1}], features=FEATURES
+)
+
+
+def feather(path):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, LABELLED.data.schema) as writer:
+        writer.write_table(LABELLED.data.table)
+
+
+def stream(path):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, LABELLED.data.schema) as writer:
+        writer.write_table(LABELLED.data.table)
+
+
+WRITERS = {
+    "rows.parquet": LABELLED.to_parquet,
+    "rows.arrow": stream,
+    "rows.feather": feather,
+    "folder": LABELLED.save_to_disk,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_columns_of_labels_give_their_names(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    bad: list[DataError] = []
+    assert read(tmp_path / name, on_bad_row="skip", bad_rows=bad) == [("a; b", "x"), ("c, d", "y")]
+    assert len(bad) == 1
+    assert "field 'label' is missing or null" in str(bad[0])
+
+
+def test_a_saved_data_set_of_several_splits(tmp_path):
+    datasets.DatasetDict({"train": LABELLED, "held": LABELLED.select([1])}).save_to_disk(tmp_path / "all")
+    task = task_from_templates(files={"train": "x"}, input_template="{{ text }}", target_template="{{ label }}")
+    ours = with_source(task, str(tmp_path / "all"), None, {"validation": "held"})
+    assert load_examples(ours, "validation", decoder=False)["target"][:] == ["y"]
+    with pytest.raises(DataError, match="no split 'test'; choose from train, held"):
+        load_examples(ours, "test", decoder=False)
+    assert read(tmp_path / "all" / "held") == [("c, d", "y")]
+    with pytest.raises(DataError, match="neither a file nor a saved split"):
+        read(tmp_path / "all")
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.arrow", "rows.feather"])
+@pytest.mark.parametrize(
+    "content", [b"ARROW1 and no more", b"nothing of the kind", b"\xff\xff\xff\xff\x10\x00\x00\x00"]
+)
+def test_what_is_no_arrow_file_is_said_to_be_none(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match="not a readable"):
+        read(tmp_path / name)

@@ -222,7 +222,7 @@ def test_choices_and_postprocess():
     assert load_task("xsum").postprocess("no answer") == "no answer"
 
 
-@pytest.mark.parametrize("name", built_in("tasks"))
+@pytest.mark.parametrize("name", sorted(set(built_in("tasks")) - {"chat"}))  # whose texts the model's template makes
 def test_built_in_tasks_serve_decoders_too(name):
     task = load_task(name)
     assert task.name == name
@@ -362,7 +362,7 @@ def test_malformed_record(tmp_path):
 def test_missing_files_and_splits(tmp_path):
     with pytest.raises(DataError, match=r"nowhere.tsv: no such file"):
         load("qqp", "train", "nowhere.tsv")
-    with pytest.raises(DataError, match="not a file"):
+    with pytest.raises(DataError, match="neither a file nor a saved split"):
         load("qqp", "train", tmp_path)
     with pytest.raises(DataError, match=r"no file for split 'test'.*train"):
         load_examples(load_task("qqp"), "test", decoder=False, files={"train": str(DATA / "qqp_train.tsv")})
@@ -627,7 +627,7 @@ def test_a_recipe_takes_its_rows_from_a_data_set_of_the_hub_or_a_folder_of_one(t
     assert found.examples == 12
     for wrong, said in (
         ({**data, "files": {"train": "a.jsonl"}}, "both say where the rows are"),
-        ({"task": "bbc_topics", "hub": "a/b"}, "both say where the rows are"),
+        ({**templates, "splits": {"test": "x"}, "files": {"train": "a"}}, "set data.hub, or leave it out"),
         ({**templates, "hub_config": "x", "files": {"train": "a"}}, "set data.hub, or leave it out"),
         (templates, "or data.hub"),
     ):

@@ -97,7 +97,8 @@ def show(
 
         tokenizer = load_tokenizer(model)
         decoder = not AutoConfig.from_pretrained(locate(model)).is_encoder_decoder
-    rows = load_examples(task, split, decoder=decoder, files={split: file} if file else None, limit=limit)
+    files = {split: file} if file else None
+    rows = load_examples(task, split, decoder=decoder, files=files, limit=limit, tokenizer=tokenizer)
     count = (lambda t: len(tokenizer(t)["input_ids"])) if tokenizer else (lambda t: len(t.split()))
     unit = "tokens" if tokenizer else "words"
     lengths = {field: _percentiles([count(text) for text in rows[field]]) for field in ("input", "target")}

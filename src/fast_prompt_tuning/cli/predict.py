@@ -109,7 +109,7 @@ class _Asked:
 
         task, decoder = self.session.task, self.session.decoder
         rows = [_fields(task, text, decoder) for text in batch]
-        return encode_for(self.session, render_rows(task, rows, decoder=decoder))
+        return encode_for(self.session, render_rows(task, rows, decoder=decoder, tokenizer=self.session.tokenizer))
 
     def fronts(self, encoded: Dataset) -> list[tuple[Any, ...]]:
         """What of each text is read before the prompt, and kept; of a prompt in front nothing that others share."""
@@ -157,6 +157,8 @@ def _fields(task: Any, text: str, decoder: bool) -> dict[str, Any]:
                 return row
         except (ValueError, RecursionError):
             pass
+    if task.chat is not None:
+        return {task.chat: [{"role": "user", "content": text}]}
     fields = sorted(task.input_fields(decoder=decoder))
     if not fields:
         raise DataError(f"task {task.name!r} has an input template without a field: there is nothing to answer to")

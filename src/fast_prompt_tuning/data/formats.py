@@ -1,4 +1,4 @@
-"""Rows of local files in the formats people have: JSONL, JSON, CSV, TSV, Parquet, GLUE's TSV, SQuAD, ReCoRD.
+"""Rows of local files in the formats people have: JSONL, JSON, CSV, TSV, Parquet, Arrow, GLUE's TSV, SQuAD, ReCoRD.
 
 Read here rather than with the loaders of `datasets`: those name neither the line nor the reason of a bad row, and
 GLUE's TSV has no quoting.
@@ -266,18 +266,20 @@ def _read_squad(path: Path) -> Rows:
                 yield Row({**fields, "title": str(article.get("title", ""))}, number)
 
 
-def _read_parquet(path: Path) -> Rows:
-    import pyarrow as pa
-    from pyarrow import parquet
+def _counted(rows: Iterable[dict[str, Any]]) -> Rows:
+    return (Row(fields, number) for number, fields in enumerate(rows, start=1))
 
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1000):
-                for number, fields in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
-                    yield Row(fields, number)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not a readable Parquet file: {error}", file=str(path)) from None
+
+def _read_parquet(path: Path) -> Rows:
+    from .arrow_files import parquet_rows
+
+    return _counted(parquet_rows(path))
+
+
+def _read_arrow(path: Path) -> Rows:
+    from .arrow_files import arrow_rows
+
+    return _counted(arrow_rows(path))
 
 
 def _member(value: Any, key: str, kind: type | tuple[type, ...]) -> Any:
@@ -319,12 +321,13 @@ _READERS: Mapping[str, tuple[tuple[str, ...], Callable[[Path], Rows]]] = Mapping
         "squad": ((".json",), _read_squad),
         "record": ((".jsonl", ".json"), _read_record),
         "parquet": ((".parquet",), _read_parquet),
+        "arrow": ((".arrow", ".feather"), _read_arrow),
     }
 )
 
 
 def rows_of(path: Path, preferred: str | None) -> Rows:
-    """The rows of a file, and a `DataError` in place of each that cannot be read.
+    """The rows of a file, or of a folder saved by `datasets`, and a `DataError` in place of each that cannot be read.
 
     Args:
         preferred: the format where the suffix leaves a choice.
@@ -332,6 +335,10 @@ def rows_of(path: Path, preferred: str | None) -> Rows:
     Raises:
         DataError: at once or later: another kind of file, or nothing of it can be read.
     """
+    if path.is_dir():
+        from .arrow_files import saved_rows
+
+        return _counted(saved_rows(path))
     suffix = _suffix(path)
     fitting = [name for name, (suffixes, _) in _READERS.items() if suffix in suffixes]
     if not fitting:

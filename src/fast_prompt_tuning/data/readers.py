@@ -22,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import ConfigError, DataError, nearest
+from .arrow_files import is_saved, saved_rows, with_label_names
+from .chat import turns
 from .formats import Row, Rows, rows_of
 from .tasks import Source, Task
 
@@ -91,12 +93,9 @@ def _read_hub(source: Source, split: str, shuffle_seed: int | None) -> Rows:
             f"cannot load {source.hub!r} ({source.config or 'default'}, {split}): {error}. "
             "Without a network, give local files: one per split, in the benchmark's official format"
         ) from error
-    classes = {k: v.names for k, v in data.features.items() if isinstance(v, datasets.ClassLabel)}
     if shuffle_seed is not None:
         data = data.shuffle(seed=shuffle_seed)
-    for number, row in enumerate(data, start=1):
-        for name, names in classes.items():  # -1 marks an unlabelled row
-            row[name] = names[row[name]] if row[name] is not None and row[name] >= 0 else None
+    for number, row in enumerate(with_label_names(data, data.features), start=1):
         yield Row(row, number)
 
 
@@ -113,6 +112,7 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     bad_rows: list[DataError] | None = None,
+    tokenizer: Any = None,
 ) -> datasets.Dataset:
     """A split as rendered text.
 
@@ -125,6 +125,7 @@ def load_examples(
         limit: at most this many examples, a random sample.
         seed: seed of that sample.
         bad_rows: a list to which skipped rows are appended, each as its `DataError`.
+        tokenizer: of the model; needed where the task has conversations.
 
     Returns:
         Data set with the columns `id`, `input`, `target`, `references` (list of texts; empty: no answer, or
@@ -148,7 +149,7 @@ def load_examples(
             try:
                 if isinstance(row, DataError):
                     raise row
-                yield from _render_row(task, row, place, split=split, decoder=decoder)
+                yield from _render_row(task, row, place, split=split, decoder=decoder, tokenizer=tokenizer)
             except DataError as error:
                 if on_bad_row == "error":
                     raise
@@ -165,15 +166,25 @@ def load_examples(
     return dataset
 
 
-def _render_row(task: Task, row: Row, place: str, *, split: str, decoder: bool) -> list[dict[str, Any]]:
+def _render_row(task: Task, row: Row, place: str, *, split: str, decoder: bool, tokenizer: Any) -> list[dict[str, Any]]:
+    fields = row.fields
     try:
-        return task.render(row.fields, split=split, decoder=decoder, default_id=str(row.number - 1))
+        if task.chat is not None:
+            if tokenizer is None:
+                raise ConfigError(f"task {task.name!r} has conversations: name a model with a chat template")
+            fields = {**fields, **turns(fields.get(task.chat), tokenizer)}
+        return task.render(fields, split=split, decoder=decoder, default_id=str(row.number - 1))
     except DataError as error:
         raise DataError(error.reason, file=place, line=row.number) from None
 
 
 def render_rows(
-    task: Task, rows: Iterable[Mapping[str, Any]], *, decoder: bool, split: str = "test"
+    task: Task,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    decoder: bool,
+    split: str = "test",
+    tokenizer: Any = None,
 ) -> datasets.Dataset:
     """Rows already in memory as the data set `load_examples` gives; for predicting on new texts.
 
@@ -181,7 +192,9 @@ def render_rows(
         DataError: a row cannot be used, or there is none.
     """
     numbered = (Row(dict(fields), number) for number, fields in enumerate(rows, start=1))
-    examples = chain.from_iterable(_render_row(task, row, "row", split=split, decoder=decoder) for row in numbered)
+    examples = chain.from_iterable(
+        _render_row(task, row, "row", split=split, decoder=decoder, tokenizer=tokenizer) for row in numbered
+    )
     return _dataset(examples, "rows")
 
 
@@ -193,10 +206,10 @@ def _open(task: Task, split: str, files: Mapping[str, str] | None, sample_seed: 
         if split not in local:
             raise DataError(f"no file for split {split!r}; there are files for {', '.join(local)}")
         path = Path(local[split])
-        if not path.is_file():
-            what = "not a file" if path.exists() else "no such file"
+        if not (path.is_file() or is_saved(path)):
+            what = "neither a file nor a saved split" if path.exists() else "no such file"
             raise DataError(f"{what}; give the right one with --set data.files.{split}=FILE", file=str(path))
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             raise DataError("the file is empty", file=str(path))
         return str(path), rows_of(path, source.format), False
     if split not in task.splits:
@@ -205,6 +218,9 @@ def _open(task: Task, split: str, files: Mapping[str, str] | None, sample_seed: 
         return f"BBC News ({split})", _read_bbc(task.splits[split]), False
     if source.hub is None:
         raise DataError(f"task {task.name!r} has no source of its own; give files, one per split")
+    if is_saved(folder := Path(source.hub), several=True):
+        rows = enumerate(saved_rows(folder, task.splits[split]), start=1)
+        return f"{folder} ({task.splits[split]})", (Row(fields, number) for number, fields in rows), False
     place = f"{source.hub} ({source.config or 'default'}, {task.splits[split]})"
     return place, _read_hub(source, task.splits[split], sample_seed), sample_seed is not None
 

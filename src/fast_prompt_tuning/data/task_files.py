@@ -12,7 +12,7 @@ from ..errors import ConfigError, DataError, nearest
 from ..paths import built_in
 from ..yaml_text import problems, read_yaml
 from .metrics import METRICS
-from .tasks import Task, check_apart, render_input
+from .tasks import Source, Task, check_apart, render_input
 from .templates import compiled
 
 
@@ -57,11 +57,20 @@ def _validate(data: Mapping[str, Any], where: str) -> Task:
         raise ConfigError("\n".join(f"{where}: {text}" for text in texts)) from None
 
 
+def with_source(task: Task, hub: str, config: str | None, splits: Mapping[str, str]) -> Task:
+    """The task with the rows of a data set on the Hub, or of a folder of one, in place of its own.
+
+    Args:
+        config: its configuration.
+        splits: split -> the data set's own name of it; default the same name. Its class labels become their names.
+    """
+    splits = {**Task.model_fields["splits"].default, **splits}
+    return task.model_copy(update={"source": Source(hub=hub, config=config), "splits": splits})
+
+
 def task_from_templates(
     *,
     files: Mapping[str, str],
-    hub: str | None = None,
-    hub_config: str | None = None,
     input_template: str,
     target_template: str,
     labels: Sequence[str] | None = None,
@@ -74,8 +83,6 @@ def task_from_templates(
 
     Args:
         files: split -> local file.
-        hub: in place of files a data set on the Hub, or a folder of one. Its class labels become their names.
-        hub_config: its configuration.
         input_template: Jinja template, such as `"{{ text }}\nTopic:"`.
         target_template: Jinja template, such as `" {{ label }}"`.
         labels: the words of a closed set, which the field `label` holds.
@@ -89,7 +96,7 @@ def task_from_templates(
     data = {
         "name": "custom",
         "version": 1,
-        "source": {"files": files, "hub": hub, "config": hub_config},
+        "source": {"files": files},
         "input_template": input_template,
         "target_template": target_template,
         "labels": None if labels is None else {word: word for word in labels},

@@ -111,6 +111,8 @@ class Task(_Frozen):
         splits: our split name -> the source's.
         aliases: field -> other names it has in some formats.
         replace: clean-ups, in order.
+        chat: field with a conversation. Templates then see `before`, `user`, `after` and `assistant`, as `chat.turns`
+            gives them.
         input_template: Jinja template of the input.
         target_template: Jinja template of the target.
         decoder: both templates for decoder-only models; default: the same ones.
@@ -135,6 +137,7 @@ class Task(_Frozen):
     splits: dict[str, str] = {"train": "train", "validation": "validation", "test": "test"}
     aliases: dict[str, list[str]] = {}
     replace: list[Replace] = []
+    chat: str | None = None
     input_template: str
     target_template: str
     decoder: Templates | None = None

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..placements import FRONT, PLACEMENTS
 from ..schedule.auto import AutoSchedule, default_ladder
 from ..schedule.stages import Schedule, Stage
 
-UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path as people write it: `~` is their home."""
+UserPath = Annotated[str, Strict(), AfterValidator(os.path.expanduser)]
+"""A path as people write it: `~` is their home, and bytes (`!!binary`) are none."""
 
 
 def _placed(name: str) -> str:
@@ -56,9 +56,12 @@ class DataConfig(_Section):
         default_factory=dict, description="split -> local file, in place of the task's own"
     )
     hub: str | None = Field(
-        None, min_length=1, description="with templates, in place of files: data set on the Hub, or a folder of one"
+        None, min_length=1, description="in place of files: data set on the Hub, or a folder of one"
     )
     hub_config: str | None = Field(None, description="its configuration")
+    splits: dict[str, str] = Field(
+        default_factory=dict, description="split -> the data set's own, such as validation: test or train[90%:]"
+    )
     train_limit: int | None = Field(None, ge=1, description="use at most this many training examples")
     validation_limit: int | None = Field(None, ge=1, description="evaluate on at most this many examples")
     test_limit: int | None = Field(None, ge=1, description="test on at most this many examples; default all")
@@ -73,11 +76,11 @@ class DataConfig(_Section):
             raise ValueError("needs a task, or input_template and target_template; set data.task")
         if self.task is not None and (templates != (None, None) or self.labels is not None):
             raise ValueError(f"task={self.task!r} has templates and labels of its own; leave out data.task or these")
-        if self.hub_config is not None and self.hub is None:
-            raise ValueError(f"hub_config={self.hub_config!r} is of no data set; set data.hub, or leave it out")
-        if self.hub is not None and (self.task is not None or self.files):
-            other = f"task={self.task!r}" if self.task is not None else "files"
-            raise ValueError(f"hub={self.hub!r} and {other} both say where the rows are; leave one of them out")
+        for name in ("hub_config", "splits"):
+            if (value := getattr(self, name)) and self.hub is None:
+                raise ValueError(f"{name}={value!r} is of no data set; set data.hub, or leave it out")
+        if self.hub is not None and self.files:
+            raise ValueError(f"hub={self.hub!r} and files both say where the rows are; leave one of them out")
         if self.task is None and not (self.files or self.hub):
             raise ValueError("templates need rows; set data.files.train and data.files.validation, or data.hub")
         return self

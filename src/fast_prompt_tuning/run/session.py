@@ -126,16 +126,16 @@ def task_of(config: RunConfig) -> tasks.Task:
     """The task a recipe names, or the one its templates make."""
     data = config.data
     if data.task is not None:
-        return task_files.load_task(data.task)
-    return task_files.task_from_templates(
-        files=data.files,
-        hub=data.hub,
-        hub_config=data.hub_config,
-        input_template=data.input_template or "",
-        target_template=data.target_template or "",
-        labels=data.labels,
-        max_target_tokens=data.max_target_tokens or 64,
-    )
+        task = task_files.load_task(data.task)
+    else:
+        task = task_files.task_from_templates(
+            files=data.files,
+            input_template=data.input_template or "",
+            target_template=data.target_template or "",
+            labels=data.labels,
+            max_target_tokens=data.max_target_tokens or 64,
+        )
+    return task if data.hub is None else task_files.with_source(task, data.hub, data.hub_config, data.splits)
 
 
 def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = False) -> Session:
@@ -244,6 +244,7 @@ def _load_split(session: Session, split: str) -> None:
         limit={"train": data.train_limit, "test": data.test_limit}.get(split, data.validation_limit),
         seed=session.config.train.seed if split == "train" else 0,
         bad_rows=bad,
+        tokenizer=session.tokenizer,
     )
     for error in bad:
         logger.warning("skipped: %s", error)
