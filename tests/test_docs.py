@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
-from settings import BY_NAME
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from settings import BY_NAME, HIDDEN
+from toy import toy
+from transformers import AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from typer.main import get_command
 
 from fast_prompt_tuning import soft_prompt_config
@@ -25,6 +26,7 @@ from fast_prompt_tuning.data import metrics, task_files, tasks
 from fast_prompt_tuning.data.readers import load_examples
 from fast_prompt_tuning.paper.costs import PAPER_TABLE2, paper_table1_flops, paper_table2_flops
 from fast_prompt_tuning.plm import families
+from fast_prompt_tuning.prompt.soft_prompt import save_suffix_prompt
 from fast_prompt_tuning.recipe import load
 from fast_prompt_tuning.report.signal import interval
 from fast_prompt_tuning.report.tables import table_rows
@@ -70,8 +72,10 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     batch = family.batch()
     plm = family.plm()
     get_peft_model(family.plm(), soft_prompt_config(plm, num_virtual_tokens=4)).save_pretrained("prompt")
+    save_suffix_prompt("runs/news", torch.randn(4, HIDDEN), placement="suffix", base_model="m", model_fingerprint="")
     names = {
         "torch": torch,
+        "tokenizer": AutoTokenizer.from_pretrained(toy().llama),
         "get_peft_model": get_peft_model,
         "Trainer": Seq2SeqTrainer,
         "Seq2SeqTrainer": Seq2SeqTrainer,
@@ -260,9 +264,10 @@ def test_the_table_of_many_prompts_is_the_committed_one():
 
 
 def test_the_engines_answers_are_the_committed_ones():
-    page = PAGES["docs/guides/lm_eval.md"].read_text(encoding="utf-8")
-    places = {"prefix": "in front", "suffix": "after the text"}
+    pages = {"lm_eval": "docs/guides/lm_eval.md", "pipeline": "docs/guides/serving.md"}
+    places = {"prefix": "in front", "suffix": "after the text", "infix": "within the text"}
     for r in json.loads((ROOT / "benchmarks" / "results" / "engines.json").read_text()):
+        page = PAGES[pages[r["engine"]]].read_text(encoding="utf-8")
         assert f"| {places[r['placement']]} | {r['equal']} of {r['examples']} |" in page
 
 

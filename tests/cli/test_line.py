@@ -263,6 +263,17 @@ def test_several_runs_answer_a_text_that_is_read_once(fpt, tmp_path, monkeypatch
     assert [r["prediction"] for r in records] == [alone[name][i] for i in range(2) for name in "ac"]
     assert [r["run"] for r in records] == [str(runs["a"]), str(runs["c"])] * 2
     assert "2 texts were read more than once" in caplog.text
+    apart = {name: json.loads(fpt("eval", runs[name], "--json")[0])["results"][str(runs[name])] for name in "ab"}
+    read.clear()
+    out, err = fpt("eval", runs["a"], "--also", runs["b"], "--json")
+    together = json.loads(out)["results"]
+    assert [together[str(runs[name])]["task"] for name in "ab"] == ["topics", "words"]
+    assert [together[str(runs[name])]["metrics"] for name in "ab"] == [apart[name]["metrics"] for name in "ab"]
+    assert len(read) == 12
+    assert "24 examples have 12 different texts before their prompts" in err
+    assert "leave out --submission, --ensemble" in said(
+        fpt, "eval", runs["a"], "--also", runs["b"], "--partial", "2x10"
+    )
     other = tmp_path / "other"
     fpt("train", "-c", toy().write_recipe(tmp_path / "o.yaml", other, model__path=str(toy().t5), method="pt"))
     assert "--also needs prompts of one model" in said(fpt, "predict", runs["a"], "--also", other, "goal")

@@ -9,7 +9,18 @@ from prompted import rows_of, score_labels
 from safetensors import safe_open
 from settings import BY_NAME, FAMILIES, FFN, HIDDEN, LAYERS, VOCAB, Settings
 from torch.nn import functional as F
-from transformers import AttentionInterface, GenerationConfig, Trainer, TrainingArguments, default_data_collator
+from toy import toy
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    TextStreamer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    pipeline,
+)
 
 from fast_prompt_tuning.cost.shapes import BatchShape
 from fast_prompt_tuning.cost.work import PromptPass, TextPass
@@ -289,6 +300,44 @@ def test_generate_takes_what_the_plms_own_takes(name):
     with pytest.raises(ValueError, match="no_such_option"):
         model.generate(**inputs, no_such_option=1)
     assert plm.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("placement", ["suffix", "infix"])
+def test_a_pipeline_answers_as_the_model_does(placement, capsys):
+    """`transformers.pipeline`: one text, several of different lengths, beams, streamed."""
+    plm = AutoModelForCausalLM.from_pretrained(toy().llama, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(toy().llama, padding_side="left")
+    model = SuffixPromptModel(plm, 3, placement=placement)
+    after = {"n_after": 1} if placement == "infix" else {}
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    assert "SuffixPromptModel" in repr(pipe)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False, **after}
+    texts = ["the ball goal", "a bank market of profit"]
+    for beams in (1, 3):
+        written = []
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            found = model.generate(ids, num_beams=beams, max_new_tokens=5, do_sample=False, **after)
+            written.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+        answers = [pipe(text, num_beams=beams, **options)[0]["generated_text"] for text in texts]
+        assert answers == written
+        both = [row[0]["generated_text"] for row in pipe(texts, num_beams=beams, batch_size=2, **options)]
+        assert both == written
+        if beams == 1:
+            streamed = written[0]
+    capsys.readouterr()
+    for skip in (False, True):
+        pipe(texts[0], streamer=TextStreamer(tokenizer, skip_prompt=skip, skip_special_tokens=True), **options)
+        shown = capsys.readouterr().out.strip()
+        assert shown.split() == ([] if skip else texts[0].split()) + streamed.split()
+
+
+@pytest.mark.parametrize("guessing", [{"assistant_model": "itself"}, {"prompt_lookup_num_tokens": 2}])
+def test_assisted_generation_is_refused(guessing):
+    model = suffix_model(BY_NAME["llama"])
+    guessing = {name: model.plm if value == "itself" else value for name, value in guessing.items()}
+    with pytest.raises(ConfigError, match=f"{next(iter(guessing))} guesses tokens from those of the text"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, **guessing)
 
 
 def test_a_prompt_and_a_target_the_decoder_has_no_positions_for():

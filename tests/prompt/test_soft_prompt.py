@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import (
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
     PromptEncoderConfig,
@@ -16,6 +17,7 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from settings import BY_NAME, HIDDEN, VOCAB
 from toy import tokenizer
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification, T5Tokenizer
@@ -361,3 +363,61 @@ def test_a_prompt_of_pefts_p_tuning_is_what_its_encoder_makes(name, tmp_path):
     other = get_peft_model(BY_NAME[name].plm(), soft_prompt_config(plm, num_virtual_tokens=4))
     init_soft_prompt(other, "prompt", path=tmp_path)
     assert torch.equal(prompt_parameter(other).detach(), made.float())
+
+
+def multitask(name, tasks, **options):
+    plm = BY_NAME[name].plm()
+    kind = TaskType.SEQ_2_SEQ_LM if plm.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    config = MultitaskPromptTuningConfig(
+        task_type=kind, num_virtual_tokens=4, num_tasks=tasks, num_ranks=2, prompt_tuning_init="RANDOM", **options
+    )
+    model = get_peft_model(plm, config).eval()
+    with torch.no_grad():
+        model.prompt_encoder["default"].prefix_task_cols.normal_()
+        model.prompt_encoder["default"].prefix_task_rows.normal_()
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "t5-gated"])
+def test_a_multitask_prompt_of_one_task_is_folded(name, tmp_path):
+    model = multitask(name, 1)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        made = model.get_prompt(batch_size=1, task_ids=torch.tensor([0]))[0]
+    assert torch.allclose(load_prompt(tmp_path), made[:4].float())
+
+
+def test_a_multitask_prompt_of_several_tasks_is_refused(tmp_path):
+    multitask("llama", 3).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="holds the prompts of 3 tasks; save one task's by PEFT first"):
+        load_prompt(tmp_path)
+    # … as the message says
+    source = str(tmp_path / "adapter_model.safetensors")
+    one = MultitaskPromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=4,
+        num_tasks=1,
+        num_ranks=2,
+        prompt_tuning_init="EXACT_SOURCE_TASK",
+        prompt_tuning_init_task=2,
+        prompt_tuning_init_state_dict_path=source,
+    )
+    get_peft_model(BY_NAME["llama"].plm(), one).save_pretrained(tmp_path / "one")
+    tensors = load_file(source)
+    factors = tensors["prefix_task_cols"][2].float() @ tensors["prefix_task_rows"][2].float()
+    assert torch.allclose(load_prompt(tmp_path / "one"), tensors["prompt_embeddings"].float() * factors)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prefix_task_cols": (1, 4)}, {"prefix_task_rows": (1, 3, HIDDEN)}, {"prefix_task_cols": None}]
+)
+def test_broken_factors_of_a_task_are_refused(wrong, tmp_path):
+    multitask("llama", 1).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, shape in wrong.items():
+        del tensors[key]
+        tensors |= {} if shape is None else {key: torch.zeros(shape)}
+    save_file(tensors, file)
+    with pytest.raises(ConfigError):
+        load_prompt(tmp_path)

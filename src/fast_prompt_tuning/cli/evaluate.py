@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,15 +27,22 @@ def evaluate(
     partial: Annotated[
         str | None, typer.Option(help="Score on a partial PLM instead, e.g. 15x768 (layers × neurons).")
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Another run of the model, scored on its own task; repeatable."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write one prompt's predictions as JSONL into this file.")] = None,
     submission: Annotated[
         Path | None, typer.Option(help="Write one prompt's answers in the benchmark's format; needs no labels.")
     ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score saved prompts side by side on the full model. Next: `fpt predict RUN`."""
+    """Score saved prompts side by side on the full model. Next: `fpt predict RUN`.
+
+    Texts that the tasks of --also share are read once, where the same words stand before the prompts.
+    """
     from ..recipe import settings_of
-    from .run_folder import check_ensemble
+    from .run_folder import check_ensemble, check_one_model
 
     settings = settings_of(runs[0], sets)
     for path in (output, submission):
@@ -50,14 +58,24 @@ def evaluate(
             f"{str(runs[0])!r} is a run of all weights: without a prompt, or with another's, its model would be the "
             "tuned one; score it by itself"
         )
+    others = {run: settings_of(run, sets) for run in also or ()}
+    methods = {settings.method, *(its.method for its in others.values())}
+    if others and (submission or ensemble or partial or "full" in methods):
+        raise ConfigError(
+            "--also scores prompts one by one on the full model; leave out --submission, --ensemble, --partial and "
+            "runs of all weights"
+        )
+    for run, its in others.items():
+        check_one_model("--also", runs[0], settings, run, its)
     if ensemble is not None:
         check_ensemble(ensemble, runs, settings)
     from ..data.submissions import check_submission
     from ..plm.partial import PartialPLM
     from ..prompt.soft_prompt import load_prompt, place_of, stack_prompts
     from ..run.preparation import partial_of
+    from ..run.session import beside, load_split, open_session, task_of, write_predictions, write_submission
     from ..run.session import evaluate as score
-    from ..run.session import open_session, task_of, write_predictions, write_submission
+    from ..run.together import fronts
     from ..train import parallel
 
     quiet_libraries()
@@ -84,16 +102,21 @@ def evaluate(
         if wants_json():
             emit({"split": split, "submission": str(submission)})
         return
+    asked = [(name, session, session.prompted(prompt, placed.get(name))) for name, prompt in prompts.items()]
+    for run, its in others.items():
+        own = beside(session, its)
+        load_split(own, split)
+        asked.append((str(run), own, own.prompted(load_prompt(run), place_of(run))))
     at_size = partial_of(session, partial, runs[0]) if partial else PartialPLM(session.plm).full()
     records = {}
     table = Table(header_style="bold")
-    for column in ("prompt", "metric", "value %", "95% interval", "examples"):
+    for column in ("prompt", *(("task",) if others else ()), "metric", "value %", "95% interval", "examples"):
         table.add_column(column)
     with at_size:
-        for name, prompt in prompts.items():
-            prompted = session.prompted(prompt, placed.get(name))
-            scored = score(session, prompted, split, voting=ensemble or "probabilities")
+        for name, on, prompted in asked:
+            scored = score(on, prompted, split, voting=ensemble or "probabilities")
             records[name] = {
+                "task": on.task.name,
                 "metrics": scored.result.values,
                 "intervals": scored.result.intervals,
                 "examples": scored.result.n,
@@ -102,12 +125,17 @@ def evaluate(
             }
             for metric, value in scored.result.values.items():
                 low, high = scored.result.intervals[metric]
-                table.add_row(escape(name), metric, f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(scored.result.n))
+                task = (escape(on.task.name),) if others else ()
+                scores = (f"{value:.2f}", f"{low:.2f} – {high:.2f}", str(scored.result.n))
+                table.add_row(escape(name), *task, metric, *scores)
             if output is not None and name == str(runs[0]) and parallel.rank() == 0:
                 write_predictions(output, session.examples[split], scored)
     if parallel.rank() != 0:  # the main process speaks for all
         return
     people().print(table)
+    if others:
+        before = [fronts(name, on, prompted, on.encoded[split]) for name, on, prompted in asked]
+        say(f"{sum(map(len, before))} examples have {len(set(chain(*before)))} different texts before their prompts")
     if wants_json():
         emit({"split": split, "partial": partial, "results": records})
 

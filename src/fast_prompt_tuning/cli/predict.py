@@ -46,7 +46,7 @@ def predict(
     from ..prompt.soft_prompt import load_prompt
     from ..recipe import settings_of
     from ..run.session import beside, open_session
-    from ..run.together import predict_together
+    from ..run.together import fronts, predict_together
     from .run_folder import check_one_model
 
     if texts and file is not None:
@@ -68,8 +68,8 @@ def predict(
     def answer_batch(batch: list[str]) -> None:
         encoded = [each.encoded(batch) for each in asked]
         if others:
-            fronts = zip(*(each.fronts(rows) for each, rows in zip(asked, encoded, strict=True)), strict=True)
-            apart.append(sum(len(set(of_text)) > 1 for of_text in fronts))
+            before = (fronts(a.name, a.session, a.prompted, rows) for a, rows in zip(asked, encoded, strict=True))
+            apart.append(sum(len(set(of_text)) > 1 for of_text in zip(*before, strict=True)))
         found = predict_together([a.session for a in asked], [a.prompted for a in asked], encoded)
         lines = [a.lines(batch, *each, named=bool(others)) for a, each in zip(asked, found, strict=True)]
         for of_text in zip(*lines, strict=True):
@@ -110,18 +110,6 @@ class _Asked:
         task, decoder = self.session.task, self.session.decoder
         rows = [_fields(task, text, decoder) for text in batch]
         return encode_for(self.session, render_rows(task, rows, decoder=decoder, tokenizer=self.session.tokenizer))
-
-    def fronts(self, encoded: Dataset) -> list[tuple[Any, ...]]:
-        """What of each text is read before the prompt, and kept; of a prompt in front nothing that others share."""
-        from ..prompt.passes import split_texts
-        from ..run.session import input_ids_of
-
-        if not self.prompted.keeps_texts:
-            return [(self.name,)] * len(encoded)
-        fronts, _ = split_texts(
-            input_ids_of(self.session, encoded), encoded["n_tail"] if self.prompted.needs_tail else None
-        )
-        return [tuple(front) for front in fronts]
 
     def lines(
         self, batch: list[str], predictions: list[Prediction], answers: list[str], *, named: bool

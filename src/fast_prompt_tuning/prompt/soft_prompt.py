@@ -265,7 +265,7 @@ def place_of(path: str | Path) -> str:
     return "prefix" if record is None else str(record["placement"])
 
 
-FROM_PEFT = ("PROMPT_TUNING", "P_TUNING")
+FROM_PEFT = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 """Adapters of stock PEFT that are a prompt in front: of p-tuning PEFT saves what its encoder makes."""
 
 
@@ -289,8 +289,12 @@ def load_prompt(path: str | Path) -> torch.Tensor:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind, tokens = config.get("peft_type"), config.get("num_virtual_tokens")
-        values = load_file(file)["prompt_embeddings"]
-    except (OSError, KeyError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        tensors = load_file(file)
+        several = kind == "MULTITASK_PROMPT_TUNING"
+        values = _of_one_task(tensors, folder) if several else tensors["prompt_embeddings"]
+    except ConfigError:
+        raise
+    except (OSError, KeyError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"{str(folder)!r} is not a saved soft prompt ({type(error).__name__}: {error}); it needs "
             "adapter_config.json and adapter_model.safetensors with prompt_embeddings"
@@ -307,6 +311,21 @@ def load_prompt(path: str | Path) -> torch.Tensor:
         )
     # PEFT's default for encoder-decoders stores as many vectors again for the decoder, and uses the first half.
     return values[:tokens]
+
+
+def _of_one_task(tensors: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
+    """The prompt of a multitask prompt's only task: the shared one times the task's factors (Wang et al. 2023).
+
+    Args:
+        tensors: the shared prompt `(P, H)`; factors of K tasks, `(K, P, R)` and `(K, R, H)`.
+    """
+    shared, cols, rows = (tensors[n].float() for n in ("prompt_embeddings", "prefix_task_cols", "prefix_task_rows"))
+    if len(cols) != 1:
+        raise ConfigError(
+            f"{str(folder)!r} holds the prompts of {len(cols)} tasks; save one task's by PEFT first "
+            "(prompt_tuning_init=EXACT_SOURCE_TASK with num_tasks=1)"
+        )
+    return shared * (cols @ rows)[0]
 
 
 def _vectors(values: torch.Tensor, folder: Path) -> torch.Tensor:

@@ -37,6 +37,13 @@ AFTER = "n_after"
 """What a prompt within the text is told of each row `(B,)`: the tokens at the text's end that stand after it."""
 
 
+_OF_THE_PLM = (
+    *("can_generate", "config", "device", "dtype", "generation_config"),
+    *("input_modalities", "main_input_name", "output_modalities"),
+)
+"""What Trainers and pipelines ask of a model and the PLM answers."""
+
+
 class SuffixPromptModel(nn.Module):
     """A frozen PLM with a soft prompt after the text: trains in a stock `transformers.Trainer`, generates, saves.
 
@@ -84,15 +91,8 @@ class SuffixPromptModel(nn.Module):
         self.register_state_dict_post_hook(_prompt_only)
         self.register_load_state_dict_post_hook(_plm_is_not_missing)
 
-    @property
-    def config(self) -> Any:
-        """The PLM's."""
-        return self.plm.config
-
-    @property
-    def device(self) -> torch.device:
-        """The PLM's."""
-        return self.plm.device
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plm, name) if name in _OF_THE_PLM else super().__getattr__(name)
 
     @property
     def prompted(self) -> PromptedPLM:
@@ -161,16 +161,25 @@ class SuffixPromptModel(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
-        n_after: torch.Tensor | Sequence[int] | None = None,
+        n_after: torch.Tensor | Sequence[int] | int | None = None,
+        streamer: Any = None,
         **options: Any,
     ) -> Any:
         """`plm.generate` with the prompt after the text; takes and gives what the PLM's own `generate` does.
 
-        With `infix` it also takes `n_after`, as `forward` does. The cache is always a dynamic one, since it holds the
-        text: `use_cache` and `cache_implementation` do not count.
+        The cache is always a dynamic one, since it holds the text: `use_cache` and `cache_implementation` do not count.
+
+        Args:
+            n_after: with `infix`, as `forward` takes it; or one number for all rows.
+            streamer: is given the text first, as by the PLM's own `generate`.
+
+        Raises:
+            ModelError: `n_after` as in `forward`.
+            ConfigError: assisted generation, which would read the text again without the prompt; no room for an answer.
         """
         self._check_after(n_after)
-        after = None if n_after is None else counts(n_after, len(input_ids))
+        after = [n_after] * len(input_ids) if isinstance(n_after, int) else n_after
+        after = None if after is None else counts(after, len(input_ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         texts = [row[keep].tolist() for row, keep in zip(input_ids, mask.bool(), strict=True)]
         read = 1 if self.plm.config.is_encoder_decoder else input_ids.shape[1]
@@ -178,8 +187,16 @@ class SuffixPromptModel(nn.Module):
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         rows = [Input(ids, n) for ids, n in zip(texts, after or [0] * len(texts), strict=True)]
         inputs, _ = self.prompted.generation_inputs(self.soft_prompt.detach(), rows, copies)
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if more.get(name) is not None or getattr(config, name, None) is not None:
+                raise ConfigError(
+                    f"{name} guesses tokens from those of the text, which is read already, with a prompt behind it; "
+                    "leave it out"
+                )
+        if streamer is not None and not self.plm.config.is_encoder_decoder:
+            streamer.put(input_ids.cpu())  # the PLM is given no text to show
         with generation_config(self.plm, config):
-            generated = self.plm.generate(**inputs, **more)
+            generated = self.plm.generate(**inputs, streamer=streamer, **more)
         sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
         if self.plm.config.is_encoder_decoder:
             sequences = sequences[:, len(self.soft_prompt) :]

@@ -158,7 +158,7 @@ def open_session(config: RunConfig, splits: Iterable[str], *, resume: bool = Fal
     config = chosen(config, task, plm)
     session = _checked(Session(config, plm, tokenizer, task, CostModel.from_model(plm)))
     for split in splits:
-        _load_split(session, split)
+        load_split(session, split)
     if "train" in session.examples:
         _check_targets(session)
         session.config = with_steps(session.config, session.encoded["train"])
@@ -232,7 +232,7 @@ def _positions(session: Session) -> list[dict[str, int]]:
     return [dict(needs[part] for part in parts) for parts in stacks]
 
 
-def _load_split(session: Session, split: str) -> None:
+def load_split(session: Session, split: str) -> None:
     data = session.config.data
     bad: list[DataError] = []
     examples = load_examples(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 
+from ..prompt.passes import split_texts
 from ..prompt.prediction import Prediction
 from ..prompt.prompted import Input, PromptedPLM
 from ..prompt.together import score_together
@@ -43,6 +45,18 @@ def predict_together(
         )  # fmt: skip
         found |= {i: (each, [p.text for p in each]) for i, each in zip(members, scored, strict=True)}
     return [found[i] for i in range(len(sessions))]
+
+
+def fronts(name: str, session: Session, prompted: PromptedPLM, rows: Dataset) -> list[tuple[Any, ...]]:
+    """What of each text is read before the prompt, and kept; of a prompt in front nothing that others share.
+
+    Args:
+        name: of the run.
+    """
+    if not prompted.keeps_texts:
+        return [(name, i) for i in range(len(rows))]
+    found, _ = split_texts(input_ids_of(session, rows), rows["n_tail"] if prompted.needs_tail else None)
+    return [tuple(front) for front in found]
 
 
 def _kind(session: Session, prompted: PromptedPLM) -> tuple[object, ...] | None:
