@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from settings import BY_NAME
@@ -240,3 +242,23 @@ def test_killing_writers_leaves_nothing_torn_and_loses_nothing(tmp_path):
 def test_both_kinds_have_one_interface():
     own = {n for n in vars(TextCache) if not n.startswith("_")}
     assert {n for n in vars(DiskTextCache) if not n.startswith("_")} <= own
+
+
+def test_half_of_what_is_free_is_the_budget(monkeypatch, tmp_path):
+    """Of the machine's memory, or of what a container may use, shared among the processes of a run."""
+    plm = BY_NAME["llama"].plm()
+    memory = SimpleNamespace(available=8 * 2**30)
+    monkeypatch.setattr(text_cache.psutil, "virtual_memory", lambda: memory)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(text_cache, "_LIMITS", (limit,))
+    assert TextCache(plm).budget == 4 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert TextCache(plm).budget == 2 * 2**30
+    limit.write_text("max\n")
+    assert TextCache(plm).budget == 2 * 2**30
+    used = psutil.Process().memory_info().rss
+    limit.write_text(f"{2 * used + 2**30}\n")
+    assert TextCache(plm).budget == pytest.approx(2**28, rel=0.2)
+    limit.write_text("1000\n")
+    assert TextCache(plm).budget == 0
+    assert TextCache(plm, budget_mib=3).budget == 3 * 2**20

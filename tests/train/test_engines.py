@@ -89,7 +89,8 @@ def test_the_guides_three_commands_and_a_checkpoint_of_two_resumes_on_one(tmp_pa
     plain = {"method": "pt", "optim__lr_schedule": "constant"}
     made = toy().recipe(runs, **plain)
     (tmp_path / "recipe.yaml").write_text(json.dumps(made))
-    block = GUIDE.read_text(encoding="utf-8").split("```sh\n")[1].split("```")[0]
+    section = GUIDE.read_text(encoding="utf-8").split("## Models larger than one device")[1]
+    block = section.split("```sh\n")[1].split("```")[0]
     plan, *others = [line.split() for line in block.replace("recipe.yaml", str(tmp_path / "recipe.yaml")).splitlines()]
     fpt(*plan[1:])
     for program, *words in others:

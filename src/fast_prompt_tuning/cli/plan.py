@@ -178,7 +178,9 @@ def plan(
             texts[name] = plans.plan_texts(cost, schedule, each, examples=examples, dtype_bytes=bytes_each)
     held: dict[str, Any] = {}
     if devices is not None and memory is not None:
-        kept = min(texts["text_cache"].bytes, devices * recipe.cache.budget_mib * 2**20) if texts else 0
+        mib = recipe.cache.budget_mib
+        # Without a budget, texts take what is left free, and need no room of their own.
+        kept = min(texts["text_cache"].bytes, devices * mib * 2**20) if texts and mib is not None else 0
         options = {"accumulate": recipe.train.accumulate, "texts": kept, "dtype_bytes": bytes_each}
         sizes = [cost.sizes(stage) for stage in schedule.stages]
         whole = not any(size[name].ffn < cost.stacks[name].ffn for size in sizes for name in size)

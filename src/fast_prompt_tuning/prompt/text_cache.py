@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
@@ -36,6 +37,22 @@ def check_cross_attention(plm: Any, wanted: bool) -> None:
         )
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still use on a device; of a machine's memory its share among the local processes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = psutil.virtual_memory().available // processes
+    for file in _LIMITS:
+        if file.is_file() and (limit := file.read_text(encoding="utf-8").strip()).isdigit():
+            free = min(free, int(limit) // processes - psutil.Process().memory_info().rss)
+    return max(free, 0)
+
+
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much memory a container may use, by the version of its control groups."""
+
+
 class TextCache:
     """States of texts in memory, for one PLM and all of its stages.
 
@@ -44,7 +61,7 @@ class TextCache:
 
     Args:
         plm: the bare PLM the states are of; its weights must not change.
-        budget_mib: memory of the PLM's device it may use, in MiB.
+        budget_mib: memory of the PLM's device it may use, in MiB; default half of what is free there now.
         cross_attention: of an encoder-decoder, keep the keys and values of the cross-attention in place of the
             encoder's output: steps compute them no more, and their room is at least twice the decoder's layers times
             as large.
@@ -53,7 +70,9 @@ class TextCache:
         ConfigError: a negative budget, or `cross_attention` of a model without one.
     """
 
-    def __init__(self, plm: Any, *, budget_mib: float = 1024, cross_attention: bool = False):
+    def __init__(self, plm: Any, *, budget_mib: float | None = None, cross_attention: bool = False):
+        if budget_mib is None:
+            budget_mib = free_memory(plm.device) / 2 / 2**20
         if not budget_mib >= 0:
             raise ConfigError(f"budget_mib={budget_mib!r} must be at least 0")
         check_cross_attention(plm, cross_attention)
@@ -88,7 +107,11 @@ class TextCache:
             self.bytes += states.nbytes
         elif self.budget and not self._full:
             self._full = True
-            logger.warning("cache.budget_mib is spent after %d texts: further ones run at every step", len(self))
+            logger.warning(
+                "cache.budget_mib=%d is spent after %d texts: further ones run at every step",
+                self.budget // 2**20,
+                len(self),
+            )
 
     def enter_stage(self, cut: str) -> None:
         """Training runs at this stage from here on, and never goes back: the last one's states only take room."""
@@ -132,7 +155,7 @@ class DiskTextCache(TextCache):
     Args:
         plm: as `TextCache`.
         folder: where the files are; made if need be.
-        budget_mib: most that the folder may hold, of all models together, in MiB.
+        budget_mib: most that the folder may hold, of all models together, in MiB; default 8192.
         cross_attention: as `TextCache`.
 
     Raises:
@@ -144,10 +167,10 @@ class DiskTextCache(TextCache):
         plm: Any,
         folder: str | Path,
         *,
-        budget_mib: float = 8192,
+        budget_mib: float | None = None,
         cross_attention: bool = False,
     ):
-        super().__init__(plm, budget_mib=budget_mib, cross_attention=cross_attention)
+        super().__init__(plm, budget_mib=8192 if budget_mib is None else budget_mib, cross_attention=cross_attention)
         self.root = Path(folder) / OWN_FOLDER
         self.folder = self.root / model_key(plm)
         for place in (self.root, self.folder):

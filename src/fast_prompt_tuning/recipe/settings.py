@@ -46,9 +46,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which task, which files of it, and how much of each text."""
 
-    task: UserPath | None = Field(
-        None, min_length=1, description="a built-in task (fpt ls tasks) or a task's YAML file"
-    )
+    task: UserPath | None = Field(None, min_length=1, description="built-in task (fpt ls tasks) or a task's YAML file")
     input_template: str | None = Field(None, description="Jinja template of the input, in place of a task")
     target_template: str | None = Field(None, description="Jinja template of the target, in place of a task")
     labels: list[str] | None = Field(None, description="with templates: the closed set of the field `label`")
@@ -114,7 +112,9 @@ class CacheConfig(_Section):
     """What texts leave behind, kept between steps where the prompt stands after them (prompt.placement)."""
 
     tier: Literal["none", "memory", "disk"] = Field("memory", description="where; none computes it at every step")
-    budget_mib: float = Field(2048, ge=0, allow_inf_nan=False, description="MiB of it; texts beyond are computed anew")
+    budget_mib: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="most MiB of it; default half of the free memory, on disk 8192"
+    )
     cross_attention: bool = Field(
         False, description="of an encoder-decoder, keep its keys and values: cheaper steps, far more room"
     )
