@@ -232,6 +232,15 @@ def test_a_figure_is_drawn_by_its_script(tmp_path, script, picture):
     assert {"how_it_works": "3 layers × 512", "house": "schedule/"}[picture] in texts[0]
 
 
+def test_the_terminal_shows_the_recorded_session(tmp_path):
+    drawn = runpy.run_path(str(ROOT / "docs" / "pictures" / "terminal.py"))["draw"](tmp_path / "drawn.svg")
+    assert drawn.read_bytes() == (ROOT / "docs" / "pictures" / "terminal.svg").read_bytes()
+    session = (ROOT / "docs" / "pictures" / "terminal.txt").read_text(encoding="utf-8")
+    for line in session.splitlines():
+        if line.startswith("$ "):
+            parse(line.removeprefix("$ "))
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
