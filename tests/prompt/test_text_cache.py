@@ -244,21 +244,33 @@ def test_both_kinds_have_one_interface():
     assert {n for n in vars(DiskTextCache) if not n.startswith("_")} <= own
 
 
-def test_half_of_what_is_free_is_the_budget(monkeypatch, tmp_path):
+def test_no_more_is_taken_than_is_left_free(monkeypatch, tmp_path, caplog):
     """Of the machine's memory, or of what a container may use, shared among the processes of a run."""
     plm = BY_NAME["llama"].plm()
-    memory = SimpleNamespace(available=8 * 2**30)
-    monkeypatch.setattr(text_cache.psutil, "virtual_memory", lambda: memory)
+    size = text_states(plm, [[5, 6, 7]]).states.nbytes
+    cache = TextCache(plm)
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(text_cache, "_LIMITS", (limit,))
-    assert TextCache(plm).budget == 4 * 2**30
+    whole = 8 * size
+    monkeypatch.setattr(text_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=whole - cache.bytes))
+    assert cache.room == whole
+    for i in range(10):
+        cache.put(str(i), torch.zeros(size, dtype=torch.uint8))
+    assert (len(cache), cache.room) == (4, 0)
+    assert caplog.text.count("half of the free memory is spent after 4 texts") == 1
+    cache.forget()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert TextCache(plm).budget == 2 * 2**30
+    assert cache.room == whole // 2
     limit.write_text("max\n")
-    assert TextCache(plm).budget == 2 * 2**30
-    used = psutil.Process().memory_info().rss
-    limit.write_text(f"{2 * used + 2**30}\n")
-    assert TextCache(plm).budget == pytest.approx(2**28, rel=0.2)
+    assert cache.room == whole // 2
     limit.write_text("1000\n")
-    assert TextCache(plm).budget == 0
-    assert TextCache(plm, budget_mib=3).budget == 3 * 2**20
+    assert cache.room == 0
+    assert TextCache(plm, budget_mib=3).room == 3 * 2**20
+
+
+def test_a_container_may_use_less_than_its_machine_has(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(text_cache, "_LIMITS", (limit,))
+    used = psutil.Process().memory_info().rss
+    limit.write_text(f"{used + 2**27}\n")
+    assert text_cache.free_memory(torch.device("cpu")) == pytest.approx(2**27, rel=0.2)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -61,7 +62,8 @@ class TextCache:
 
     Args:
         plm: the bare PLM the states are of; its weights must not change.
-        budget_mib: memory of the PLM's device it may use, in MiB; default half of what is free there now.
+        budget_mib: memory of the PLM's device it may use, in MiB. By default it takes no more than it leaves free:
+            half of what is free, and less where other programs take some meanwhile.
         cross_attention: of an encoder-decoder, keep the keys and values of the cross-attention in place of the
             encoder's output: steps compute them no more, and their room is at least twice the decoder's layers times
             as large.
@@ -71,13 +73,11 @@ class TextCache:
     """
 
     def __init__(self, plm: Any, *, budget_mib: float | None = None, cross_attention: bool = False):
-        if budget_mib is None:
-            budget_mib = free_memory(plm.device) / 2 / 2**20
-        if not budget_mib >= 0:
+        if budget_mib is not None and not budget_mib >= 0:
             raise ConfigError(f"budget_mib={budget_mib!r} must be at least 0")
         check_cross_attention(plm, cross_attention)
         self.plm, self.cross_attention = plm, cross_attention
-        self.budget = int(budget_mib * 2**20)
+        self.budget: float = math.inf if budget_mib is None else int(budget_mib * 2**20)
         self.bytes = 0
         self._full = False
         self._stage = ""
@@ -96,22 +96,25 @@ class TextCache:
     def __len__(self) -> int:
         return len(self._states)
 
+    @property
+    def room(self) -> int:
+        """Bytes that further texts may take."""
+        return int((free_memory(self.plm.device) if self.budget == math.inf else self.budget) - self.bytes)
+
     def get(self, key: str) -> torch.Tensor | None:
         """A text's states, never to be written to; None where they are not kept."""
         return self._states.get(key)
 
     def put(self, key: str, states: torch.Tensor) -> None:
         """Keep a text's states if there is room."""
-        if key not in self._states and self.bytes + states.nbytes <= self.budget:
+        if key not in self._states and states.nbytes <= self.room:
             self._states[key] = states
             self.bytes += states.nbytes
         elif self.budget and not self._full:
             self._full = True
-            logger.warning(
-                "cache.budget_mib=%d is spent after %d texts: further ones run at every step",
-                self.budget // 2**20,
-                len(self),
-            )
+            mib = self.budget / 2**20
+            what = "half of the free memory" if mib == math.inf else f"cache.budget_mib={mib:.0f}"
+            logger.warning("%s is spent after %d texts: further ones run at every step", what, len(self))
 
     def enter_stage(self, cut: str) -> None:
         """Training runs at this stage from here on, and never goes back: the last one's states only take room."""
