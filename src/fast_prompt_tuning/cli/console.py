@@ -136,3 +136,8 @@ def check_picture(path: Path | None) -> None:
     check_output(path)
     if path is not None and path.suffix not in (".png", ".svg"):
         raise ConfigError(f"--picture {str(path)!r} must end in .png or .svg")
+
+
+def signal_code(reason: str | None) -> int:
+    """128 and the number of the signal that ended a run."""
+    return 128 + int((reason or "signal 2").split()[-1])

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from ..errors import ConfigError
 from ..files import write_atomic
-from .console import emit, listed, people, say, wants_json
+from .console import emit, listed, people, progress, quiet_libraries, say, signal_code, wants_json
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from ..report.page import Run
+    from ..run.results import RunResult
+    from ..run.session import Session
+    from ..schedule.stages import Schedule
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or a folder that holds them; plain PT first.")
@@ -18,12 +27,25 @@ Runs = Annotated[
 FORMATS = ("png", "svg")
 
 
-def compare(folders: Runs) -> None:
+def compare(
+    folders: Runs,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            "--with", help="lora, prefix or lora,prefix: train these as the first run was, into folders beside it."
+        ),
+    ] = None,
+) -> None:
     """Runs side by side: quality, FLOPs, time, Improve. Next: `fpt report RUN…`, `fpt eval RUN…`."""
     from ..report.page import find_runs
     from ..report.tables import average_rows, average_table, by_task, comparison_table, table_rows
 
-    results = [run.result for run in find_runs(folders)]
+    runs = find_runs(folders)
+    results = [run.result for run in runs]
+    if wanted := list(dict.fromkeys(listed(adapters or ""))):
+        named = {run.folder.resolve() for run in runs}
+        made = _adapters_beside(runs[0], wanted)
+        results += [result for folder, result in made.items() if folder.resolve() not in named]
     tasks = by_task(results)
     if wants_json():
         emit({"runs": table_rows(results), "averages": average_rows(results) if len(tasks) > 1 else []})
@@ -34,6 +56,34 @@ def compare(folders: Runs) -> None:
         out.print(comparison_table(of_task, escape(f"{task}, on the full model"), improve=gains))
     if len(tasks) > 1:
         out.print(average_table(results))
+
+
+def _adapters_beside(run: Run, kinds: list[str]) -> dict[Path, RunResult]:
+    """Adapters trained as a run was, by their folders; what is there is not trained again."""
+    from ..run.adapters import earlier, folder_of, recipe_for, train_adapter
+    from .progress import reporting
+
+    recipes = {kind: recipe_for(run.result, folder_of(run.folder, kind), kind) for kind in kinds}
+    found = {kind: earlier(recipe) for kind, recipe in recipes.items()}
+    quiet_libraries()
+    splits = list(dict.fromkeys(("validation", run.result.split)))
+    for kind, recipe in recipes.items():
+        if found[kind] is not None:
+            continue
+        progress().print(f"{kind}, as {run.result.name} was trained → {recipe.output}", markup=False, highlight=False)
+
+        with ExitStack() as stack:
+
+            def report(session: Session, schedule: Schedule, stack: ExitStack = stack) -> list[TrainerCallback]:
+                callbacks, hook = stack.enter_context(reporting(progress(), str(session.config.name), session))
+                hook(schedule, session.cost.full_stage)
+                return callbacks
+
+            found[kind] = result = train_adapter(recipe, kind, splits, report)
+        if result.status == "interrupted":
+            people().print("[yellow]interrupted[/yellow]: the same command trains it again")
+            raise typer.Exit(signal_code(result.reason))
+    return {Path(recipes[kind].output): result for kind, result in found.items() if result is not None}
 
 
 def report(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError
-from .console import Config, Sets, emit, people, progress, quiet_libraries, wants_json
+from .console import Config, Sets, emit, people, progress, quiet_libraries, signal_code, wants_json
 
 
 def demo(
@@ -26,7 +26,7 @@ def demo(
     if wants_json():
         emit(record)
     if record["status"] == "interrupted":
-        raise typer.Exit(_signal_code(record["reason"]))
+        raise typer.Exit(signal_code(record["reason"]))
 
 
 def train(
@@ -84,9 +84,4 @@ def train(
         emit({**table_rows([result])[0], "output": settings.output, "prompt_folder": result.prompt_folder})
     if result.status == "interrupted":
         out.print("[yellow]interrupted[/yellow]: go on with the same command and --resume")
-        raise typer.Exit(_signal_code(result.reason))
-
-
-def _signal_code(reason: str | None) -> int:
-    """128 and the number of the signal that ended a run."""
-    return 128 + int((reason or "signal 2").split()[-1])
+        raise typer.Exit(signal_code(result.reason))

@@ -195,7 +195,8 @@ def work_flops(cost: CostModel, work: Work, stage: Stage | None = None) -> float
     """FLOPs of the passes that ran at `stage` (None: the full model)."""
     # What ran had been cut by then: neither `batch` nor `length` of the stage is to cut it once more.
     stage = stage and replace(stage, batch=None, length=None)
-    total = sum(text_flops(cost, stage, t.examples, t.tokens, kept_cross=t.kept_cross) for t in work.texts)
+    total = work.added
+    total += sum(text_flops(cost, stage, t.examples, t.tokens, kept_cross=t.kept_cross) for t in work.texts)
     for ran in work.prompts:
         if ran.kind == "generation":
             once = generation_flops(cost, ran.shape, stage=stage)

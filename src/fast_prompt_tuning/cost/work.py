@@ -36,10 +36,15 @@ class PromptPass:
 
 @dataclass(frozen=True)
 class Work:
-    """Passes that ran, in no order; two records add up."""
+    """Passes that ran, in no order; two records add up.
+
+    Args:
+        added: FLOPs of what an adapter has put into the PLM.
+    """
 
     prompts: tuple[PromptPass, ...] = ()
     texts: tuple[TextPass, ...] = ()
+    added: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.prompts + other.prompts, self.texts + other.texts)
+        return Work(self.prompts + other.prompts, self.texts + other.texts, self.added + other.added)

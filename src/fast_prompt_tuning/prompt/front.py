@@ -27,6 +27,11 @@ class Front(PromptedPLM):
     placement: ClassVar[str] = "prefix"
 
     @property
+    def net(self) -> Any:
+        """What scores inputs that have the prompt in front of them."""
+        return self.plm
+
+    @property
     def calibrated(self) -> nn.Module:
         """The module with its prompt, which all of the text sees."""
         return self.plm if self.module is None else self.module  # type: ignore[no-any-return]
@@ -65,7 +70,7 @@ class Front(PromptedPLM):
         """As `PromptedPLM._reader`; an encoder runs once for all targets."""
         rows = [i.ids for i in inputs]
         if not self.plm.config.is_encoder_decoder:
-            return lambda targets: _behind(self.plm, prompt, rows, targets), Work()
+            return lambda targets: _behind(self.net, prompt, rows, targets), Work()
         padded = prompted_inputs(self.plm, prompt, rows, left=False)
         encoded = self.plm.get_encoder()(inputs_embeds=padded.embeds, attention_mask=padded.mask)
 
@@ -90,7 +95,7 @@ class Front(PromptedPLM):
             return torch.arange(shape[0], device=last.device) * shape[1] + last
 
         with selected_rows(self.plm, ends), last_layer_rows(self.plm, ends):
-            logits = self.plm(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
+            logits = self.net(inputs_embeds=padded.embeds, attention_mask=padded.mask, use_cache=False).logits
         return torch.log_softmax(logits.float(), -1)[:, [ids[0] for ids in labels]], Work()
 
     def generation_inputs(

@@ -1,0 +1,208 @@
+"""LoRA and prefix tuning on a run's own recipe: is prompt tuning the right tool for this task and model?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import TrainerCallback, set_seed
+
+from ..cost.ledger import FlopsLedger
+from ..data.splits import examples_fingerprint
+from ..errors import ConfigError, DataError
+from ..files import new_folder
+from ..plm import fingerprint
+from ..plm.dropout import without_dropout
+from ..plm.loading import describe_dtype, loadable_config
+from ..prompt.adapted import ADAPTERS, Adapted, adapt, check_adapter
+from ..recipe import RunConfig
+from ..schedule.stages import Schedule
+from ..train import checkpoint, parallel
+from ..train.batches import Batches, make_collator
+from ..train.loop import Loop
+from .folder import written
+from .results import Point, RunResult, environment, load_result, save_result
+from .session import Session, evaluate, open_session, write_predictions
+
+ADAPTER = "adapter"
+"""Where in the run's folder the adapter lies, as PEFT saves it."""
+
+
+def folder_of(run: Path, kind: str) -> Path:
+    """Where an adapter that a run is compared with goes: beside the run."""
+    return run.with_name(f"{run.name}-{kind}")
+
+
+def recipe_for(run: RunResult, folder: Path, kind: str) -> RunConfig:
+    """The recipe of an adapter: the run's data, steps, batches and seed, and a rate that Prodigy finds.
+
+    Raises:
+        ConfigError: the run has no recipe to go by, or the model cannot have this adapter.
+    """
+    try:
+        config = RunConfig.model_validate(run.config)
+    except ValidationError as error:
+        raise ConfigError(f"the run {run.name!r} has no recipe that this version reads; train it again") from error
+    if not run.steps:
+        raise ConfigError(f"the run {run.name!r} has made no steps, so there is nothing to train as long as")
+    model = loadable_config(config.model.path, revision=config.model.revision)
+    check_adapter(kind, decoder=not model.is_encoder_decoder)
+    plain = {"method": "pt", "stages": None, "name": f"{config.name or run.name}-{kind}", "output": str(folder)}
+    prompt = {"tokens": config.prompt.tokens}
+    optim = {"optimizer": "prodigy", "lr": 1.0, "lr_schedule": "linear", "max_grad_norm": config.optim.max_grad_norm}
+    train = config.train.model_dump() | {
+        "steps": run.steps,
+        "epochs": None,
+        "patience": None,
+        "compile": False,
+        "parallel": "data",
+        "report_to": [],
+        "eval_every": config.train.evaluation_interval,
+    }
+    changed = {"prompt": prompt, "optim": optim, "train": train, "cache": {}, "scoring": {}}
+    return RunConfig.model_validate({**config.model_dump(), **plain, **changed})
+
+
+def earlier(config: RunConfig) -> RunResult | None:
+    """The result of a comparison that was made before with the same recipe; None where it is to be made.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    folder = Path(config.output)
+    if not folder.exists():
+        return None
+    unfinished = {checkpoint.LOCK, ADAPTER, f".{ADAPTER}-new", "predictions.jsonl"}
+    if folder.is_dir() and {file.name for file in folder.iterdir()} <= unfinished:
+        return None
+    try:
+        found = load_result(folder)
+    except DataError:
+        found = None
+    if found is None or found.method not in ADAPTERS:
+        raise ConfigError(f"{str(folder)!r} exists and holds no comparison of ours; move it away")
+    if found.status == "interrupted":
+        return None
+    if found.config != config.model_dump(mode="json"):
+        raise ConfigError(f"{str(folder)!r} was trained by another recipe; move it away, to compare anew")
+    return found
+
+
+def train_adapter(
+    config: RunConfig,
+    kind: str,
+    splits: Sequence[str],
+    report: Callable[[Session, Schedule], Sequence[TrainerCallback]],
+) -> RunResult:
+    """Train an adapter and write its folder: result, predictions, and the adapter in PEFT's own form.
+
+    Args:
+        splits: beside training data, what the run was scored on.
+        report: callbacks that show progress, once the model is loaded.
+
+    Raises:
+        FptError: as `run.train`, before compute is spent. TrainingStopped: loss or gradient stayed non-finite, or
+            memory did not suffice.
+    """
+    if parallel.size() > 1:
+        raise ConfigError("--with trains in one process; start it without torchrun or accelerate")
+    started = time.perf_counter()
+    folder = Path(config.output)
+    set_seed(config.train.seed)
+    session = open_session(config, ("train", *splits))
+    prints = {"model": fingerprint.of_model(session.plm)}
+    prints |= {split: examples_fingerprint(rows) for split, rows in session.examples.items()}
+    adapted = adapt(session.plm, kind, config.prompt.tokens, session.cost)
+    primary, ledger = session.task.primary, FlopsLedger()
+    best = _Best(adapted)
+
+    def evaluate_adapter(step: int) -> dict[str, float]:
+        found = evaluate(session, adapted)
+        ledger.add("eval", found.flops)
+        best.offer(step, found.result.values[primary])
+        return dict(found.result.values)
+
+    schedule = Schedule.preset("pt", session.cost.full_stage, total_steps=config.train.steps)
+    collate = make_collator(session.tokenizer, session.plm)
+    loop = Loop(
+        adapted,
+        Batches(session.encoded["train"], collate, config.train),
+        config,
+        schedule=schedule,
+        cost=session.cost,
+        evaluate=evaluate_adapter,
+        ledger=ledger,
+        callbacks=report(session, schedule),
+    )
+    with ExitStack() as stack, written(folder):
+        stack.enter_context(checkpoint.locked(folder))
+        stack.enter_context(without_dropout(adapted.module) if config.trains_without_dropout else nullcontext())
+        loop.run()
+        interrupted = loop.state.global_step < loop.state.max_steps
+        if config.train.keep == "best":
+            best.restore()
+        split = splits[-1]
+        final = evaluate(session, adapted, split)
+        log: list[dict[str, Any]] = loop.state.log_history
+        result = RunResult(
+            name=config.name or folder.name,
+            method=kind,
+            status="interrupted" if interrupted else "finished",
+            reason=f"signal {loop.signals.number}" if interrupted else None,
+            config=config.model_dump(mode="json"),
+            schedule=schedule.to_dict(),
+            boundaries=list(schedule.boundaries),
+            steps=loop.state.global_step,
+            skipped_steps=loop.skipped,
+            primary=primary,
+            metrics=final.result.values,
+            intervals=final.result.intervals,
+            split=split,
+            examples=final.result.n,
+            best_step=best.step if config.train.keep == "best" else loop.state.global_step,
+            curve=[
+                Point(
+                    step=r["step"],
+                    metrics={name: r[f"eval_{name}"] for name in final.result.values},
+                    train_flops=r["train_flops"],
+                    train_seconds=r["train_seconds"],
+                )
+                for r in log
+                if f"eval_{primary}" in r
+            ],
+            losses=[(r["step"], r["loss"]) for r in log if "loss" in r],
+            flops=ledger.to_dict(),
+            train_seconds=loop.seconds,
+            total_seconds=time.perf_counter() - started,
+            fingerprints=prints,
+            environment=environment(session.plm.device, dtype=describe_dtype(config.model.dtype, session.plm)),
+        )
+        with new_folder(folder / ADAPTER) as work:
+            adapted.module.save_pretrained(str(work))
+            (work / "README.md").unlink(missing_ok=True)  # a card with nothing filled in
+        write_predictions(folder / "predictions.jsonl", session.examples[split], final)
+        save_result(result, folder)
+    return result
+
+
+class _Best:
+    """The best values of an adapter so far, in memory; the earlier ones on a tie."""
+
+    def __init__(self, adapted: Adapted):
+        self.adapted, self.step, self.value = adapted, 0, float("-inf")
+        self.values: list[torch.Tensor] = []
+
+    def offer(self, step: int, value: float) -> None:
+        if value > self.value:
+            self.step, self.value = step, value
+            self.values = [p.detach().clone() for p in self.adapted.trained]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.adapted.trained, self.values, strict=False):
+                parameter.copy_(value)
