@@ -283,6 +283,11 @@ def summary(out: Path, plain: str = PLAIN) -> str:
     return "\n".join(lines)
 
 
+def tables(out: Path) -> str:
+    """What auto's choice gives, what the rate does, and every run."""
+    return "\n\n".join((verdict_table(out), rate_table(out), summary(out)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     several = lambda text: text.split(",")  # noqa: E731
@@ -316,7 +321,7 @@ def main() -> None:
                         write_atomic(path, json.dumps(study(model, task, seed, args), indent=1) + "\n")
     if args.picture:
         picture(args.out, args.picture)
-    print(verdict_table(args.out), rate_table(args.out), summary(args.out), sep="\n\n")
+    print(tables(args.out))
     if args.check and (wrong := missed(args.out)):
         sys.exit("missed: " + "; ".join(wrong))
 

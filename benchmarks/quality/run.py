@@ -652,6 +652,9 @@ def main() -> None:
             write_atomic(path, json.dumps(record, indent=1) + "\n")
             values = " ".join(f"{p['metric']:.1f}" for p in record["curve"])
             print(f"{cell.path} lr {rate:g}: {values} ({record['minutes']:.1f} min)", flush=True)
+    import held_out  # which takes its recipes from here
+
+    print(held_out.tables(args.results / "held_out"), end="\n\n")
     rows = summary(args.results)
     methods, lengths = split_rows(rows)
     print(table(methods))
@@ -661,11 +664,9 @@ def main() -> None:
     print(rate_table(args.results))
     print()
     print(init_table(args.results))
-    if args.check:
-        missed = shortfalls(rows)
-        if missed:
-            print("missed: " + "; ".join(missed))
-            sys.exit(1)
+    if args.check and (missed := held_out.missed(args.results / "held_out") + shortfalls(rows)):
+        print("missed: " + "; ".join(missed))
+        sys.exit(1)
 
 
 if __name__ == "__main__":
