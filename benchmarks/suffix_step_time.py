@@ -44,7 +44,7 @@ TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
 
 HEADER = (
     "| model | CPU | dtype | text tokens | batch | s a step, in front | texts kept | with their cross-attention | "
-    "texts run at every step | wanted |",
+    "texts run at every step | target |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
@@ -110,7 +110,7 @@ def ranged(ratio: dict[str, float]) -> str:
 
 
 def target(result: dict[str, Any]) -> float | None:
-    """What a warm step is to cost, where something is wanted of it."""
+    """What a warm step is to cost at most, where there is a target."""
     return TARGETS.get(result["text_tokens"]) if result["model"] == "smollm2-135m" else None
 
 

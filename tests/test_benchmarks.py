@@ -56,6 +56,17 @@ def test_the_docs_step_times_are_the_committed_ones(step_time):
     assert [row for row in rows if row not in page] == []
 
 
+def test_the_guides_points_are_the_committed_ones(quality):
+    by = {(r["model"], r["task"], r["method"]): r for r in quality.summary(quality.HERE / "results")}
+    page = (ROOT / "docs" / "guides" / "schedule.md").read_text(encoding="utf-8").replace("−", "-")
+    for model, name in (("gemma", "Gemma 3 270M, base"), ("smollm2", "SmolLM2-135M-Instruct")):
+        for method in ("ld", "fr", "cr"):
+            rows = [by[model, task, method] for task in ("topics", "headlines", "squad")]
+            low, high = min(r["flops"] for r in rows), max(r["flops"] for r in rows)
+            points = " | ".join(f"{r['final'] - r['plain_final']:.1f}" for r in rows)
+            assert f"| {name} | `{method}` | {100 * low:.0f} to {100 * high:.0f}% | {points} |" in page
+
+
 def test_the_docs_suffix_step_times_are_the_committed_ones(suffix_step_time):
     results = json.loads(suffix_step_time.COMMITTED.read_text(encoding="utf-8"))["results"]
     page = (ROOT / "docs" / "methods" / "suffix_prompts.md").read_text(encoding="utf-8").splitlines()
