@@ -121,7 +121,7 @@ def test_an_ensemble_is_checked_before_a_model_is_loaded(fpt, made, tmp_path, mo
         return tmp_path / name
 
     both = ("--ensemble", "votes")
-    assert "ensemble='odd' is unknown" in said(fpt, "eval", made, made, "--ensemble", "odd")
+    assert "--ensemble 'odd' is unknown" in said(fpt, "eval", made, made, "--ensemble", "odd")
     assert "not a saved soft prompt" in said(fpt, "eval", made, tmp_path / "none", *both)
     assert "of one model" in said(fpt, "eval", made, copy("model", model={"path": str(toy().t5)}), *both)
     other = copy("task", data={"task": str(toy().words)})

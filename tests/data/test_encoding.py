@@ -417,7 +417,7 @@ def test_sampler_refuses():
         LengthBatchSampler([1], 0, seed=0)
     with pytest.raises(ConfigError, match="window=0"):
         LengthBatchSampler([1], 1, seed=0, window=0)
-    with pytest.raises(DataError, match="no examples make no batch"):
+    with pytest.raises(DataError, match="no examples to make a batch"):
         LengthBatchSampler([], 2, seed=0)
 
 

@@ -123,8 +123,8 @@ def plan(
     needs_tail = placed is not None and placed.needs_tail
     if needs_tail != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
         raise ConfigError(
-            f"--after-tokens {after_tokens} with --placement {placement}: tokens after a prompt within the text, and "
-            f"of no other, from 1 to {input_tokens - 1} of --input-tokens {input_tokens}"
+            f"--after-tokens {after_tokens} with --placement {placement}: only a prompt within the text has tokens "
+            f"after it; give --placement infix and --after-tokens from 1 to {input_tokens - 1}, below --input-tokens"
         )
     if placed and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")

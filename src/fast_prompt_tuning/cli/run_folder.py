@@ -27,7 +27,7 @@ def check_ensemble(how: str, runs: Sequence[Path], first: RunConfig) -> None:
     from ..run.session import task_of
 
     if how not in VOTINGS:
-        raise ConfigError(f"ensemble={how!r} is unknown; choose one of {', '.join(VOTINGS)}")
+        raise ConfigError(f"--ensemble {how!r} is unknown; choose one of {', '.join(VOTINGS)}")
     if len(runs) < 2:
         raise ConfigError("--ensemble needs at least two prompts; give more RUNs")
     task = task_of(first)

@@ -107,7 +107,7 @@ class LengthBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.size, self.seed, self.window = batch_size, seed, window
         self.max_tokens, self.shares, self.epoch = max_tokens, shares, 0
         if not len(self.lengths):
-            raise DataError("no examples make no batch")
+            raise DataError("there are no examples to make a batch of")
         self._count = -(-len(self.lengths) // batch_size)
         if max_tokens is not None:
             self._count = len(self._batches_of(np.random.default_rng(seed).permutation(len(self.lengths))))

@@ -46,7 +46,9 @@ def _affixes(tokenizer: Any, probe: str, *, target: bool = False) -> tuple[list[
         for start in range(len(full) - len(bare) + 1) if bare else ():
             if full[start : start + len(bare)] == bare:
                 return full[:start], full[start + len(bare) :]
-    raise ConfigError(f"{type(tokenizer).__name__} gives no tokens that special tokens could be told from; use another")
+    raise ConfigError(
+        f"{type(tokenizer).__name__} gives no tokens that special tokens could be told from; use another tokenizer"
+    )
 
 
 def _fit(text: str, start: int, end: int, tokenizer: Any, room: int) -> tuple[int, list[int]]:

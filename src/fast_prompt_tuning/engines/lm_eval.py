@@ -66,7 +66,7 @@ class PromptedLM(LM):  # type: ignore[misc]
         self.prompted = self.session.prompted(prompt, where)
         if self.prompted.needs_tail and not tail:
             raise ConfigError(
-                f"{path!r} has its prompt within the text; say with tail=WORDS how that begins which is asked about it"
+                f"{path!r} has its prompt within the text; say with tail=WORDS how the question about it begins"
             )
         positions = context_length(self.session.plm)
         self.room = NO_LIMIT if positions is None else positions - self.prompted.prompt_tokens

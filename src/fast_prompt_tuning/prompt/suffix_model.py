@@ -129,8 +129,8 @@ class SuffixPromptModel(nn.Module):
         if (n_after is not None) != self.prompted.needs_tail:
             problem = "is missing" if n_after is None else "is given"
             raise ModelError(
-                f"{AFTER} {problem} with placement={self.placement!r}: an infix prompt, and no other, is told how many "
-                "tokens at the end of each text stand after it"
+                f"{AFTER} {problem} with placement={self.placement!r}: only an infix prompt is told how many tokens at "
+                "the end of each text stand after it"
             )
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

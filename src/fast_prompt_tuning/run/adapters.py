@@ -49,7 +49,9 @@ def recipe_for(run: RunResult, folder: Path, kind: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"the run {run.name!r} has no recipe that this version reads; train it again") from error
     if not run.steps:
-        raise ConfigError(f"the run {run.name!r} has made no steps, so there is nothing to train as long as")
+        raise ConfigError(
+            f"the run {run.name!r} has made no steps, so an adapter has no length to go by; name a trained run"
+        )
     model = loadable_config(config.model.path, revision=config.model.revision)
     check_adapter(kind, decoder=not model.is_encoder_decoder)
     plain = {"method": "pt", "stages": None, "name": f"{config.name or run.name}-{kind}", "output": str(folder)}

@@ -89,7 +89,7 @@ class Session:
         if prompt.shape[-1] != width:
             raise ConfigError(
                 f"the prompt has vectors of {prompt.shape[-1]} numbers, this model's embeddings {width}: it is another "
-                "model's prompt"
+                "model's prompt; choose one that was tuned on this model"
             )
         _check_tail(self.task, kind)
         cache = self.texts if kind.keeps_texts else None
