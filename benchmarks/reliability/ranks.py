@@ -30,13 +30,19 @@ class Break(TrainerCallback):
             raise InterruptedError
 
 
-def losses(recipe: dict, break_at: int | None = None) -> dict:
-    """Make a run, broken off after a step and resumed where `break_at` says so."""
+def losses(recipe: dict, break_at: int | None = None, *, goes_on: bool = True, moved: bool = False) -> dict:
+    """Make a run, broken off after the step `break_at`, and resumed unless it does not go on.
+
+    Args:
+        moved: the run goes on from a checkpoint that another number of processes wrote.
+    """
     config = load(recipe)
     if break_at is not None:
         with contextlib.suppress(InterruptedError):
             run.train(config, callbacks=[Break(break_at)])
-    result = run.train(config, resume=break_at is not None)
+        if not goes_on:
+            return {}
+    result = run.train(config, resume=break_at is not None or moved, allow_changed=moved)
     return {"losses": [v for _, v in result.losses], "metrics": result.metrics, "flops": result.flops}
 
 

@@ -88,6 +88,13 @@ def distributed(quick: bool, work: Path) -> dict[str, Any]:
     return found
 
 
+def moved(quick: bool, work: Path) -> dict[str, Any]:
+    """A checkpoint of two processes, resumed on one and on four."""
+    import scenarios
+
+    return {} if quick else scenarios.moved(work)
+
+
 def fuzzing(quick: bool, work: Path) -> dict[str, Any]:
     """Random mutations of every kind of file."""
     import fuzz
@@ -114,6 +121,7 @@ PARTS: dict[str, Callable[[bool, Path], dict[str, Any]]] = {
     "hostile": hostile,
     "resume": resume,
     "distributed": distributed,
+    "moved": moved,
     "fuzz": fuzzing,
     "coverage": coverage,
 }
@@ -129,9 +137,9 @@ def missed(report: dict[str, Any]) -> list[str]:
         wrong += [f"{part}: not borne: {name}: {row['error']}" for name, row in rows if not row["recovered"]]
     for kind, rows in report.get("resume", {}).items():
         wrong += [f"resumed from step {step}: {kind}" for step, row in rows.items() if not row["bit_equal"]]
-    for kind, row in report.get("distributed", {}).get("runs", {}).items():
+    for kind, row in [*report.get("distributed", {}).get("runs", {}).items(), *report.get("moved", {}).items()]:
         if not row["largest_relative_difference"] <= DISTRIBUTED_GAP:
-            wrong.append(f"two processes: {kind}: {row['largest_relative_difference']:.1e}")
+            wrong.append(f"several processes: {kind}: {row['largest_relative_difference']:.1e}")
     for name in KILLED:
         killed = report.get("distributed", {}).get(name, {})
         if killed and (
@@ -221,6 +229,15 @@ def page(report: dict[str, Any]) -> str:
     ]
     killed = spread["one process killed"]
     lines += [
+        "",
+        "Two processes break off. One or four go on from their checkpoint of step 6 (`ld`, `--allow-changed`):",
+        "",
+        "| `train.parallel`, processes | steps | largest relative difference of a loss | metrics equal |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {n} | {r['steps']} | {r['largest_relative_difference']:.1e} | {'yes' if r['metrics_equal'] else 'no'} |"
+            for n, r in report["moved"].items()
+        ),
         "",
         f"One of two processes killed: the other ends with exit code {killed['exit_code']} and says:",
         "",

@@ -276,6 +276,39 @@ def distributed(folder: Path, kinds: list[str]) -> dict[str, Any]:
     return table
 
 
+MOVED = {"data": (1, 4), "shard": (1, 4), "tensor": (1,)}
+"""`train.parallel` → how many processes go on from a checkpoint of two. The toy has two heads of keys and values."""
+
+
+def moved(folder: Path) -> dict[str, Any]:
+    """Two processes are broken off after step 7, and one or four go on from step 6: losses against one process's."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def recipe(name: str, way: str, processes: int) -> dict[str, Any]:
+        size = 4 if way == "tensor" else 4 // processes
+        return toy().recipe(
+            folder / name, method="ld", train__steps=12, data__train_limit=41, train__save_every=2,
+            train__parallel=way, train__batch_size=size,
+        )  # fmt: skip
+
+    plain = ranks.losses(recipe("plain", "data", 1))
+    table = {}
+    for way, numbers in MOVED.items():
+        _launch(folder, 2, [{"recipe": recipe(f"{way}-2", way, 2), "break_at": 7, "goes_on": False}])
+        for processes in numbers:
+            here = folder / f"{way}-{processes}"
+            shutil.copytree(folder / f"{way}-2", here)
+            one = {"recipe": recipe(here.name, way, processes), "moved": True}
+            (found,) = [ranks.losses(**one)] if processes == 1 else _launch(folder, processes, [one])
+            gaps = [abs(a - b) / abs(a) for a, b in zip(plain["losses"], found["losses"], strict=True)]
+            table[f"{way}, two to {processes}"] = {
+                "steps": len(gaps),
+                "largest_relative_difference": max(gaps),
+                "metrics_equal": plain["metrics"] == found["metrics"],
+            }
+    return table
+
+
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
     """What torchrun sets for a process."""
     found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
