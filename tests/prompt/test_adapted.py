@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from settings import BY_NAME, FAMILIES
+from settings import BY_NAME, FAMILIES, HIDDEN
 from torch.utils.flop_counter import FlopCounterMode
 from toy import tokenizer
 
@@ -13,6 +13,7 @@ from fast_prompt_tuning.cost.shapes import CostModel
 from fast_prompt_tuning.errors import ConfigError
 from fast_prompt_tuning.prompt.adapted import ADAPTERS, adapt, check_adapter
 from fast_prompt_tuning.prompt.generation import GenerationOptions
+from fast_prompt_tuning.prompt.places import place
 from fast_prompt_tuning.prompt.prompted import Input
 
 DECODERS = [settings for settings in FAMILIES if not settings.encoder_decoder]
@@ -22,7 +23,7 @@ PAIRS = [(kind, s) for kind in ADAPTERS for s in FAMILIES if kind == "lora" or n
 def adapted_of(settings, kind, seed=0):
     plm = settings.plm(seed)
     cost = CostModel.from_model(plm)
-    adapted = adapt(plm, kind, 3, cost)
+    adapted = adapt(plm, kind, torch.randn(3, HIDDEN), cost)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # LoRA's second matrix starts at zero: the adapter would change nothing
         for parameter in adapted.trained:
@@ -95,8 +96,18 @@ def test_flops_are_those_that_ran(kind):
         assert adapted.loss(batch).work.added < loss.work.added
 
 
+@pytest.mark.parametrize("settings", DECODERS, ids=lambda s: s.name)
+def test_a_prefix_starts_as_a_soft_prompt(settings):
+    plm, batch = settings.plm(), settings.batch()
+    start = plm.get_input_embeddings().weight[5:8].detach().clone()
+    with torch.no_grad():
+        expected = place(plm, start).loss(batch).value
+        found = adapt(plm, "prefix", start, CostModel.from_model(plm)).loss(batch).value
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ConfigError, match=r"--with 'dora' is unknown; choose from lora, prefix"):
         check_adapter("dora", decoder=True)
     with pytest.raises(ConfigError, match="decoder-only"):
-        adapt(BY_NAME["t5"].plm(), "prefix", 3, CostModel.from_model(BY_NAME["t5"].plm()))
+        adapt(BY_NAME["t5"].plm(), "prefix", torch.randn(3, HIDDEN), CostModel.from_model(BY_NAME["t5"].plm()))

@@ -10,12 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    get_peft_model,
+    initialize_kv_prefix_from_past_key_values,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ..cost.shapes import BatchShape, CostModel
 from ..cost.work import Work
 from ..errors import ConfigError
+from ..plm.modes import inference
 from .front import Front
 from .prompted import Input, Loss
 
@@ -120,14 +127,19 @@ def check_adapter(kind: str, *, decoder: bool) -> None:
         raise ConfigError("--with prefix is for decoder-only models, and this one is an encoder-decoder; take lora")
 
 
-def adapt(plm: Any, kind: str, tokens: int, cost: CostModel) -> Adapted:
+def adapt(plm: Any, kind: str, start: torch.Tensor, cost: CostModel) -> Adapted:
     """A PLM with a new adapter that is trained; the PLM is changed in place by LoRA, until `module.unload()`.
 
     Args:
-        tokens: P of a prefix.
+        start: a soft prompt `(P, H)`; a prefix starts as the keys and values that the PLM makes of it.
 
     Raises:
         ConfigError: as `check_adapter`.
     """
     check_adapter(kind, decoder=not plm.config.is_encoder_decoder)
-    return Adapted(plm, None, module=get_peft_model(plm, ADAPTERS[kind](plm, tokens)), kind=kind, cost=cost)
+    model = get_peft_model(plm, ADAPTERS[kind](plm, len(start)))
+    if kind == "prefix":
+        with inference(plm):
+            read = plm(inputs_embeds=start[None].to(plm.device, plm.dtype), use_cache=True)
+        initialize_kv_prefix_from_past_key_values(model, past_key_values=read.past_key_values)
+    return Adapted(plm, None, module=model, kind=kind, cost=cost)

@@ -26,6 +26,7 @@ from ..train import checkpoint, parallel
 from ..train.batches import Batches, make_collator
 from ..train.loop import Loop
 from .folder import written
+from .preparation import trainable
 from .results import Point, RunResult, environment, load_result, save_result
 from .session import Session, evaluate, open_session, write_predictions
 
@@ -119,7 +120,7 @@ def train_adapter(
     session = open_session(config, ("train", *splits))
     prints = {"model": fingerprint.of_model(session.plm)}
     prints |= {split: examples_fingerprint(rows) for split, rows in session.examples.items()}
-    adapted = adapt(session.plm, kind, config.prompt.tokens, session.cost)
+    adapted = adapt(session.plm, kind, trainable(session).parameter.detach().clone(), session.cost)
     primary, ledger = session.task.primary, FlopsLedger()
     best = _Best(adapted)
 
