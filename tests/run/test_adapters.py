@@ -35,6 +35,11 @@ def test_adapters_are_trained_beside_a_run_once(tmp_path, fpt, monkeypatch):
     monkeypatch.setattr(adapters, "train_adapter", raises)
     again = json.loads(fpt("compare", folder, "--with", "lora,prefix", "--json")[0])
     assert again["runs"] == list(rows.values())
+    for name in ("plain", "plain-lora"):
+        (tmp_path / name).rename(tmp_path / name.replace("plain", "moved"))
+    assert "moved-lora" not in fpt("compare", tmp_path / "moved", "--with", "lora")[1]
+    for name in ("plain", "plain-lora"):
+        (tmp_path / name.replace("plain", "moved")).rename(tmp_path / name)
     (tmp_path / "plain-lora" / "result.json").unlink()  # what a killed comparison leaves behind is made anew
     assert adapters.earlier(adapters.recipe_for(load_result(folder), tmp_path / "plain-lora", "lora")) is None
 

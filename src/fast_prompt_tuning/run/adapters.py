@@ -91,7 +91,8 @@ def earlier(config: RunConfig) -> RunResult | None:
         raise ConfigError(f"{str(folder)!r} exists and holds no comparison of ours; move it away")
     if found.status == "interrupted":
         return None
-    if found.config != config.model_dump(mode="json"):
+    elsewhere = {"name": None, "output": None}  # a run's folder may have been moved, or given another name
+    if {**found.config, **elsewhere} != {**config.model_dump(mode="json"), **elsewhere}:
         raise ConfigError(f"{str(folder)!r} was trained by another recipe; move it away, to compare anew")
     return found
 
