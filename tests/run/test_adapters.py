@@ -33,6 +33,8 @@ def test_adapters_are_trained_beside_a_run_once(tmp_path, fpt, monkeypatch):
         assert 0.5 < row["relative_flops"] < 2  # LoRA's matrices are as large as the toy's own
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
     monkeypatch.setattr(adapters, "train_adapter", raises)
+    every = json.loads(fpt("compare", tmp_path / "plain-lora", folder, "--with", "lora", "--json")[0])["runs"]
+    assert {row["name"] for row in every} == {"plain", "plain-lora"}
     again = json.loads(fpt("compare", folder, "--with", "lora,prefix", "--json")[0])
     assert again["runs"] == list(rows.values())
     for name in ("plain", "plain-lora"):

@@ -32,7 +32,7 @@ def compare(
     adapters: Annotated[
         str | None,
         typer.Option(
-            "--with", help="lora, prefix or lora,prefix: train these as the first run was, into folders beside it."
+            "--with", help="lora, prefix or lora,prefix: train these as the first prompt was, into folders beside it."
         ),
     ] = None,
 ) -> None:
@@ -44,7 +44,7 @@ def compare(
     results = [run.result for run in runs]
     if wanted := list(dict.fromkeys(listed(adapters or ""))):
         named = {run.folder.resolve() for run in runs}
-        made = _adapters_beside(runs[0], wanted)
+        made = _adapters_beside(runs, wanted)
         results += [result for folder, result in made.items() if folder.resolve() not in named]
     tasks = by_task(results)
     if wants_json():
@@ -58,11 +58,14 @@ def compare(
         out.print(average_table(results))
 
 
-def _adapters_beside(run: Run, kinds: list[str]) -> dict[Path, RunResult]:
-    """Adapters trained as a run was, by their folders; what is there is not trained again."""
+def _adapters_beside(runs: list[Run], kinds: list[str]) -> dict[Path, RunResult]:
+    """Adapters trained as the first trained prompt was, by their folders; what is there is not trained again."""
+    from ..prompt.adapted import ADAPTERS
     from ..run.adapters import earlier, folder_of, recipe_for, train_adapter
     from .progress import reporting
 
+    prompts = [run for run in runs if run.result.steps and run.result.method not in ADAPTERS]
+    run = (prompts or runs)[0]
     recipes = {kind: recipe_for(run.result, folder_of(run.folder, kind), kind) for kind in kinds}
     found = {kind: earlier(recipe) for kind, recipe in recipes.items()}
     quiet_libraries()
