@@ -259,4 +259,4 @@ def cells(
 
 
 if __name__ == "__main__":
-    cells(__doc__, ["headlines", "headlines-64"], [grid.TUNE_SEED, 0, 1, 2], RESULTS, one, summary)
+    cells(__doc__, ["headlines", "headlines-64"], [grid.TUNE_SEED, 0, 1], RESULTS, one, summary)

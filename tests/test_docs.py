@@ -449,6 +449,21 @@ def test_the_tables_of_held_out_loss_are_the_committed_ones_and_meet_their_targe
     assert runs in PAGES["docs/measured.md"].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [
+        ("adapters.py", "docs/guides/schedule.md"),
+        ("grown_placement.py", "docs/methods/auto.md"),
+        ("reparametrised.py", "docs/methods/auto.md"),
+    ],
+)
+def test_the_table_of_a_comparison_is_the_committed_one(script, page):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--summary"]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert len(table.splitlines()) > 3
+    assert table in PAGES[page].read_text(encoding="utf-8")
+
+
 def test_the_table_of_slow_prompts_is_the_committed_one():
     script = [sys.executable, str(ROOT / "benchmarks" / "slow_prompt.py"), "--summary"]
     table, certain = subprocess.run(script, capture_output=True, text=True, check=True).stdout.strip().split("\n\n")
