@@ -27,7 +27,7 @@ from .front import Front
 from .prompted import Input, Loss
 
 LORA_RANK = 8
-"""PEFT's default (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", whose tables end at 4 to 8)."""
+"""PEFT's default; Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", take 1 to 8."""
 
 
 def _lora(plm: Any, tokens: int) -> PeftConfig:
