@@ -263,7 +263,7 @@ def summary(cells: list[dict[str, Any]]) -> str:
             )
     asked = [a for cell in cells for found in cell["runs"].values() for a in found["asked"]]
     certain = sum(a["per_flop"][1] > 1 for a in asked)
-    return "\n".join([*lines, "", f"{certain} of {len(asked)} partial stages were certainly above plain"])
+    return "\n".join([*lines, "", f"{certain} of {len(asked)} questions found a partial stage certainly above plain"])
 
 
 def main() -> None:
