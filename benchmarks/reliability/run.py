@@ -230,7 +230,8 @@ def page(report: dict[str, Any]) -> str:
     killed = spread["one process killed"]
     lines += [
         "",
-        "Two processes break off. One or four go on from their checkpoint of step 6 (`ld`, `--allow-changed`):",
+        "A run of two processes is stopped, and goes on from its checkpoint of step 6 with one or with four (`ld`, "
+        "`--allow-changed`). Four cannot share the toy's two heads of keys and values:",
         "",
         "| `train.parallel`, processes | steps | largest relative difference of a loss | metrics equal |",
         "| --- | --- | --- | --- |",
