@@ -217,7 +217,7 @@ def test_eval_of_an_ensemble(fpt, made, tmp_path, voting):
     results = only_json(twice)["results"]  # a prompt agrees with itself
     assert results[f"ensemble ({voting})"]["metrics"] == results[str(made / "topics")]["metrics"]
     assert "at least two prompts" in refused(fpt, "eval", made / "topics", "--ensemble", voting)
-    assert "ensemble='odd'" in refused(fpt, "eval", made / "topics", tmp_path / "other", "--ensemble", "odd")
+    assert "--ensemble 'odd'" in refused(fpt, "eval", made / "topics", tmp_path / "other", "--ensemble", "odd")
 
 
 def test_eval_on_a_partial_plm(fpt, made):
@@ -529,7 +529,7 @@ def test_plan_of_a_prompt_after_the_text(fpt):
     steps = [plan["stages"][0] for plan in (within, found)]  # relative to the same step with the prompt in front
     assert len({round(s["flops_per_step"] / s["relative_flops"]) for s in steps}) == 1
     for wrong in (("infix",), ("infix", "--after-tokens", "32"), ("suffix", "--after-tokens", "8")):
-        assert "from 1 to 31 of --input-tokens 32" in refused(fpt, *arguments, "--placement", *wrong)
+        assert "from 1 to 31, below --input-tokens" in refused(fpt, *arguments, "--placement", *wrong)
     t5 = ("plan", "--model", toy().t5, "--method", "pt", "--steps", "9", "--input-tokens", "32")
     assert "decoder-only" in refused(fpt, *t5, "--placement", "infix", "--after-tokens", "8")
     found = only_json(fpt(*t5, "--placement", "suffix", "--json")[0])
