@@ -72,12 +72,8 @@ def table(record: dict[str, Any]) -> str:
     for task in TASKS:
         for row in record[task]["runs"]:
             low, high = row["interval"]
-            name = {"pt": "plain prompt tuning", "auto": "`auto`", "lora": "LoRA", "prefix": "prefix tuning"}[
-                row["method"]
-            ]
-            lines.append(
-                f"| {task} | {name} | {row['value']:.1f} | {low:.1f} to {high:.1f} | {row['relative_flops']:.0%} |"
-            )
+            cells = [task, NAMES[row["method"]], f"{row['value']:.1f}", f"{low:.1f} to {high:.1f}"]
+            lines.append(f"| {' | '.join(cells)} | {row['relative_flops']:.0%} |")
     return "\n".join(lines)
 
 

@@ -26,12 +26,11 @@ from typing import Any
 import grown_placement as grown
 import torch
 from grown_placement import grid, study
-from signal_study import HELD_OUT, token_loss
+from signal_study import HELD_OUT, in_batches, labels_of, token_loss
 from torch import nn
 from transformers import set_seed
 
 from fast_prompt_tuning import recipe as config
-from fast_prompt_tuning.prompt.prediction import batches_by_length
 from fast_prompt_tuning.run.preparation import trainable
 from fast_prompt_tuning.run.results import environment
 from fast_prompt_tuning.run.session import Session, open_session
@@ -88,7 +87,7 @@ def tuned(session: Session, form: str, start: torch.Tensor, held_out: Any) -> li
     curve = []
     for step in range(settings.train.steps):
         for batch in batches.of(step):
-            session.prompted(prompt()).loss(batch, grown.labels_of([batch])).value.backward()
+            session.prompted(prompt()).loss(batch, labels_of([batch])).value.backward()
         nn.utils.clip_grad_norm_(prompt.parameters(), settings.optim.max_grad_norm)
         optimizer.step()
         rates.step()
@@ -105,8 +104,7 @@ def one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         settings = study.settings_of("smollm2", named, "after-prodigy", 1.0, seed, args, Path(folder))
         settings["data"]["validation_limit"] = HELD_OUT
         session = open_session(config.load(settings), ("train", "validation"))
-    collate, kept = make_collator(session.tokenizer, session.plm, tails=True), session.encoded["validation"]
-    held_out = [collate([kept[i] for i in picked]) for picked in batches_by_length(kept["input_ids"], 8)]
+    held_out = in_batches(session, session.encoded["validation"])
     start = trainable(session).parameter.detach().clone()
     curves = {}
     for form in FORMS:

@@ -36,12 +36,14 @@ from fast_prompt_tuning.data.splits import train_split
 from fast_prompt_tuning.files import write_atomic
 from fast_prompt_tuning.plm.objective import IGNORED
 from fast_prompt_tuning.plm.partial import PartialPLM
+from fast_prompt_tuning.prompt.prediction import batches_by_length
 from fast_prompt_tuning.prompt.prompted import PromptedPLM
 from fast_prompt_tuning.prompt.soft_prompt import prompt_parameter
 from fast_prompt_tuning.run import preparation, run
 from fast_prompt_tuning.run.session import Session, open_session
 from fast_prompt_tuning.schedule.stages import Stage
 from fast_prompt_tuning.scores.signal import Signal, measure, signals
+from fast_prompt_tuning.train.batches import make_collator
 
 RESULTS = Path(__file__).parent / "results" / "signal_study"
 INFLUENCE = {"scoring": {"keep_layers": "influence"}}
@@ -92,9 +94,19 @@ class Watch(TrainerCallback):
             self.losses[step] = token_loss(self.session.prompted(self.prompts[step]), self.held_out)
 
 
+def labels_of(batches: list[dict[str, torch.Tensor]]) -> int:
+    return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+
+
+def in_batches(session: Session, rows: Any) -> list[dict[str, torch.Tensor]]:
+    """Encoded rows in batches of 8 of like length, with what stands behind a prompt within the text."""
+    collate = make_collator(session.tokenizer, session.plm, tails=True)
+    return [collate([rows[i] for i in picked]) for picked in batches_by_length(rows["input_ids"], 8)]
+
+
 def token_loss(prompted: PromptedPLM, batches: list[dict[str, torch.Tensor]]) -> float:
     """Mean loss per target token, in nats, over all batches."""
-    labels = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+    labels = labels_of(batches)
     with torch.no_grad():
         return float(sum(prompted.loss(batch, labels).value for batch in batches))
 

@@ -29,16 +29,14 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import run as grid
-from signal_study import Watch, plain_flops, token_loss
+from signal_study import Watch, in_batches, plain_flops, token_loss
 
 from fast_prompt_tuning import recipe as config
 from fast_prompt_tuning.cli.console import quiet_libraries
 from fast_prompt_tuning.files import write_atomic
-from fast_prompt_tuning.prompt.prediction import batches_by_length
 from fast_prompt_tuning.report.figures import COLOURS, blank_figure, save, styled
 from fast_prompt_tuning.run import run
 from fast_prompt_tuning.run.session import open_session
-from fast_prompt_tuning.train.batches import make_collator
 
 RESULTS = grid.HERE / "results" / "held_out"
 TASKS = {
@@ -118,9 +116,7 @@ def study(model: str, task: str, seed: int, args: argparse.Namespace) -> dict[st
             session = sessions[told]
             session.config, session._texts = recipe, None
             kept_out = session.whole["e"]["validation"].select(range(HELD_OUT))
-            collate = make_collator(session.tokenizer, session.plm, tails=True)
-            order = batches_by_length(kept_out["input_ids"], 8)
-            held_out = [collate([kept_out[i] for i in picked]) for picked in order]
+            held_out = in_batches(session, kept_out)
             for rows, kept in ((session.encoded, "e"), (session.examples, "x")):
                 rows["validation"] = session.whole[kept]["validation"]
                 if tuning:

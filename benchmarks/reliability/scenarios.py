@@ -270,10 +270,14 @@ def distributed(folder: Path, kinds: list[str]) -> dict[str, Any]:
     found = {1: [ranks.losses(**one) for one in runs[1]], 2: _launch(folder, 2, runs[2])}
     table = {}
     for kind, one, two in zip(kinds, found[1], found[2], strict=True):
-        gaps = [abs(a - b) / abs(a) for a, b in zip(one["losses"], two["losses"], strict=True)]
-        same = one["metrics"] == two["metrics"]
-        table[kind] = {"steps": len(gaps), "largest_relative_difference": max(gaps), "metrics_equal": same}
+        table[kind] = _against(one, two)
     return table
+
+
+def _against(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    gaps = [abs(a - b) / abs(a) for a, b in zip(one["losses"], other["losses"], strict=True)]
+    same = one["metrics"] == other["metrics"]
+    return {"steps": len(gaps), "largest_relative_difference": max(gaps), "metrics_equal": same}
 
 
 MOVED = {"data": (1, 4), "shard": (1, 4), "tensor": (1,)}
@@ -299,13 +303,8 @@ def moved(folder: Path) -> dict[str, Any]:
             here = folder / f"{way}-{processes}"
             shutil.copytree(folder / f"{way}-2", here)
             one = {"recipe": recipe(here.name, way, processes), "moved": True}
-            (found,) = [ranks.losses(**one)] if processes == 1 else _launch(folder, processes, [one])
-            gaps = [abs(a - b) / abs(a) for a, b in zip(plain["losses"], found["losses"], strict=True)]
-            table[f"{way}, two to {processes}"] = {
-                "steps": len(gaps),
-                "largest_relative_difference": max(gaps),
-                "metrics_equal": plain["metrics"] == found["metrics"],
-            }
+            found = ranks.losses(**one) if processes == 1 else _launch(folder, processes, [one])[0]
+            table[f"{way}, two to {processes}"] = _against(plain, found)
     return table
 
 

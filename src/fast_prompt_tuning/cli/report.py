@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +13,9 @@ from ..files import write_atomic
 from .console import emit, listed, people, progress, quiet_libraries, say, signal_code, wants_json
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
+    from ..recipe import RunConfig
     from ..report.page import Run
     from ..run.results import RunResult
-    from ..run.session import Session
-    from ..schedule.stages import Schedule
 
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN…", help="Folders of runs, or a folder that holds them; plain PT first.")
@@ -61,32 +57,33 @@ def compare(
 def _adapters_beside(runs: list[Run], kinds: list[str]) -> dict[Path, RunResult]:
     """Adapters trained as the first trained prompt was, by their folders; what is there is not trained again."""
     from ..prompt.adapted import ADAPTERS
-    from ..run.adapters import earlier, folder_of, recipe_for, train_adapter
-    from .progress import reporting
+    from ..run.adapters import earlier, folder_of, recipe_for
 
     prompts = [run for run in runs if run.result.steps and run.result.method not in ADAPTERS]
     run = (prompts or runs)[0]
     recipes = {kind: recipe_for(run.result, folder_of(run.folder, kind), kind) for kind in kinds}
     found = {kind: earlier(recipe) for kind, recipe in recipes.items()}
     quiet_libraries()
-    splits = list(dict.fromkeys(("validation", run.result.split)))
     for kind, recipe in recipes.items():
         if found[kind] is not None:
             continue
         progress().print(f"{kind}, as {run.result.name} was trained → {recipe.output}", markup=False, highlight=False)
-
-        with ExitStack() as stack:
-
-            def report(session: Session, schedule: Schedule, stack: ExitStack = stack) -> list[TrainerCallback]:
-                callbacks, hook = stack.enter_context(reporting(progress(), str(session.config.name), session))
-                hook(schedule, session.cost.full_stage)
-                return callbacks
-
-            found[kind] = result = train_adapter(recipe, kind, splits, report)
+        found[kind] = result = _adapter(recipe, kind, run.result.split)
         if result.status == "interrupted":
             people().print("[yellow]interrupted[/yellow]: the same command trains it again")
             raise typer.Exit(signal_code(result.reason))
     return {Path(recipes[kind].output): result for kind, result in found.items() if result is not None}
+
+
+def _adapter(recipe: RunConfig, kind: str, split: str) -> RunResult:
+    """One adapter, trained; its model is let go of before the next one is loaded."""
+    from ..run.adapters import train_adapter
+    from ..run.session import open_session
+    from .progress import reporting
+
+    session = open_session(recipe, dict.fromkeys(("train", "validation", split)))
+    with reporting(progress(), str(recipe.name), session) as (callbacks, hook):
+        return train_adapter(session, kind, callbacks=callbacks, on_schedule=hook)
 
 
 def report(

@@ -6,7 +6,7 @@ Sizes: B batch, P virtual tokens, L layers, H `d_model`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class Adapted(Front):
         cost: of the PLM without the adapter.
     """
 
-    kind: str = "lora"
-    cost: CostModel | None = None
+    kind: str = field(kw_only=True)
+    cost: CostModel = field(kw_only=True)
 
     @property
     def whole(self) -> bool:
@@ -92,9 +92,8 @@ class Adapted(Front):
         tokens = shape.batch * (shape.source_tokens + shape.target_tokens)
         if self.kind == "lora":
             return 2 * tokens * sum(p.numel() for p in self.trained) * (3 if trains else 1)
-        stacks = self.cost.stacks.values() if self.cost else ()
         length = self.module.active_peft_config.num_virtual_tokens
-        products = sum(stack.layers * length * stack.attention_width for stack in stacks)
+        products = sum(stack.layers * length * stack.attention_width for stack in self.cost.stacks.values())
         return 2 * tokens * products * (6 if trains else 2)
 
     def generation_inputs(

@@ -18,17 +18,18 @@ from ..errors import ConfigError, DataError
 from ..files import new_folder
 from ..plm import fingerprint
 from ..plm.dropout import without_dropout
-from ..plm.loading import describe_dtype, loadable_config
+from ..plm.loading import loadable_config
 from ..prompt.adapted import ADAPTERS, Adapted, adapt, check_adapter
 from ..recipe import RunConfig
 from ..schedule.stages import Schedule
 from ..train import checkpoint, parallel
 from ..train.batches import Batches, make_collator
 from ..train.loop import Loop
+from .finish import final_split, result_of
 from .folder import written
 from .preparation import trainable
-from .results import Point, RunResult, environment, load_result, save_result
-from .session import Session, evaluate, open_session, write_predictions
+from .results import RunResult, load_result, save_result
+from .session import Evaluation, Session, evaluate, write_predictions
 
 ADAPTER = "adapter"
 """Where in the run's folder the adapter lies, as PEFT saves it."""
@@ -43,8 +44,10 @@ def recipe_for(run: RunResult, folder: Path, kind: str) -> RunConfig:
     """The recipe of an adapter: the run's data, steps, batches and seed, and a rate that Prodigy finds.
 
     Raises:
-        ConfigError: the run has no recipe to go by, or the model cannot have this adapter.
+        ConfigError: the run has no recipe to go by, the model cannot have this adapter, or several processes run.
     """
+    if parallel.size() > 1:
+        raise ConfigError("--with trains in one process; start it without torchrun or accelerate")
     try:
         config = RunConfig.model_validate(run.config)
     except ValidationError as error:
@@ -98,93 +101,72 @@ def earlier(config: RunConfig) -> RunResult | None:
 
 
 def train_adapter(
-    config: RunConfig,
+    session: Session,
     kind: str,
-    splits: Sequence[str],
-    report: Callable[[Session, Schedule], Sequence[TrainerCallback]],
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_schedule: Callable[[Schedule, Any], None] | None = None,
 ) -> RunResult:
     """Train an adapter and write its folder: result, predictions, and the adapter in PEFT's own form.
 
     Args:
-        splits: beside training data, what the run was scored on.
-        report: callbacks that show progress, once the model is loaded.
+        session: the loaded recipe of `recipe_for`, with training data; its PLM is changed in place by LoRA.
+        callbacks, on_schedule: as of `run.train`.
 
     Raises:
         FptError: as `run.train`, before compute is spent. TrainingStopped: loss or gradient stayed non-finite, or
             memory did not suffice.
     """
-    if parallel.size() > 1:
-        raise ConfigError("--with trains in one process; start it without torchrun or accelerate")
     started = time.perf_counter()
-    folder = Path(config.output)
+    config, ledger = session.config, FlopsLedger()
+    folder, split, chooses = Path(config.output), final_split(session), config.train.keep == "best"
     set_seed(config.train.seed)
-    session = open_session(config, ("train", *splits))
     prints = {"model": fingerprint.of_model(session.plm)}
-    prints |= {split: examples_fingerprint(rows) for split, rows in session.examples.items()}
+    prints |= {name: examples_fingerprint(rows) for name, rows in session.examples.items()}
     adapted = adapt(session.plm, kind, trainable(session).parameter.detach().clone(), session.cost)
-    primary, ledger = session.task.primary, FlopsLedger()
     best = _Best(adapted)
 
     def evaluate_adapter(step: int) -> dict[str, float]:
         found = evaluate(session, adapted)
         ledger.add("eval", found.flops)
-        best.offer(step, found.result.values[primary])
+        best.offer(step, found, found.result.values[session.task.primary])
         return dict(found.result.values)
 
     schedule = Schedule.preset("pt", session.cost.full_stage, total_steps=config.train.steps)
-    collate = make_collator(session.tokenizer, session.plm)
+    if on_schedule is not None:
+        on_schedule(schedule, session.cost.full_stage)
     loop = Loop(
         adapted,
-        Batches(session.encoded["train"], collate, config.train),
+        Batches(session.encoded["train"], make_collator(session.tokenizer, session.plm), config.train),
         config,
         schedule=schedule,
         cost=session.cost,
         evaluate=evaluate_adapter,
         ledger=ledger,
-        callbacks=report(session, schedule),
+        callbacks=callbacks,
     )
     with ExitStack() as stack, written(folder):
         stack.enter_context(checkpoint.locked(folder))
         stack.enter_context(without_dropout(adapted.module) if config.trains_without_dropout else nullcontext())
         loop.run()
-        interrupted = loop.state.global_step < loop.state.max_steps
-        if config.train.keep == "best":
+        if chooses:
             best.restore()
-        split = splits[-1]
-        final = evaluate(session, adapted, split)
-        log: list[dict[str, Any]] = loop.state.log_history
-        result = RunResult(
-            name=config.name or folder.name,
+        final = best.evaluation if chooses and split == "validation" else None
+        if final is None:
+            final = evaluate(session, adapted, split)
+            ledger.add("eval", final.flops)
+        interrupted = loop.state.global_step < loop.state.max_steps
+        result = result_of(
+            session,
+            loop,
+            final,
+            split,
             method=kind,
             status="interrupted" if interrupted else "finished",
             reason=f"signal {loop.signals.number}" if interrupted else None,
-            config=config.model_dump(mode="json"),
-            schedule=schedule.to_dict(),
-            boundaries=list(schedule.boundaries),
-            steps=loop.state.global_step,
-            skipped_steps=loop.skipped,
-            primary=primary,
-            metrics=final.result.values,
-            intervals=final.result.intervals,
-            split=split,
-            examples=final.result.n,
-            best_step=best.step if config.train.keep == "best" else loop.state.global_step,
-            curve=[
-                Point(
-                    step=r["step"],
-                    metrics={name: r[f"eval_{name}"] for name in final.result.values},
-                    train_flops=r["train_flops"],
-                    train_seconds=r["train_seconds"],
-                )
-                for r in log
-                if f"eval_{primary}" in r
-            ],
-            losses=[(r["step"], r["loss"]) for r in log if "loss" in r],
-            flops=ledger.to_dict(),
-            train_seconds=loop.seconds,
+            best_step=best.step if chooses else loop.state.global_step,
             total_seconds=time.perf_counter() - started,
             fingerprints=prints,
-            environment=environment(session.plm.device, dtype=describe_dtype(config.model.dtype, session.plm)),
         )
         with new_folder(folder / ADAPTER) as work:
             adapted.module.save_pretrained(str(work))
@@ -195,15 +177,16 @@ def train_adapter(
 
 
 class _Best:
-    """The best values of an adapter so far, in memory; the earlier ones on a tie."""
+    """The best values of an adapter so far, in memory, and their scores; the earlier ones on a tie."""
 
     def __init__(self, adapted: Adapted):
         self.adapted, self.step, self.value = adapted, 0, float("-inf")
         self.values: list[torch.Tensor] = []
+        self.evaluation: Evaluation | None = None
 
-    def offer(self, step: int, value: float) -> None:
+    def offer(self, step: int, evaluation: Evaluation, value: float) -> None:
         if value > self.value:
-            self.step, self.value = step, value
+            self.step, self.value, self.evaluation = step, value, evaluation
             self.values = [p.detach().clone() for p in self.adapted.trained]
 
     def restore(self) -> None:
