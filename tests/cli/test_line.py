@@ -213,10 +213,15 @@ def test_a_plan_has_the_recipes_defaults(fpt, tmp_path):
 
 
 def test_no_librarys_bar_is_in_a_log():
-    script = (
-        "from fast_prompt_tuning.cli.console import quiet_libraries; quiet_libraries(); "
-        "from tqdm.auto import tqdm; print(sum(tqdm(range(3))))"
-    )
+    script = """
+from fast_prompt_tuning.cli.console import command
+
+def bars():
+    from tqdm.auto import tqdm
+    print(sum(tqdm(range(3))))
+
+command(bars)(debug=False, quiet=False, as_json=False)
+"""
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("3\n", "")
 

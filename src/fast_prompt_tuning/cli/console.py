@@ -51,6 +51,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         speaks = not state["quiet"] and os.environ.get("RANK", "0") == "0"  # of several processes the main one
         logging.getLogger("fast_prompt_tuning.auto").setLevel(logging.INFO if speaks else logging.WARNING)
         if not state["debug"]:
+            # Read when tqdm is imported, which any import of ours may do; transformers' GGUF bar has no other switch.
+            os.environ.setdefault("TQDM_DISABLE", "1")
             warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other
         function(**options)
 
@@ -67,7 +69,6 @@ def quiet_libraries(transformers_only: bool = False) -> None:
     """Our own progress is shown; the libraries' bars and notices are noise beside it."""
     if state["debug"]:
         return
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; transformers' GGUF bar has no other switch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
