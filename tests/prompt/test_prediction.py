@@ -160,6 +160,17 @@ def test_order_of_like_lengths():
     assert by_length([[1], [1, 2, 3], [1, 2]]) == [1, 2, 0]
 
 
+def test_long_work_says_how_far_it_is(inputs, monkeypatch, caplog):
+    plm, prompt = GENERATING[0].plm(), prompt_of(True)
+    caplog.set_level("INFO", "fast_prompt_tuning.progress")
+    score_labels(plm, prompt, inputs[:5], LABELS, batch_size=2)
+    assert not caplog.messages
+    monkeypatch.setattr("fast_prompt_tuning.prompt.prediction.PROGRESS_SECONDS", 0.0)
+    score_labels(plm, prompt, inputs[:5], LABELS, batch_size=2)
+    assert [m.split(",")[0] for m in caplog.messages] == ["2 of 5 inputs done", "4 of 5 inputs done"]
+    assert caplog.messages[-1].endswith(" s left")
+
+
 class Lines(Numbers):
     """Every third token is a line break, every fifth has one after text."""
 

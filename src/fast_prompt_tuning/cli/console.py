@@ -49,7 +49,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             level=logging.DEBUG if state["debug"] else logging.WARNING, format="%(levelname)s %(message)s"
         )
         speaks = not state["quiet"] and os.environ.get("RANK", "0") == "0"  # of several processes the main one
-        logging.getLogger("fast_prompt_tuning.auto").setLevel(logging.INFO if speaks else logging.WARNING)
+        for name in ("auto", "progress"):
+            logging.getLogger(f"fast_prompt_tuning.{name}").setLevel(logging.INFO if speaks else logging.WARNING)
         if not state["debug"]:
             # Read when tqdm is imported, which any import of ours may do; transformers' GGUF bar has no other switch.
             os.environ.setdefault("TQDM_DISABLE", "1")

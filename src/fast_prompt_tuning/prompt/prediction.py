@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..cost.units import human_seconds
 from ..errors import DataError
 
 logger = logging.getLogger(__name__)
+progress = logging.getLogger("fast_prompt_tuning.progress")
+"""Says how far long work is, at level INFO, which `fpt` shows."""
+
+PROGRESS_SECONDS = 15.0
+"""Between two such lines at least."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,18 @@ def by_length(inputs: Sequence[Sequence[int]]) -> list[int]:
 
 
 def batches_by_length(inputs: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of at most `size` inputs at a time, in the order of `by_length`."""
+    """Indices of at most `size` inputs at a time, in the order of `by_length`; long work is heard of on the way."""
     order = by_length(inputs)
+    begun = heard = time.monotonic()
+    tokens, seen = sum(map(len, inputs)), 0
     for start in range(0, len(order), size):
-        yield order[start : start + size]
+        yield (picked := order[start : start + size])
+        seen += sum(len(inputs[i]) for i in picked)
+        now, done = time.monotonic(), start + len(picked)
+        if now - heard >= PROGRESS_SECONDS and done < len(order):
+            left = human_seconds((now - begun) / max(seen, 1) * (tokens - seen))
+            progress.info("%d of %d inputs done, %s left", done, len(order), left)
+            heard = now
 
 
 def padded_ids(rows: Sequence[Sequence[int]], least: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
