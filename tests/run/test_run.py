@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -47,6 +49,25 @@ class Batches(TrainerCallback):
 
     def __init__(self):
         self.seen = []
+
+
+@pytest.mark.parametrize(
+    ("method", "slowed"), [("cr", "run.preparation.activation_scores"), ("auto", "train.loop.Loop.probe")]
+)
+def test_the_seconds_of_training_are_of_all_that_its_flops_are_of(tmp_path, monkeypatch, method, slowed):
+    *where, name = f"fast_prompt_tuning.{slowed}".split(".")
+    place = pkgutil.resolve_name(".".join(where))
+    fast, calls = getattr(place, name), []
+
+    def slow(*args, **options):
+        calls.append(time.sleep(0.3))
+        return fast(*args, **options)
+
+    monkeypatch.setattr(place, name, slow)
+    # In front of the text, `auto` tries smaller batches first, and probes whether they still teach.
+    result = run.train(recipe(tmp_path / "run", method=method, train__steps=20, prompt__placement="prefix"))
+    assert calls
+    assert 0.3 * len(calls) < result.train_seconds < result.total_seconds
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -72,7 +72,7 @@ weights are unchanged.
 
 {result.steps} steps{status}, {human_flops(result.flops["train"])} of training and
 {human_flops(result.flops["score"] + result.flops["probe"])} of scoring and probing,
-{human_seconds(result.train_seconds)} of training steps.
+{human_seconds(result.train_seconds)} for all of it.
 
 | stage | layers | FFN neurons | examples of a batch | steps |
 | --- | --- | --- | --- | --- |

@@ -28,6 +28,8 @@ class Point(BaseModel):
 class RunResult(BaseModel):
     """What a run was and what came of it. FLOPs are absolute; seconds are wall clock.
 
+    `train_seconds` are those of scoring, probes and training steps, `total_seconds` of evaluation and saving, too.
+
     `metrics` and `intervals` are of the run's last prompt on `split`; `curve` is on the validation split throughout.
     """
 

@@ -106,6 +106,7 @@ class Run:
         identity: hashes that a checkpoint belongs to.
         started: when the run began, in seconds of the clock that only goes on.
         partial: the PLM that can be cut, once `score` has made it.
+        scoring_seconds: what that took.
     """
 
     session: Session
@@ -117,6 +118,7 @@ class Run:
     identity: dict[str, Any]
     started: float
     partial: PartialPLM | None = None
+    scoring_seconds: float = 0.0
     ledger: FlopsLedger = field(default_factory=FlopsLedger)
 
     @classmethod
@@ -150,8 +152,9 @@ class Run:
 
     def score(self) -> None:
         """Score neurons and layers where the schedule needs it, and make the PLM that can be cut."""
-        module = self.prompted.module
+        module, begun = self.prompted.module, time.perf_counter()
         self.partial = scored_partial(self.session, module, self.schedule, self.needed, self.folder, self.ledger)
+        self.scoring_seconds = time.perf_counter() - begun
         say_if_nothing_is_saved(self.session, self.schedule, self.ledger)
 
     def train(self, resume_point: checkpoint.Checkpoint | None, callbacks: Sequence[TrainerCallback]) -> RunResult:
@@ -180,6 +183,7 @@ class Run:
             return {"total_seconds": seconds, "dtype": str(self.session.plm.dtype).removeprefix("torch.")}
 
         loop = self._loop(places, best, evaluate_prompt, spent, callbacks)
+        loop.seconds = self.scoring_seconds  # unless a checkpoint knows better
         quiet = without_dropout(self.prompted.module) if self.config.trains_without_dropout else nullcontext()
         with quiet:
             status, reason = self._steps(loop, resume_point)

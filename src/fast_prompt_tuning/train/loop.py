@@ -109,10 +109,9 @@ class Loop:
         self.good = None if prompted.whole else LastGood(prompted.trained)  # all weights are too many to keep twice
         self.parts = 1  # a batch is trained in so many, after it once did not fit into memory
         self.skipped = self.skipped_in_a_row = 0
-        self.seconds = 0.0  # of training steps
+        self.seconds = 0.0  # of what training takes: scoring, probes, steps
         self.losses: list[float] = []  # of the steps since the last log line, less those left out
-        self._norm = self._rate = 0.0  # of the last step
-        self._flops = 0.0  # of this process, not in the ledger yet
+        self._norm = self._rate = self._flops = 0.0  # of the last step; of this process, not in the ledger yet
         self._stage: Stage | None = None
         self._every = self.train.evaluation_interval
         self._compiled = CompiledLayers(prompted.plm) if self.train.compile else None
@@ -150,8 +149,10 @@ class Loop:
         with self.signals, self._ready():
             self._tell("on_train_begin")
             if self.growth is not None:
+                begun = time.perf_counter()
                 self.growth.begin(self.state.global_step)
                 self.growth.consider(self.state.global_step, self.optimizer.state)
+                self.seconds += time.perf_counter() - begun
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._step()
             self._tell("on_train_end")
@@ -208,10 +209,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.state.global_step = step + 1
         self.state.epoch = self.state.global_step / self.batches.steps_an_epoch
-        self.seconds += time.perf_counter() - begun
         if self.growth is not None:
             self.growth.consider(self.state.global_step, self.optimizer.state)
             self._set_end()
+        self.seconds += time.perf_counter() - begun
         self._set_due()
         self._tell("on_step_end")
         self._do_what_is_due()
