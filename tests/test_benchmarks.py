@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, T5Config
 
 from fast_prompt_tuning import EmaCallback
 
@@ -31,6 +33,16 @@ def script(path: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def suffix_step_time(step_time) -> Iterator[Any]:
     yield from script(ROOT / "benchmarks" / "suffix_step_time.py")
+
+
+@pytest.fixture(scope="module")
+def paper_cost() -> Iterator[Any]:
+    yield from script(ROOT / "benchmarks" / "paper_cost.py")
+
+
+@pytest.fixture(scope="module")
+def gpu_cost(paper_cost) -> Iterator[Any]:
+    yield from script(ROOT / "benchmarks" / "gpu_cost.py")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +116,41 @@ def test_the_running_mean_measured_is_the_callbacks(running_mean, decay):
         callback.on_optimizer_step(None, state, None, model=model, optimizer=optimizer)
         torch.testing.assert_close(prompt.detach(), running_mean.mean_after(trained, step, decay))
     assert torch.equal(prompt, trained[-1]) == (decay == 0)
+
+
+def on_a_cpu(gpu_cost: Any, plm: str, out: Path) -> dict[str, Any]:
+    options = ["--plm", plm, "--device", "cpu", "--dtype", "float32", "--quick", "--out", str(out)]
+    assert gpu_cost.main(options) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_gpus_decoder_runs_to_the_last_line_on_a_cpu(gpu_cost, tmp_path, monkeypatch, capsys):
+    tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=128)  # fmt: skip
+    monkeypatch.setitem(gpu_cost.DECODERS, "llama-1b", tiny)
+    monkeypatch.setattr(gpu_cost, "TEXT", 100)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # C++ takes minutes
+    report = on_a_cpu(gpu_cost, "llama-1b", tmp_path / "gpu.json")
+    rows = {row["name"]: row for row in report["rows"]}
+    cut = [f"cr {size}%" for size in (25, 50, 75)]
+    assert list(rows) == ["plain", *cut, *(f"{name}, compiled" for name in ("plain", *cut)), "after the text, kept"]
+    assert all(len(row["samples"]) == 2 and row["utilisation"] > 0 for row in rows.values())
+    shares = [rows[name]["flops_of_plain"] for name in (*cut, "plain")]
+    assert shares == sorted(shares)
+    assert shares == [rows[f"{name}, compiled"]["flops_of_plain"] for name in (*cut, "plain")]
+    assert rows["after the text, kept"]["flops_of_plain"] < 0.5
+    said = capsys.readouterr().out
+    assert all(name in said for name in rows)
+
+
+def test_the_gpus_t5_runs_to_the_last_line_on_a_cpu(gpu_cost, tmp_path, monkeypatch, capsys):
+    thin = T5Config(d_model=8, d_kv=4, num_heads=2, d_ff=2816, num_layers=24, num_decoder_layers=24, vocab_size=32)
+    monkeypatch.setattr("fast_prompt_tuning.paper.reproduce.paper_config", lambda plm: thin)
+    monkeypatch.setattr(gpu_cost, "TEXT", 12)
+    report = on_a_cpu(gpu_cost, "large", tmp_path / "gpu.json")
+    assert len(report["rows"]) == 9
+    assert all(row["utilisation"] > 0 for row in (report["full"], *report["rows"]))
+    assert "fastest product" in capsys.readouterr().out
 
 
 def cell(
