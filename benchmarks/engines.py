@@ -75,7 +75,7 @@ def texts_of_pipeline(session: Session, folder: Path) -> dict[str, Any]:
     options = {"max_new_tokens": most, "do_sample": False, "return_full_text": False}
     equal = 0
     for row, answer in zip(asked, ours, strict=True):
-        placed = {"n_after": row.tail} if prompted.needs_tail else {}
+        placed = {"n_after": row.tail} if prompted.spec().needs_tail else {}
         (found,) = pipe(session.tokenizer.decode(row.ids), **options, **placed)
         equal += found["generated_text"].strip() == answer.text
     return {"engine": "pipeline", "equal": equal}

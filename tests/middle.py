@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fast_prompt_tuning.cost.shapes import BatchShape
 from fast_prompt_tuning.cost.work import PromptPass, Work
-from fast_prompt_tuning.errors import ModelError
 from fast_prompt_tuning.plm.objective import IGNORED, labelled_logits
 from fast_prompt_tuning.prompt.passes import split_batch
 from fast_prompt_tuning.prompt.prediction import padded_ids
@@ -19,16 +18,6 @@ from fast_prompt_tuning.prompt.prompted import Loss, PromptedPLM
 
 class Middle(PromptedPLM):
     placement: ClassVar[str] = "middle"
-
-    @classmethod
-    def positions(cls, decoder):
-        if not decoder:
-            raise ModelError("placement='middle' needs a decoder-only model; use placement='prefix'")
-        return (("prompt", "text", "target"),)
-
-    @classmethod
-    def expected(cls, shape, *, tail=0, kept_cross=False):
-        return shape
 
     def loss(self, batch, num_items=None):
         parts = split_batch(self.plm, batch)

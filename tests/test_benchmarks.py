@@ -124,13 +124,17 @@ def on_a_cpu(gpu_cost: Any, plm: str, out: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # as in tests/plm/test_compile.py
 def test_the_gpus_decoder_runs_to_the_last_line_on_a_cpu(gpu_cost, tmp_path, monkeypatch, capsys):
     tiny = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=128)  # fmt: skip
     monkeypatch.setitem(gpu_cost.DECODERS, "llama-1b", tiny)
     monkeypatch.setattr(gpu_cost, "TEXT", 100)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # C++ takes minutes
+    torch._dynamo.reset()
     report = on_a_cpu(gpu_cost, "llama-1b", tmp_path / "gpu.json")
+    torch._dynamo.reset()
     rows = {row["name"]: row for row in report["rows"]}
     cut = [f"cr {size}%" for size in (25, 50, 75)]
     assert list(rows) == ["plain", *cut, *(f"{name}, compiled" for name in ("plain", *cut)), "after the text, kept"]
@@ -144,9 +148,11 @@ def test_the_gpus_decoder_runs_to_the_last_line_on_a_cpu(gpu_cost, tmp_path, mon
 
 
 def test_the_gpus_t5_runs_to_the_last_line_on_a_cpu(gpu_cost, tmp_path, monkeypatch, capsys):
-    thin = T5Config(d_model=8, d_kv=4, num_heads=2, d_ff=2816, num_layers=24, num_decoder_layers=24, vocab_size=32)
+    thin = T5Config(d_model=8, d_kv=4, num_heads=2, d_ff=2816, num_layers=24, num_decoder_layers=24, vocab_size=32,
+                    decoder_start_token_id=0)  # fmt: skip
     monkeypatch.setattr("fast_prompt_tuning.paper.reproduce.paper_config", lambda plm: thin)
     monkeypatch.setattr(gpu_cost, "TEXT", 12)
+    monkeypatch.setattr(gpu_cost, "LONG_TARGET", 12)
     report = on_a_cpu(gpu_cost, "large", tmp_path / "gpu.json")
     assert len(report["rows"]) == 9
     assert all(row["utilisation"] > 0 for row in (report["full"], *report["rows"]))

@@ -16,7 +16,9 @@ from fast_prompt_tuning.placements import PLACEMENTS, Placement
 
 @pytest.fixture(autouse=True)
 def _middle(monkeypatch):
-    monkeypatch.setitem(PLACEMENTS, "middle", Placement("in the middle of the text", "middle:Middle"))
+    where, code = "in the middle of the text", "middle:Middle"
+    row = Placement(name="middle", where=where, code=code, encoder_decoder=(), keeps_texts=False)
+    monkeypatch.setitem(PLACEMENTS, "middle", row)
 
 
 @pytest.mark.parametrize("task", ["topics", "words"])

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..placements import FRONT, PLACEMENTS
+from ..placements import FRONT, PLACEMENTS, placement_of
 from ..schedule.auto import AutoSchedule, best_case
 from ..schedule.stages import Stage, size_text
 from .console import Sets, emit, listed, people, quiet_libraries, wants_json
@@ -115,18 +115,13 @@ def plan(
 
         recipe = placed_by_auto(recipe, decoder=len(full.stacks) == 1, asks=after_tokens > 0)
     placement, input_tokens = recipe.prompt.placement, recipe.data.max_input_tokens
-    placed = None
-    if placement != FRONT:  # the classes need PyTorch
-        from ..prompt.prompted import placement_named
-
-        placed = placement_named(placement)
-    needs_tail = placed is not None and placed.needs_tail
-    if needs_tail != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
+    placed = placement_of(placement)
+    if placed.needs_tail != (after_tokens > 0) or not 0 <= after_tokens < input_tokens:
         raise ConfigError(
             f"--after-tokens {after_tokens} with --placement {placement}: only a prompt within the text has tokens "
             f"after it; give --placement infix and --after-tokens from 1 to {input_tokens - 1}, below --input-tokens"
         )
-    if placed and measure:
+    if placement != FRONT and measure:
         raise ConfigError("--measure times steps with the prompt in front; leave it out, or --placement")
     target, task_stacks = _of_task(recipe)
     asked = BatchShape(
@@ -135,9 +130,8 @@ def plan(
         prompt_tokens=recipe.prompt.tokens,
         target_tokens=target,
     )
-    if placed:
-        placed.positions(decoder=len(full.stacks) == 1)  # raises where no prompt can stand
-    shape = placed.expected(asked, tail=after_tokens) if placed else asked
+    placed.positions(decoder=len(full.stacks) == 1)  # raises where no prompt can stand
+    shape = asked.placed(placed, tail=after_tokens)
     dtype = dtype or (recipe.model.dtype if recipe.model.dtype != "auto" else "bfloat16")
     bytes_each = 4 if dtype == "float32" else 2
     common: dict[str, Any] = {
@@ -147,7 +141,7 @@ def plan(
     }
     if compare is not None:
         methods = listed(compare)
-        if stages or measure or placed or devices:
+        if stages or measure or placement != FRONT or devices:
             raise ConfigError(
                 "--compare has no --stages, --measure, --devices or --placement; plan one method with them"
             )
@@ -170,7 +164,7 @@ def plan(
     if measure:
         run_plan = run_plan.with_timing(timing.measure_stages(model_config, schedule, shape, dtype=dtype))
     texts: dict[str, Any] = {}
-    if placed and placed.keeps_texts:
+    if placed.keeps_texts:
         shapes = {"text_cache": shape}
         if len(full.stacks) > 1:
             shapes["text_cache_cross_attention"] = replace(shape, kept_cross=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ModelError, is_whole
+from ..placements import Placement
 from ..plm import families
 from ..plm.configs import model_class
 from ..schedule.stages import Size, Stage
@@ -102,6 +103,16 @@ class BatchShape:
             text_examples=0 if kept else None,
             kept_cross=kept_cross,
         )
+
+    def placed(self, place: Placement, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
+        """The same batch, its prompt moved from the front to `place`; where that keeps texts, they have been run.
+
+        Args:
+            tail, kept_cross: as `apart`; only a place that needs it has a tail.
+        """
+        if not place.keeps_texts:
+            return self
+        return self.apart(tail=tail if place.needs_tail else 0, kept_cross=kept_cross)
 
     def at(self, stage: Stage | None) -> BatchShape:
         """The part of the batch that `stage` trains on: at most its `batch` examples, its `length` input tokens."""

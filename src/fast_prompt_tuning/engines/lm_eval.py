@@ -64,7 +64,7 @@ class PromptedLM(LM):  # type: ignore[misc]
         self.session = open_session(settings, ())
         prompt, where = (None, None) if settings.method == "full" else (load_prompt(folder), place_of(folder))
         self.prompted = self.session.prompted(prompt, where)
-        if self.prompted.needs_tail and not tail:
+        if self.prompted.spec().needs_tail and not tail:
             raise ConfigError(
                 f"{path!r} has its prompt within the text; say with tail=WORDS how the question about it begins"
             )
@@ -134,7 +134,7 @@ class PromptedLM(LM):  # type: ignore[misc]
     def _encoded(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Rows of `data.encoding.encode`, uncut."""
         tails = [context.rfind(self.tail) if self.tail else -1 for context, _ in pairs]
-        if self.prompted.needs_tail and -1 in tails:
+        if self.prompted.spec().needs_tail and -1 in tails:
             raise ConfigError(
                 f"tail={self.tail!r} is not in the context {pairs[tails.index(-1)][0][-80:]!r}; change it"
             )

@@ -10,7 +10,6 @@ import torch
 
 from ..cost.shapes import BatchShape
 from ..cost.work import PromptPass, TextPass, Work
-from ..errors import ModelError
 from ..plm.objective import IGNORED, loss_of
 from .passes import generation_inputs, split_batch, split_texts, suffix_logits
 from .prompted import Input, Loss, PromptedPLM, Reader, labelled_tokens
@@ -21,7 +20,6 @@ class AfterText(PromptedPLM):
     """The prompt after the text; of an encoder-decoder, in front of the decoder's input."""
 
     placement: ClassVar[str] = "suffix"
-    keeps_texts: ClassVar[bool] = True
 
     @classmethod
     def check(cls, plm: Any) -> None:
@@ -29,19 +27,9 @@ class AfterText(PromptedPLM):
         super().check(plm)
         check_text_apart(plm)
 
-    @classmethod
-    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
-        """As `PromptedPLM.positions`."""
-        return (("prompt", "text", "target"),) if decoder else (("text",), ("prompt", "target"))
-
-    @classmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
-        """As `PromptedPLM.expected`: the text does not run again."""
-        return shape.apart(tail=tail if cls.needs_tail else 0, kept_cross=kept_cross)
-
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`."""
-        parts = split_batch(self.plm, batch, tails=self.needs_tail)
+        parts = split_batch(self.plm, batch, tails=self.spec().needs_tail)
         if torch.is_grad_enabled() and self.cache is not None:
             self.cache.enter_stage(cut_of_texts(self.plm, self.cache))
         text = text_states(self.plm, parts.texts, self.cache)
@@ -97,25 +85,10 @@ class AfterText(PromptedPLM):
 
     def _split(self, inputs: Sequence[Input]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
         """What of each text stands before the prompt, and what after it."""
-        return split_texts([i.ids for i in inputs], [i.tail for i in inputs] if self.needs_tail else None)
+        return split_texts([i.ids for i in inputs], [i.tail for i in inputs] if self.spec().needs_tail else None)
 
 
 class WithinText(AfterText):
     """The prompt between a text and what the template asks about it, of a decoder-only model."""
 
     placement: ClassVar[str] = "infix"
-    needs_tail: ClassVar[bool] = True
-
-    @classmethod
-    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
-        """As `PromptedPLM.positions`.
-
-        Raises:
-            ModelError: an encoder-decoder, whose encoder reads the text as a whole.
-        """
-        if not decoder:
-            raise ModelError(
-                "placement='infix' needs a decoder-only model: an encoder reads its text as a whole; use "
-                "placement='suffix'"
-            )
-        return super().positions(decoder)

@@ -36,16 +36,6 @@ class Front(PromptedPLM):
         """The module with its prompt, which all of the text sees."""
         return self.plm if self.module is None else self.module  # type: ignore[no-any-return]
 
-    @classmethod
-    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
-        """As `PromptedPLM.positions`."""
-        return (("prompt", "text", "target"),) if decoder else (("prompt", "text"), ("target",))
-
-    @classmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
-        """The shape as it is: everything runs behind the prompt."""
-        return shape
-
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
         """As `PromptedPLM.loss`; without a `module` or a prompt the PLM's own loss."""
         inputs = {name: value for name, value in batch.items() if name != TAIL}

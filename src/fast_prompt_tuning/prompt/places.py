@@ -28,7 +28,7 @@ def place(
     """
     kind = placement_named(placement) if prompt is not None else Front
     kind.check(plm)
-    return kind(plm, prompt, cache if kind.keeps_texts else None)
+    return kind(plm, prompt, cache if kind.spec().keeps_texts else None)
 
 
 def tune(
@@ -44,7 +44,7 @@ def tune(
         model: Any = get_peft_model(plm, soft_prompt_config(plm, num_virtual_tokens=num_virtual_tokens))
     else:
         model = SuffixPromptModel(plm, num_virtual_tokens, placement=placement, cache=cache)
-    return kind(plm, prompt_parameter(model), cache if kind.keeps_texts else None, model)
+    return kind(plm, prompt_parameter(model), cache if kind.spec().keeps_texts else None, model)
 
 
 def prompted_of(model: Any) -> PromptedPLM:

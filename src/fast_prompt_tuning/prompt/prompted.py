@@ -21,8 +21,8 @@ from torch import nn
 
 from ..cost.shapes import BatchShape
 from ..cost.work import Kind, PromptPass, Work
-from ..errors import ConfigError, DataError
-from ..placements import PLACEMENTS
+from ..errors import DataError
+from ..placements import Placement, placement_of
 from ..plm.modes import inference
 from ..plm.objective import IGNORED
 from .generation import GenerationOptions, answers
@@ -65,7 +65,7 @@ class PromptedPLM(ABC):
     Args:
         plm: the bare PLM, encoder-decoder or decoder-only.
         prompt: soft prompt `(P, H)`, None for none, or several `(K, P, H)`: of K prompts, input i has prompt i mod K.
-        cache: where the states of texts are kept between passes, of a placement that `keeps_texts`.
+        cache: where the states of texts are kept between passes, of a placement that keeps any.
         module: what is trained and saved, if there is one: a PEFT model, a `SuffixPromptModel`, or a bare PLM of which
             all weights are trained.
     """
@@ -76,10 +76,6 @@ class PromptedPLM(ABC):
     module: Any = None
 
     placement: ClassVar[str]
-    keeps_texts: ClassVar[bool] = False
-    """The text is run apart from the prompt, so that its states can be kept."""
-    needs_tail: ClassVar[bool] = False
-    """The prompt stands where an input's `tail` begins."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -107,29 +103,14 @@ class PromptedPLM(ABC):
         return self.plm  # type: ignore[no-any-return]
 
     @classmethod
+    def spec(cls) -> Placement:
+        """What is known of this placement without a model."""
+        return placement_of(cls.placement)
+
+    @classmethod
     def check(cls, plm: Any) -> None:
         """Raise unless a prompt can stand here in this PLM: a subclass of `FptError` that says why."""
-        cls.positions(decoder=not plm.config.is_encoder_decoder)
-
-    @classmethod
-    @abstractmethod
-    def positions(cls, decoder: bool) -> tuple[tuple[str, ...], ...]:
-        """What shares the positions of a stack, out of `prompt`, `text` and `target`; one entry per stack.
-
-        Raises:
-            ModelError: no prompt can stand here in a decoder-only model, or in an encoder-decoder.
-        """
-
-    @classmethod
-    @abstractmethod
-    def expected(cls, shape: BatchShape, *, tail: int = 0, kept_cross: bool = False) -> BatchShape:
-        """The shape of a step on a batch, for plans; texts are in the cache already, where this placement keeps any.
-
-        Args:
-            shape: the batch with its whole input in `input_tokens`, and P.
-            tail: of the input tokens, those that are an input's `tail`.
-            kept_cross: as `TextCache`.
-        """
+        cls.spec().positions(decoder=not plm.config.is_encoder_decoder)
 
     @abstractmethod
     def loss(self, batch: Mapping[str, Any], num_items: torch.Tensor | int | None = None) -> Loss:
@@ -270,9 +251,7 @@ def placement_named(name: str) -> type[PromptedPLM]:
     Raises:
         ConfigError: there is none of this name.
     """
-    if name not in PLACEMENTS:
-        raise ConfigError(f"placement={name!r} is unknown; choose one of {', '.join(PLACEMENTS)}")
-    return pkgutil.resolve_name(PLACEMENTS[name].code)  # type: ignore[no-any-return]
+    return pkgutil.resolve_name(placement_of(name).code)  # type: ignore[no-any-return]
 
 
 def labelled_tokens(labels: torch.Tensor) -> tuple[int, float]:

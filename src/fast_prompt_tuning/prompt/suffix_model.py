@@ -126,7 +126,7 @@ class SuffixPromptModel(nn.Module):
         return CausalLMOutput(loss=self.prompted.loss(batch, num_items_in_batch).value)  # type: ignore[arg-type]
 
     def _check_after(self, n_after: Any) -> None:
-        if (n_after is not None) != self.prompted.needs_tail:
+        if (n_after is not None) != self.prompted.spec().needs_tail:
             problem = "is missing" if n_after is None else "is given"
             raise ModelError(
                 f"{AFTER} {problem} with placement={self.placement!r}: only an infix prompt is told how many tokens at "

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
-from ..prompt.prompted import placement_named
+from ..placements import placement_of
 from ..recipe import CacheConfig, RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule
@@ -41,7 +41,7 @@ def advise(session: Session) -> None:
 def unused_cache_settings(config: RunConfig) -> list[str]:
     """Settings of the cache that differ from their defaults and that nothing reads, as `cache.name=value`."""
     settings = config.cache.model_dump()
-    unread = set(settings) if not placement_named(config.prompt.placement).keeps_texts else _UNREAD[config.cache.tier]
+    unread = set(settings) if not placement_of(config.prompt.placement).keeps_texts else _UNREAD[config.cache.tier]
     fields = CacheConfig.model_fields
     return [f"cache.{k}={v!r}" for k, v in settings.items() if k in unread and v != fields[k].default]
 

@@ -13,7 +13,6 @@ from typing import Any
 from ..data.tasks import Task
 from ..errors import FptError
 from ..placements import FRONT
-from ..prompt.prompted import placement_named
 from ..recipe import RunConfig, load, override
 from ..schedule.auto import decisions
 
@@ -74,6 +73,8 @@ def _wanted(config: RunConfig, decoder: bool, asks: bool) -> str:
 
 def _cheapest(config: RunConfig, task: Task, plm: Any) -> str:
     """The placement that keeps texts, where model, recipe and task have one; else in front."""
+    from ..prompt.prompted import placement_named  # a plan asks for no model, and must not wait for its code
+
     place = _wanted(config, not plm.config.is_encoder_decoder, asks_about_text(task))
     if place == FRONT:
         return FRONT

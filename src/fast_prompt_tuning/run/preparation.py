@@ -49,7 +49,7 @@ def trainable(session: Session) -> PromptedPLM:
         session.plm.requires_grad_(True)
         return prompted_of(session.plm)
     kind = placement_named(config.prompt.placement)
-    cache = session.texts if kind.keeps_texts else None
+    cache = session.texts if kind.spec().keeps_texts else None
     prompted = tune(session.plm, config.prompt.tokens, config.prompt.placement, cache)
     init_soft_prompt(
         prompted.module,

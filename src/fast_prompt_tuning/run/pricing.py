@@ -13,8 +13,8 @@ from ..cost.flops import forward_flops, schedule_flops, step_flops
 from ..cost.ledger import FlopsLedger
 from ..cost.shapes import BatchShape
 from ..data.batches import LengthBatchSampler, input_lengths
+from ..placements import placement_of
 from ..prompt.front import batch_shape
-from ..prompt.prompted import placement_named
 from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule, decisions
 from ..schedule.stages import Schedule, Stage
@@ -37,8 +37,7 @@ def usual_shape(session: Session) -> BatchShape:
     batch = calibration_batches(session, config.train.batch_size)[0]
     shape = batch_shape(batch, config.prompt.tokens, decoder=session.decoder)
     tail = int(median_high(session.encoded["train"]["n_tail"]))
-    kind = placement_named(config.prompt.placement)
-    return kind.expected(shape, tail=tail, kept_cross=config.cache.cross_attention)
+    return shape.placed(placement_of(config.prompt.placement), tail=tail, kept_cross=config.cache.cross_attention)
 
 
 def priced(schedule: AutoSchedule, session: Session, rows: Dataset, probe: int) -> AutoSchedule:

@@ -22,6 +22,7 @@ from ..data.encoding import encode, label_ids
 from ..data.readers import load_examples
 from ..errors import ConfigError, DataError, ModelError
 from ..files import write_atomic
+from ..placements import placement_of
 from ..plm.loading import cache_dir, load_tokenizer, loadable_config
 from ..plm.objective import choose_attention
 from ..prompt.generation import GenerationOptions
@@ -92,8 +93,7 @@ class Session:
                 "model's prompt; choose one that was tuned on this model"
             )
         _check_tail(self.task, kind)
-        cache = self.texts if kind.keeps_texts else None
-        return place(self.plm, prompt.to(self.plm.device), where, cache)
+        return place(self.plm, prompt.to(self.plm.device), where, self.texts if kind.spec().keeps_texts else None)
 
     @property
     def decoder(self) -> bool:
@@ -184,7 +184,7 @@ def beside(session: Session, config: RunConfig) -> Session:
     shared = {"model": session.config.model, "cache": session.config.cache}
     config = chosen(config.model_copy(update=shared), task, session.plm)
     other = _checked(Session(config, session.plm, session.tokenizer, task, session.cost))
-    if placement_named(config.prompt.placement).keeps_texts:
+    if placement_of(config.prompt.placement).keeps_texts:
         other._texts = (config.cache, session.texts)
     return other
 
@@ -194,7 +194,7 @@ def _checked(session: Session) -> Session:
     config, plm, tokenizer, task = session.config, session.plm, session.tokenizer, session.task
     kind = placement_named(config.prompt.placement)
     kind.check(plm)
-    if kind.keeps_texts:
+    if kind.spec().keeps_texts:
         check_cross_attention(plm, config.cache.cross_attention)
     _check_tail(task, kind)
     limit = context_length(plm)
@@ -213,7 +213,7 @@ def _checked(session: Session) -> Session:
 
 
 def _check_tail(task: tasks.Task, kind: type[PromptedPLM]) -> None:
-    if kind.needs_tail and task.truncate is None:
+    if kind.spec().needs_tail and task.truncate is None:
         raise ConfigError(
             f"prompt.placement={kind.placement!r} stands after the field that may be shortened, and the task "
             f"{task.name!r} names none; set truncate in its file, or use placement suffix"
@@ -228,7 +228,7 @@ def _positions(session: Session) -> list[dict[str, int]]:
         "text": ("data.max_input_tokens", config.data.max_input_tokens),
         "target": ("data.max_target_tokens", session.max_target_tokens),
     }
-    stacks = placement_named(config.prompt.placement).positions(session.decoder)
+    stacks = placement_of(config.prompt.placement).positions(session.decoder)
     return [dict(needs[part] for part in parts) for parts in stacks]
 
 

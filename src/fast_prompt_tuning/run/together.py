@@ -53,9 +53,9 @@ def fronts(name: str, session: Session, prompted: PromptedPLM, rows: Dataset) ->
     Args:
         name: of the run.
     """
-    if not prompted.keeps_texts:
+    if not prompted.spec().keeps_texts:
         return [(name, i) for i in range(len(rows))]
-    found, _ = split_texts(input_ids_of(session, rows), rows["n_tail"] if prompted.needs_tail else None)
+    found, _ = split_texts(input_ids_of(session, rows), rows["n_tail"] if prompted.spec().needs_tail else None)
     return [tuple(front) for front in found]
 
 

@@ -206,7 +206,7 @@ def _measured(
     rows = trimmed(run)
     spent = 0.0
     # What a first pass alone has to do is not a step's: kernels set up, texts run whose states are kept from then on.
-    texts = prompted.keeps_texts and prompted.cache is not None
+    texts = prompted.spec().keeps_texts and prompted.cache is not None
     if texts or first:
         _, work = example_gradients(prompted, rows if texts else trimmed(replace(run, batch=1)))
         spent += work_flops(cost, work, run)
