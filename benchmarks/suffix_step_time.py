@@ -43,8 +43,8 @@ TARGETS = {64: 0.35, 256: 0.15, 512: 0.10}
 """Text tokens -> most that a warm step of SmolLM2-135M may take of a step with the prompt in front."""
 
 HEADER = (
-    "| model | CPU | dtype | text tokens | batch | s a step, in front | texts kept | with their cross-attention | "
-    "texts run at every step | target |",
+    "| model | CPU | dtype | text tokens | batch | seconds a step, in front | of that: texts kept | "
+    "of that: cross-attention kept, too | of that: texts run at every step | goal, texts kept |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 

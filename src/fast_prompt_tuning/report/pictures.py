@@ -74,7 +74,7 @@ def quality(results: Sequence[RunResult], against: str = "flops") -> Figure:
             value = (result.curve[0].metrics if result.curve else result.metrics)[result.primary]
             axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
             labels.append((f"{result.name} ({value:.1f}%)", {"color": GREY, "linestyle": "--", "linewidth": 1}))
-        axes.set_ylabel(f"{results[0].primary} (%), full model")
+        axes.set_ylabel(f"validation {results[0].primary} (%)")
         axes.grid(alpha=0.25)
         for row, (i, result) in enumerate(growing):
             _strip(rows[1, 0], len(growing) - 1 - row, result, COLOURS[i % len(COLOURS)], by_flops, scale, longest)
