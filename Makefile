@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A line every 20 s while the rest of a recipe's line runs.
-TICK := while sleep 20 >/dev/null 2>&1; do echo "  still installing …"; done & trap "kill $$!" EXIT;
+# A line every 20 s while the rest of a recipe's line runs; dash, killed by a signal, runs no trap.
+TICK := while sleep 20 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do echo "  still installing …"; done & trap "kill $$!" EXIT;
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # pip compiles on one core, this on all. Some packages carry files that do not compile, as data.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true

@@ -6,6 +6,7 @@ texts that are kept. Weights are random.
 
 Model-FLOPs utilisation is the training FLOPs of a step (`flops.py`, convention `all`) over its seconds and the
 processor's measured peak: the fastest large product in the same dtype in the same run, not the data sheet's figure.
+Peak memory of a decoder's step holds the kept texts of the last row, too.
 
     python benchmarks/gpu_cost.py --plm large --out benchmarks/results/gpu_cost_large.json
     python benchmarks/gpu_cost.py --plm xl --batch 16 --out benchmarks/results/gpu_cost_xl.json
@@ -102,6 +103,14 @@ def measure_t5(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def show_t5(report: dict[str, Any]) -> None:
+    """Print `paper_cost`'s table, memory and utilisation."""
+    paper_cost.show(report)
+    if memory := report.get("peak_memory_bytes"):
+        print(f"  peak memory {memory / 2**30:.1f} GiB")
+    print(f"  full model: {report['full']['utilisation']:.0%} of the fastest product")
+
+
 def measure_decoder(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of a decoder in interleaved rounds, each after one that is not timed."""
     config, dtype = DECODERS[args.plm], getattr(torch, args.dtype)
@@ -168,7 +177,6 @@ def measure_decoder(args: argparse.Namespace) -> dict[str, Any]:
         "attention": plm.config._attn_implementation,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": paper_cost.machine(args.device),
-        "quick": args.quick,
         "rounds": args.rounds,
         "rows": [row(job) for job in jobs],
     }
@@ -196,7 +204,7 @@ def decoder_shortfalls(report: dict[str, Any]) -> list[str]:
 
 
 KINDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., None], Callable[..., list[str]]]] = {
-    **dict.fromkeys(("large", "xl"), (measure_t5, paper_cost.show, paper_cost.shortfalls)),
+    **dict.fromkeys(("large", "xl"), (measure_t5, show_t5, paper_cost.shortfalls)),
     **dict.fromkeys(DECODERS, (measure_decoder, show_decoder, decoder_shortfalls)),
 }
 """PLM → what measures it, what prints the table, and what of it `--check` refuses."""
@@ -221,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = args.device.startswith("cuda")
     args.peak = matmul_peak(args.device, getattr(torch, args.dtype), 8192 if on_gpu else 512)
     measure, show, shortfalls = KINDS[args.plm]
-    report = measure(args) | {"benchmark": "gpu_cost", "matmul_peak_flops_per_second": args.peak}
+    report = measure(args) | {"benchmark": "gpu_cost", "quick": args.quick, "matmul_peak_flops_per_second": args.peak}
     if on_gpu:
         report["peak_memory_bytes"] = max(
             torch.cuda.max_memory_allocated(), *(r.get("peak_memory_bytes", 0) for r in report["rows"])

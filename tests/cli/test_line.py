@@ -226,6 +226,23 @@ command(bars)(debug=False, quiet=False, as_json=False)
     assert (found.stdout, found.stderr) == ("3\n", "")
 
 
+def test_what_is_logged_goes_to_a_bar_that_stands_in_for_standard_error():
+    script = """
+import io, logging, sys
+from fast_prompt_tuning.cli.console import command
+
+def warns():
+    before, sys.stderr = sys.stderr, io.StringIO()
+    logging.getLogger("any").warning("careful")
+    print(sys.stderr.getvalue(), end="")
+    sys.stderr = before
+
+command(warns)(debug=False, quiet=False, as_json=False)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("WARNING careful\n", "")
+
+
 def test_auto_says_what_it_chose_unless_quiet(fpt, tmp_path):
     settings = {"model": {"path": str(toy().llama)}, "data": {"task": str(toy().topics), "max_input_tokens": 16},
                 "train": {"steps": 4, "batch_size": 4}, "output": str(tmp_path / "run")}  # fmt: skip

@@ -51,23 +51,43 @@ class Batches(TrainerCallback):
         self.seen = []
 
 
+@pytest.fixture
+def slow(monkeypatch):
+    """Lets each call of a function take 1000 s of the clock; gives the calls so far."""
+    real, calls = time.perf_counter, []
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + 1000 * len(calls))
+
+    def slowed(path: str) -> list[str]:
+        where, _, name = f"fast_prompt_tuning.{path}".rpartition(".")
+        place = pkgutil.resolve_name(where)
+        fast = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **options: (calls.append(name), fast(*args, **options))[1])
+        return calls
+
+    return slowed
+
+
 @pytest.mark.parametrize(
-    ("method", "slowed"), [("cr", "run.preparation.activation_scores"), ("auto", "train.loop.Loop.probe")]
+    ("method", "part"), [("cr", "run.preparation.activation_scores"), ("auto", "train.loop.work_flops")]
 )
-def test_the_seconds_of_training_are_of_all_that_its_flops_are_of(tmp_path, monkeypatch, method, slowed):
-    *where, name = f"fast_prompt_tuning.{slowed}".split(".")
-    place = pkgutil.resolve_name(".".join(where))
-    fast, calls = getattr(place, name), []
-
-    def slow(*args, **options):
-        calls.append(time.sleep(0.3))
-        return fast(*args, **options)
-
-    monkeypatch.setattr(place, name, slow)
+def test_the_seconds_of_training_are_of_all_that_its_flops_are_of(tmp_path, slow, method, part):
     # In front of the text, `auto` tries smaller batches first, and probes whether they still teach.
-    result = run.train(recipe(tmp_path / "run", method=method, train__steps=20, prompt__placement="prefix"))
+    calls, settings = slow(part), {"method": method, "train__steps": 20, "prompt__placement": "prefix"}
+    result = run.train(recipe(tmp_path / "run", **settings))
+    log = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line or "probe_loss" in line]
+    assert (method == "auto") == any("probe_loss" in line for line in log)
     assert calls
-    assert 0.3 * len(calls) < result.train_seconds < result.total_seconds
+    assert 1000 * len(calls) < result.train_seconds < 1000 * len(calls) + 100
+    assert all(a["train_seconds"] < b["train_seconds"] for a, b in pairwise(log) if "probe_loss" in b)
+
+
+def test_scores_that_a_broken_run_has_made_count_in_the_run_that_goes_on(tmp_path, slow):
+    calls, config = slow("run.preparation.activation_scores"), recipe(tmp_path / "run", method="cr")
+    with pytest.raises(Broken):
+        run.train(config, callbacks=[At(1, raises)])
+    resumed = run.train(config, resume=True)
+    assert calls == ["activation_scores"]
+    assert 1000 < resumed.train_seconds < 1100
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -32,6 +32,17 @@ Json = Annotated[
 ]
 
 
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what is standard error at that moment: a live bar takes its place, and goes on below the line."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
 def remember(debug: Debug = False, quiet: Quiet = False, as_json: Json = False) -> None:
     """Remember the options that every command has; each may stand before the command, or anywhere behind it."""
     for name, is_set in (("debug", debug), ("quiet", quiet), ("json", as_json)):
@@ -45,9 +56,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**options: Any) -> None:
         remember(**{name: options.pop(name) for name in shared})
-        logging.basicConfig(
-            level=logging.DEBUG if state["debug"] else logging.WARNING, format="%(levelname)s %(message)s"
-        )
+        level = logging.DEBUG if state["debug"] else logging.WARNING
+        logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[StderrHandler()])
         speaks = not state["quiet"] and os.environ.get("RANK", "0") == "0"  # of several processes the main one
         for name in ("auto", "progress"):
             logging.getLogger(f"fast_prompt_tuning.{name}").setLevel(logging.INFO if speaks else logging.WARNING)

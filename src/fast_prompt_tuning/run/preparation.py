@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from ..recipe import RunConfig
 from ..schedule.auto import AutoSchedule
 from ..schedule.stages import Schedule, Stage
 from ..scores.layers import LAYER_KINDS, LayerScores, block_influence, greedy_removal
-from ..scores.neurons import NeuronScores, activation_scores
+from ..scores.neurons import NeuronScores, Scores, activation_scores
 from ..train import parallel
 from .session import Evaluation, Session, evaluate
 
@@ -150,20 +151,26 @@ def scored_partial(
     needed: Needed,
     folder: Path,
     ledger: FlopsLedger,
-) -> PartialPLM | None:
-    """The partial PLM where a stage needs one; neurons are scored on training data if need be."""
+) -> tuple[PartialPLM | None, float]:
+    """The partial PLM where a stage needs one, and the seconds that the run's scores took to make, now or before."""
     if not needed.partial:
-        return None
-    config, scores = session.config, needed.neurons
+        return None, 0.0
+    scores, layers, seconds = needed.neurons, needed.layers, 0.0
     if needed.scores and scores is None:
-        scores = _neuron_scores(session, model, folder, ledger)
-    layers = needed.layers
+        batches = calibration_batches(session, session.config.scoring.examples)
+        ledger.add("score", sum(score_flops(session, batch) for batch in batches))
+        file = folder / "scores.safetensors"
+        scores = _scores_of_run(file, NeuronScores, lambda: _score(session, model, batches))
+        seconds += _cost_of(scores, "seconds", file)
     if needed.down_to and layers is None:
-        layers = _layer_scores(session, model, needed.down_to, folder, ledger)
-    partial = cut_by(config, model, scores, layers)
+        file, kind = folder / "layers.safetensors", session.config.scoring.keep_layers
+        layers = _scores_of_run(file, LayerScores, lambda: score_layers(session, model, kind, needed.down_to))
+        ledger.add("score", _cost_of(layers, "flops", file))
+        seconds += _cost_of(layers, "seconds", file)
+    partial = cut_by(session.config, model, scores, layers)
     for stage in schedule.candidates:
         partial.check(stage)
-    return partial
+    return partial, seconds
 
 
 def cut_by(config: RunConfig, model: nn.Module, neurons: NeuronScores | None, layers: LayerScores | None) -> PartialPLM:
@@ -175,18 +182,25 @@ def cut_by(config: RunConfig, model: nn.Module, neurons: NeuronScores | None, la
     )
 
 
-def _neuron_scores(session: Session, model: nn.Module, folder: Path, ledger: FlopsLedger) -> NeuronScores:
-    batches = calibration_batches(session, session.config.scoring.examples)
-    ledger.add("score", sum(score_flops(session, batch) for batch in batches))
-    return _scores_of_run(folder / "scores.safetensors", NeuronScores, lambda: _score(session, model, batches))
-
-
 def _scores_of_run(file: Path, kind: type[AnyScores], make: Callable[[], AnyScores]) -> AnyScores:
     """The scores in a run's folder, made where there are none; the same on every process."""
     if not parallel.on_main(file.is_file):  # a resumed run takes the scores it began with, whatever the prompt is now
+        begun = time.perf_counter()
         made = parallel.computed(make)
-        parallel.on_main(lambda: made.save(file))
+        seconds = f"{time.perf_counter() - begun:.3f}"
+        parallel.on_main(lambda: replace(made, metadata={**made.metadata, "seconds": seconds}).save(file))
     return parallel.on_main(lambda: kind.load(file))
+
+
+def _cost_of(scores: Scores, what: str, file: Path) -> float:
+    """A cost that scores of a run's folder say of themselves, `flops` or `seconds`."""
+    try:
+        cost = float(scores.metadata.get(what, "0" if what == "seconds" else "nan"))  # older files hold no seconds
+    except ValueError:
+        cost = math.nan
+    if not 0 <= cost < math.inf:
+        raise ScoreError(f"{str(file)!r}: {what}={shown(scores.metadata.get(what))} is no cost; use --overwrite")
+    return cost
 
 
 def _score(session: Session, model: nn.Module, batches: list[dict[str, Any]]) -> NeuronScores:
@@ -199,22 +213,6 @@ def _provenance(session: Session) -> dict[str, str]:
         "data_fingerprint": examples_fingerprint(session.examples["train"]),
         "seed": str(session.config.train.seed),
     }
-
-
-def _layer_scores(
-    session: Session, model: nn.Module, down_to: dict[str, int], folder: Path, ledger: FlopsLedger
-) -> LayerScores:
-    file = folder / "layers.safetensors"
-    kind = session.config.scoring.keep_layers
-    scores = _scores_of_run(file, LayerScores, lambda: score_layers(session, model, kind, down_to))
-    try:
-        flops = float(scores.metadata["flops"])
-    except (KeyError, ValueError):
-        flops = math.nan
-    if not 0 <= flops < math.inf:
-        raise ScoreError(f"{str(file)!r}: flops={shown(scores.metadata.get('flops'))} is no cost; use --overwrite")
-    ledger.add("score", flops)
-    return scores
 
 
 def score_layers(session: Session, model: nn.Module, kind: str, down_to: dict[str, int]) -> LayerScores:

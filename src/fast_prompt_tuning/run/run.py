@@ -152,9 +152,9 @@ class Run:
 
     def score(self) -> None:
         """Score neurons and layers where the schedule needs it, and make the PLM that can be cut."""
-        module, begun = self.prompted.module, time.perf_counter()
-        self.partial = scored_partial(self.session, module, self.schedule, self.needed, self.folder, self.ledger)
-        self.scoring_seconds = time.perf_counter() - begun
+        self.partial, self.scoring_seconds = scored_partial(
+            self.session, self.prompted.module, self.schedule, self.needed, self.folder, self.ledger
+        )
         say_if_nothing_is_saved(self.session, self.schedule, self.ledger)
 
     def train(self, resume_point: checkpoint.Checkpoint | None, callbacks: Sequence[TrainerCallback]) -> RunResult:
@@ -183,7 +183,7 @@ class Run:
             return {"total_seconds": seconds, "dtype": str(self.session.plm.dtype).removeprefix("torch.")}
 
         loop = self._loop(places, best, evaluate_prompt, spent, callbacks)
-        loop.seconds = self.scoring_seconds  # unless a checkpoint knows better
+        loop.seconds = self.scoring_seconds  # a checkpoint's seconds hold them already
         quiet = without_dropout(self.prompted.module) if self.config.trains_without_dropout else nullcontext()
         with quiet:
             status, reason = self._steps(loop, resume_point)

@@ -149,10 +149,8 @@ class Loop:
         with self.signals, self._ready():
             self._tell("on_train_begin")
             if self.growth is not None:
-                begun = time.perf_counter()
                 self.growth.begin(self.state.global_step)
                 self.growth.consider(self.state.global_step, self.optimizer.state)
-                self.seconds += time.perf_counter() - begun
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._step()
             self._tell("on_train_end")
@@ -179,9 +177,8 @@ class Loop:
 
     def _tell(self, event: str, **more: Any) -> None:
         known = {"model": self.prompted.module, "optimizer": self.optimizer, "lr_scheduler": self.rates}
-        for callback in self.callbacks:
-            answer = getattr(callback, event)(self.config, self.state, self.control, **known, **more)
-            self.control = answer or self.control
+        for each in self.callbacks:
+            self.control = getattr(each, event)(self.config, self.state, self.control, **known, **more) or self.control
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -209,10 +206,10 @@ class Loop:
         self.optimizer.zero_grad()
         self.state.global_step = step + 1
         self.state.epoch = self.state.global_step / self.batches.steps_an_epoch
+        self.seconds += time.perf_counter() - begun
         if self.growth is not None:
             self.growth.consider(self.state.global_step, self.optimizer.state)
             self._set_end()
-        self.seconds += time.perf_counter() - begun
         self._set_due()
         self._tell("on_step_end")
         self._do_what_is_due()
@@ -313,18 +310,22 @@ class Loop:
 
     def probe(self, probe: Mapping[str, torch.Tensor]) -> float:
         """The loss of the full PLM on the probe; every process measures it."""
-        device = self.prompted.plm.device
+        begun = time.perf_counter()
         self.prompted.module.eval()
         with torch.no_grad():
-            loss = self.prompted.loss({k: v.to(device) for k, v in probe.items()})
+            loss = self.prompted.loss({k: v.to(self.prompted.plm.device) for k, v in probe.items()})
+        value = float(loss.value)
         self.ledger.add("probe", parallel.shares() * work_flops(self.cost, loss.work))
-        return float(loss.value)
+        self.seconds += time.perf_counter() - begun
+        return value
 
     def ask(self, partial: PartialPLM, examples: Mapping[str, torch.Tensor], stage: Stage) -> Signal:
         """The signal of a stage on the probe's examples; every process measures it."""
+        begun = time.perf_counter()
         rows = (stage.batch or self.train.batch_size) * self.train.accumulate * parallel.shares()
         signal, flops = ask(self.prompted, partial, stage, examples, step_examples=rows)
         self.ledger.add("probe", parallel.shares() * flops)
+        self.seconds += time.perf_counter() - begun
         return signal
 
     # -- between two steps --------------------------------------------------------------------------------------------
@@ -394,7 +395,6 @@ class Loop:
     def evaluate(self) -> None:
         """Evaluate the prompt, or the weights, as they are, on the full PLM, and log it."""
         if self.evaluate_prompt is not None:
-            values = self.evaluate_prompt(self.state.global_step)
-            metrics = {f"eval_{name}": value for name, value in values.items()}
+            metrics = {f"eval_{name}": value for name, value in self.evaluate_prompt(self.state.global_step).items()}
             self.log(metrics)
             self._tell("on_evaluate", metrics=metrics)
