@@ -29,6 +29,7 @@ from typing import Any
 
 import paper_cost
 import torch
+from step_time import spread
 from transformers import LlamaConfig
 
 from fast_prompt_tuning import PartialPLM, Schedule, Stage, TextCache
@@ -139,17 +140,16 @@ def measure_decoder(args: argparse.Namespace) -> dict[str, Any]:
         synchronize(args.device)
         job.flops = work_flops(cost, loss.work, job.stage)
 
-    on_gpu = args.device.startswith("cuda")
     for done in range(args.rounds):
         for job in jobs if done % 2 == 0 else reversed(jobs):
             partial.resize(job.stage)
             step(job)
-            if on_gpu:
+            if args.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             begun = time.perf_counter()
             step(job)
             job.seconds.append(time.perf_counter() - begun)
-            if on_gpu:
+            if args.on_gpu:
                 job.memory = max(job.memory, torch.cuda.max_memory_allocated())
         print(f"round {done + 1} of {args.rounds}", file=sys.stderr)
     partial.restore()
@@ -163,7 +163,7 @@ def measure_decoder(args: argparse.Namespace) -> dict[str, Any]:
             "flops": job.flops,
             "flops_of_plain": job.flops / plain.flops,
             "seconds": seconds,
-            "seconds_of_plain": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+            "seconds_of_plain": spread(ratios),
             "utilisation": job.flops / seconds / args.peak,
             "peak_memory_bytes": job.memory or None,
             "samples": job.seconds,
@@ -190,9 +190,9 @@ def show_decoder(report: dict[str, Any]) -> None:
     print(f"{'':24} {'seconds':>8} {'FLOPs':>6} {'clock':>6} {'min–max':>9} {'of peak':>7} {'GiB':>6}")
     for row in report["rows"]:
         clock, memory = row["seconds_of_plain"], row["peak_memory_bytes"]
-        spread = f"{100 * clock['low']:.0f}–{100 * clock['high']:.0f}%"
+        between = f"{100 * clock['low']:.0f}–{100 * clock['high']:.0f}%"
         print(
-            f"{row['name']:24} {row['seconds']:8.3f} {row['flops_of_plain']:6.0%} {clock['median']:6.0%} {spread:>9} "
+            f"{row['name']:24} {row['seconds']:8.3f} {row['flops_of_plain']:6.0%} {clock['median']:6.0%} {between:>9} "
             f"{row['utilisation']:7.0%} {'–' if memory is None else f'{memory / 2**30:.1f}':>6}"
         )
 
@@ -221,16 +221,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a wall clock lies too far above its FLOPs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    args.on_gpu = args.device.startswith("cuda")
+    if args.on_gpu and not torch.cuda.is_available():
         print("this benchmark needs a CUDA GPU; benchmarks/paper_cost.py is the one for a CPU", file=sys.stderr)
         return 2
     if args.quick:
         args.batch, args.rounds = 2, 2
-    on_gpu = args.device.startswith("cuda")
-    args.peak = matmul_peak(args.device, getattr(torch, args.dtype), 8192 if on_gpu else 512)
+    args.peak = matmul_peak(args.device, getattr(torch, args.dtype), 8192 if args.on_gpu else 512)
     measure, show, shortfalls = KINDS[args.plm]
     report = measure(args) | {"benchmark": "gpu_cost", "quick": args.quick, "matmul_peak_flops_per_second": args.peak}
-    if on_gpu:
+    if args.on_gpu:
         report["peak_memory_bytes"] = max(
             torch.cuda.max_memory_allocated(), *(r.get("peak_memory_bytes", 0) for r in report["rows"])
         )

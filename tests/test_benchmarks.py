@@ -41,7 +41,7 @@ def paper_cost() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def gpu_cost(paper_cost) -> Iterator[Any]:
+def gpu_cost(paper_cost, step_time) -> Iterator[Any]:
     yield from script(ROOT / "benchmarks" / "gpu_cost.py")
 
 
